@@ -50,7 +50,7 @@ def ask_driver(
         gpus.append([name.value.decode(), [attribute(75, device), attribute(76, device)], size.value])
     return {"cuda": cuda, "gpus": gpus}
 
-# %% ../nbs/02_device.ipynb #c28a86b5
+# %% ../nbs/02_device.ipynb #ffec6c8f
 @cache
 def _ask_aside(library, visible): # `visible` is part of the cache's key
     code = f"import json; from mlkit.device import ask_driver; print(json.dumps(ask_driver({library!r})))"
@@ -66,7 +66,7 @@ def find_gpus(
 ) -> tuple[dict, str]: # What `ask_driver` gives, and why there is no GPU
     "The GPUs that may be used. Raises `ConfigError` where MLKIT_DEVICE is neither 'cpu' nor 'auto'."
     asked, visible = os.environ.get("MLKIT_DEVICE") or "auto", os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked not in ("auto", "cpu"): raise ConfigError(f"MLKIT_DEVICE: '{asked}' is not known{nearest(asked, ['auto', 'cpu'])}")
+    if asked not in ("auto", "cpu"): raise ConfigError(f"MLKIT_DEVICE: '{asked}' is not known; use 'cpu' or 'auto'")
     if asked == "cpu": return {}, "MLKIT_DEVICE=cpu"
     if visible in ("", "-1"): return {}, "CUDA_VISIBLE_DEVICES hides it"
     try: ctypes.CDLL(library)
@@ -127,7 +127,7 @@ def torch_cuda() -> str | None: # '13.0'; None: built for the CPU, or not there
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)", file.read_text(), re.M) if file and file.is_file() else None
     return found[1] if found else None
 
-# %% ../nbs/02_device.ipynb #c7e5d147
+# %% ../nbs/02_device.ipynb #1b529288
 @dataclass(frozen=True)
 class Found:
     "What a machine has. The dicts hold only what is there."
@@ -140,7 +140,7 @@ class Found:
     torch_cuda: str | None = None # CUDA version that torch is built for; None: the CPU build
     programs: dict[str, str] = field(default_factory=dict) # Paths
     no_triton: str = "no tritonserver on PATH"
-    checkout: bool = False # mlkit runs from its repository
+    checkout: str = "" # Folder of mlkit's repository, if mlkit runs from there
 
 PROGRAMS = ("tritonserver", "perf_analyzer", "java")
 
@@ -154,22 +154,22 @@ def find(
     if triton: programs["triton environment"] = str(triton)
     return Found(usable_cores(), usable_memory(), tuple(Gpu(n, tuple(c), m) for n, c, m in driver.get("gpus", [])), no_gpu,
         tuple(driver.get("cuda", ())), {n: v for n, p in PACKAGES.items() if (v := installed(p))}, torch_cuda(), programs,
-        str(no_triton), _checkout() is not None)
+        str(no_triton), _checkout())
 
-def _checkout(): # mlkit's repository, None if it is installed without
-    root = Path(importlib.util.find_spec("mlkit").origin).parents[1]
-    return root if (root / "pyproject.toml").is_file() else None
+def _checkout(): # as a command may write it
+    root = Path(importlib.util.find_spec("mlkit").origin).resolve().parents[1]
+    return ("." if root == Path.cwd() else str(root)) if (root / "pyproject.toml").is_file() else ""
 
-# %% ../nbs/02_device.ipynb #72d03e48
+# %% ../nbs/02_device.ipynb #4e814d1c
 def add_command(
     what: str, # What pip installs; in brackets: an extra of mlkit; '': mlkit itself
-    checkout: bool = False, # mlkit runs from its repository
+    checkout: str = "", # Folder of mlkit's repository, if mlkit runs from there
 ) -> str: # For a shell
     "The command that installs `what`."
     from shlex import quote
-    pins = " -c constraints.txt" if checkout else ""
+    pins = f" -c {quote(str(Path(checkout, 'constraints.txt')))}" if checkout else ""
     if what and not what.startswith("["): return f"pip install {quote(what)}" + pins
-    return "pip install " + ("-e " + quote("." + what) if checkout else quote("mlkit" + what)) + pins
+    return "pip install " + ("-e " + quote(checkout + what) if checkout else quote("mlkit" + what)) + pins
 
 # %% ../nbs/02_device.ipynb #63ab0795
 class Lacks(Exception):
@@ -192,7 +192,7 @@ def engine(job: str, name: str, auto: bool = True):
     def add(fits): ENGINES.setdefault(job, {})[name] = (fits, auto); return fits
     return add
 
-# %% ../nbs/02_device.ipynb #6ddc107d
+# %% ../nbs/02_device.ipynb #c1c35e87
 def choose(
     job: str, # One of `ENGINES`
     requested: str = "auto", # 'auto', or one of the job's engines
@@ -202,7 +202,7 @@ def choose(
     "The engine for a job. Raises `ConfigError` on an unknown name, `SetupError` where the request cannot be met."
     if job not in ENGINES: raise ConfigError(f"no job is called '{job}'{nearest(job, ENGINES)}")
     known = ["auto", *ENGINES[job]]
-    if requested not in known: raise ConfigError(f"{job}: no engine is called '{requested}'{nearest(requested, known)} (one of {', '.join(known)})")
+    if requested not in known: raise ConfigError(f"{job}: no engine is called '{requested}'; use {', '.join(known[:-1])} or {known[-1]}")
     found, lacks = found or find(), []
     for name, (fits, auto) in ENGINES[job].items():
         if name != requested and not (requested == "auto" and auto): continue
@@ -214,10 +214,11 @@ def choose(
     _refuse(job, requested, lacks, found, wants)
 
 def _refuse(job, requested, lacks, found, wants):
-    do = f"run: {lacks[0].command}" if lacks[0].command else ""
-    try: do += f"{', or ' if do else ''}use '{choose(job, 'auto', found, **wants).engine}'" if requested != "auto" else ""
+    do = [f"run: {e.command}" for e in lacks if e.command][:1]
+    try: do += [f"use '{choose(job, 'auto', found, **wants).engine}'"] if requested != "auto" else []
     except SetupError: pass # then there is no other
-    raise SetupError(f"{job}: '{requested}' cannot be used here: {'; '.join(dict.fromkeys(e.why for e in lacks))}; {do}")
+    why = "; ".join(dict.fromkeys(e.why for e in lacks))
+    raise SetupError(f"{job}: '{requested}' cannot be used here: {why}; " + (", or ".join(do) or "see 'mlkit doctor'"))
 
 # %% ../nbs/02_device.ipynb #f3d44b5c
 def need(found: Found, package: str):
@@ -289,7 +290,7 @@ def _(found):
     if "java" not in found.programs: raise Lacks("Spark needs Java, and there is no java on PATH", "apt-get install default-jre-headless")
     return "", {}
 
-# %% ../nbs/02_device.ipynb #28161e3f
+# %% ../nbs/02_device.ipynb #107a9a64
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0") # tensorrt-rtx 1.7
 
 def _rtx(found): # the compute capabilities to build for
@@ -298,20 +299,23 @@ def _rtx(found): # the compute capabilities to build for
     if found.gpus[0].cc in RTX_CAPABILITIES: return [found.gpus[0].cc]
     raise Lacks(f"TensorRT-RTX has no compute capability {found.gpus[0].cc}")
 
+def _tensorrt(found): # the GPU
+    gpu = need_gpu(found, (7, 5), "TensorRT")
+    need(found, "TensorRT")
+    return gpu
+
 @engine("build", "tensorrt")
-def _(found):
-    gpu = need_gpu(found, (7, 5), "TensorRT"); need(found, "TensorRT")
-    return f"for {gpu.name}", {"capabilities": [gpu.cc]}
+def _(found): gpu = _tensorrt(found); return f"for {gpu.name}", {"capabilities": [gpu.cc]}
 
 @engine("build", "tensorrt-rtx")
-def _(found): return f"for compute capability {', '.join(cc := _rtx(found))}", {"capabilities": cc}
+def _(found): return f"compute {', '.join(cc := _rtx(found))}", {"capabilities": cc}
 
 @engine("build", "none")
 def _(found): return "", {"capabilities": []}
 
-# %% ../nbs/02_device.ipynb #1b2ca5ea
+# %% ../nbs/02_device.ipynb #7ec4735d
 @engine("run", "tensorrt")
-def _(found): return ENGINES["build"]["tensorrt"][0](found)[0].replace("for ", "on "), {}
+def _(found): return f"on {_tensorrt(found).name}", {}
 
 @engine("run", "tensorrt-rtx")
 def _(found): gpu = need_gpu(found); _rtx(found); return f"on {gpu.name}", {}
@@ -332,7 +336,7 @@ def _(found):
 @engine("serve", "none")
 def _(found): return "", {}
 
-# %% ../nbs/02_device.ipynb #dd30c369
+# %% ../nbs/02_device.ipynb #063ee0b2
 @dataclass(frozen=True)
 class Row:
     "A line of `mlkit doctor`."
@@ -342,14 +346,14 @@ class Row:
     why: str = ""
     command: str = "" # Adds or mends it
     mark: str = "ok" # ok; none: absent, not needed; warn; fail: `mlkit repro` needs it
-    gpu: bool = False # The command is of use only with a GPU
+    gpu: bool = False # The command is of use only with a GPU, and there is none
 
 LOW_DISK = 5 << 30 # bytes
 
 def _gib(n): return f"{n / 2**30:.0f} GiB" if n >= 10 << 30 else f"{n / 2**30:.1f} GiB"
 
 def _hardware(found, root):
-    yield Row("Machine", "CPU", f"{found.cores} cores, {_gib(found.memory)}", f"{os.uname().machine}, Python {sys.version.split()[0]}")
+    yield Row("Machine", "CPU", f"{found.cores} core{'s' * (found.cores > 1)}, {_gib(found.memory)}", f"{os.uname().machine}, Python {sys.version.split()[0]}")
     cuda = ".".join(map(str, found.driver_cuda))
     for gpu, n in Counter(found.gpus).items():
         yield Row("Machine", "GPU", f"{f'{n} × ' if n > 1 else ''}{_gib(gpu.memory)}", f"{gpu.name}, compute capability {gpu.cc}, driver for CUDA {cuda}")
@@ -385,16 +389,17 @@ def _project(found, root):
         yield Row("Machine", "Project", "no DVC", "DVC is not set up in this folder", "dvc init" if git else "git init && dvc init", "fail")
     else: yield Row("Machine", "Project", root.name, str(root))
 
-# %% ../nbs/02_device.ipynb #ea35031a
+# %% ../nbs/02_device.ipynb #f6d87b33
 TITLES = {"train": "Training", "images": "Images", "tables": "Tables", "build": "Engine build", "run": "Inference", "serve": "Serving"}
 
 def _jobs(found, root):
     for job, title in TITLES.items():
         try: c = choose(job, "auto", found)
         except SetupError as e:
-            yield Row("Jobs", title, "cannot run", str(e), "", "fail"); continue
+            yield Row("Jobs", title, "cannot run", str(e).split("cannot be used here: ")[-1], "", "fail"); continue
         needed = job == "serve" and (root / "nbs/stages/serve.ipynb").is_file()
-        mark = "ok" if c.engine != "none" else "fail" if needed else "none"
+        idle = job == "train" and c.engine == "cpu" and found.gpus # a GPU that training cannot use
+        mark = "warn" if idle else "ok" if c.engine != "none" else "fail" if needed else "none"
         state = ", ".join(filter(None, [c.engine, c.options.get("precision")]))
         yield Row("Jobs", title, state, c.reason.replace(f"no GPU: {found.no_gpu}", "no GPU"), c.missing_command, mark)
 
@@ -402,7 +407,7 @@ def _installed(found):
     for name, p in PACKAGES.items():
         version = found.packages.get(name)
         use = f"{p.use}; built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}" if name == "torch" and version else p.use
-        yield Row("Installed", name, version or "not installed", use, "" if version else add_command(p.add, found.checkout), "ok" if version else "none", p.gpu)
+        yield Row("Installed", name, version or "not installed", use, "" if version else add_command(p.add, found.checkout), "ok" if version else "none", p.gpu and not found.gpus)
     for name, use in (("tritonserver", "serving"), ("perf_analyzer", "load tests of a Triton server")):
         path = found.programs.get(name) or (found.programs.get("triton environment") if name == "tritonserver" else None)
         yield Row("Installed", "Triton" if name == "tritonserver" else name, "found" if path else "not installed", path or use, "" if path else "mlkit setup", "ok" if path else "none")
@@ -442,7 +447,7 @@ def _to_add(rows): # lines (thing, command), a command once
             seen.add(r.command)
             yield r.thing, r.command + ("  # needs a GPU" if r.gpu else "")
 
-# %% ../nbs/02_device.ipynb #e17ff3b2
+# %% ../nbs/02_device.ipynb #11908e6c
 def doctor_table(
     rows: list[Row], # From `doctor`
     width: int | None = None, # Columns; None: the terminal's, 100 where there is none
@@ -460,5 +465,5 @@ def doctor_table(
         out.print("To add what is missing", style="bold")
         for thing, command in add: out.print(f"  {thing:{widths[0]}}  {command}", markup=False, soft_wrap=True)
     n = len(failing(rows))
-    out.print(f"\n{'✗' if n else '✓'} " + (f"'mlkit repro' cannot run: {', '.join(r.thing for r in failing(rows))}" if n else "'mlkit repro' has what it needs"), style="bold red" if n else "green")
+    out.print(f"\n{'✗' if n else '✓'} " + (f"'mlkit repro' is held up by: {', '.join(r.thing for r in failing(rows))}" if n else "this machine has what 'mlkit repro' needs"), style="bold red" if n else "green")
     return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())
