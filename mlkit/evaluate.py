@@ -30,7 +30,7 @@ def prediction_table(
     return pl.DataFrame({"key": keys, "actual": [classes[i] for i in y], "predicted": [classes[i] for i in top],
                          "confidence": p.max(1), "correct": top == y})
 
-# %% ../nbs/30_evaluate.ipynb #2677fe44
+# %% ../nbs/30_evaluate.ipynb #ed21cf48
 def reliability(
     p: np.ndarray, y: np.ndarray, # (n, k) float, (n,) int
     n_bins: int,
@@ -50,11 +50,12 @@ def scores(
     from scipy.stats import binomtest
     from sklearn.metrics import f1_score, log_loss
     if not len(y): raise DataError("the test set is empty; nothing can be said")
+    p = p.astype(np.float64) / p.sum(1, keepdims=True, dtype=np.float64)
     hits, n, k = int((p.argmax(1) == y).sum()), len(y), p.shape[1]
     low, high = binomtest(hits, n).proportion_ci(confidence, method="wilson")
     bins = reliability(p, y, n_bins)
     return {"accuracy": hits / n, "accuracy_low": low, "accuracy_high": high, "macro_f1": f1_score(y, p.argmax(1), average="macro", zero_division=0),
-            "log_loss": log_loss(y, p.astype(np.float64), labels=range(k)), "brier": float(((p - np.eye(k)[y]) ** 2).sum(1).mean()),
+            "log_loss": log_loss(y, p, labels=range(k)), "brier": float(((p - np.eye(k)[y]) ** 2).sum(1).mean()),
             "calibration_error": float(((bins["confidence"] - bins["accuracy"]).abs() * bins["samples"]).sum() / n), "samples": n}
 
 # %% ../nbs/30_evaluate.ipynb #89499f82

@@ -13,10 +13,12 @@ from .core import MlkitError, StageError, nearest, write_atomic
 from .pipeline import INDEX, Node, load_stages
 from .stage import OUTPUTS
 
-# %% ../nbs/06_runner.ipynb #14746557
+# %% ../nbs/06_runner.ipynb #7cd76742
 def _papermill():
+    import logging
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of parameters whose types it cannot read; `config` has checked them
     return papermill
 
 # %% ../nbs/06_runner.ipynb #5b8b6657
@@ -90,9 +92,10 @@ def _end_children():
         except psutil.NoSuchProcess: pass
     for c in psutil.wait_procs(children, timeout=3)[1]: c.kill()
 
-# %% ../nbs/06_runner.ipynb #2ac85501
+# %% ../nbs/06_runner.ipynb #601eaf5d
 # The same on every machine: hash order, cuBLAS's choice of algorithm. No colour codes in a report.
-KERNEL_ENV = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NO_COLOR": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+KERNEL_ENV = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NO_COLOR": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+              "PYTHONWARNINGS": "ignore:IProgress not found"}
 
 def execute(
     root: Path, # The project
@@ -101,9 +104,12 @@ def execute(
     out: Path, # Where the report notebook is written, on failure too
 ): # nbformat notebook, run
     "Run a stage's notebook by papermill. Raises `PapermillExecutionError` and what a kernel can raise."
+    from traitlets.config import Config
     out.parent.mkdir(parents=True, exist_ok=True)
+    sockets = Config(KernelManager={"transport": "ipc"}) # files of this user's, not TCP ports
     return _papermill().execute_notebook(root / node.notebook, out, parameters=parameters, cwd=root, progress_bar=False,
-        request_save_on_cell_execute=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        request_save_on_cell_execute=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+        config=sockets, extra_arguments=["--log-level=CRITICAL"])
 
 # %% ../nbs/06_runner.ipynb #a1b80f54
 def run_stage(
