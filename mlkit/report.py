@@ -26,26 +26,24 @@ pre { background:var(--paper); border:1px solid var(--line); border-radius:6px; 
 .crumb { color:var(--soft); font-size:.9rem; text-decoration:none } .crumb:hover { text-decoration:underline }
 """
 
-# %% ../nbs/05_report.ipynb #b194eaa9
+# %% ../nbs/05_report.ipynb #7551cfb3
 PAGE = """
 {%- extends 'basic/index.html.j2' -%}
 {%- block header -%}<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ resources.mlkit.title }} · mlkit</title><style>{{ resources.mlkit.css }}</style></head><body><main>
-<a class="crumb" href="index.html">← all stages</a>{%- endblock header -%}
+<input type="checkbox" id="code"><label for="code" class="crumb">show code</label><a class="crumb" href="index.html">← all stages</a>{%- endblock header -%}
 {%- block footer -%}</main></body></html>{%- endblock footer -%}
 {%- block codecell -%}{%- set tags = cell.metadata.get('tags', []) -%}
 {%- if 'parameters' not in tags -%}{{ super() }}{%- endif -%}{%- endblock codecell -%}
-{%- block input -%}{%- set tags = cell.metadata.get('tags', []) -%}
-{%- if 'injected-parameters' in tags -%}<h2>The values it ran with</h2>{{ super() }}
-{%- else -%}<details><summary>code</summary>{{ super() }}</details>{%- endif -%}{%- endblock input -%}
-{%- block output_prompt -%}{%- endblock -%}{%- block in_prompt -%}{%- endblock -%}
+{%- block input -%}{%- if 'injected-parameters' in cell.metadata.get('tags', []) -%}<h2>The values it ran with</h2>{%- endif -%}{{ super() }}{%- endblock input -%}
 """
 
 PAGE_CSS = """
-details { margin:.3rem 0; color:var(--soft) } summary { cursor:pointer; font-size:.78rem; letter-spacing:.03em }
-.jp-RenderedText pre, .output_subarea pre, .jp-OutputArea-output pre { background:transparent; border:0; border-left:3px solid var(--line); border-radius:0; padding:.1rem .9rem }
-.jp-RenderedText[data-mime-type*="stderr"] pre { border-color:#e0b94a } .jp-OutputArea-output[data-mime-type*="error"] pre { border-color:var(--bad); color:var(--bad) }
-.jp-Cell { margin:.4rem 0 }
+#code { position:absolute; opacity:0 } label[for=code] { float:right; cursor:pointer } label[for=code]::before { content:"▸ " }
+#code:checked + label::before { content:"▾ " } #code:focus-visible + label { outline:2px solid var(--brand) }
+.input { display:none } #code:checked ~ .cell .input, .celltag_injected-parameters .input { display:block }
+.output pre { background:transparent; border:0; border-left:3px solid var(--line); border-radius:0; padding:.1rem .9rem }
+.output_stderr pre { border-color:#e0b94a } .output_error pre { border-color:var(--bad) }
 """
 
 # %% ../nbs/05_report.ipynb #34d02bb8
@@ -53,7 +51,7 @@ SAFE_TAGS = ("a abbr b blockquote br code dd del details div dl dt em h1 h2 h3 h
              "span strong sub summary sup table tbody td tfoot th thead tr tt u ul").split()
 SAFE_ATTRIBUTES = {"*": ["class", "id", "title", "lang"], "a": ["href"], "img": ["src", "alt", "width", "height"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
 
-# %% ../nbs/05_report.ipynb #0001ec83
+# %% ../nbs/05_report.ipynb #d5fac04e
 @cache
 def _exporter():
     from jinja2 import DictLoader
@@ -65,7 +63,8 @@ def _exporter():
 
     from nbconvert.exporters import HTMLExporter
     from pygments.formatters import HtmlFormatter
-    e = HTMLExporter(extra_loaders=[DictLoader({"mlkit.html.j2": PAGE})], template_file="mlkit.html.j2", exclude_anchor_links=True)
+    e = HTMLExporter(extra_loaders=[DictLoader({"mlkit.html.j2": PAGE})], template_file="mlkit.html.j2", exclude_anchor_links=True,
+        exclude_input_prompt=True, exclude_output_prompt=True)
     e.register_preprocessor(SanitizeOutputs(tags=SAFE_TAGS, attributes=SAFE_ATTRIBUTES), enabled=True)
     return e, CSS + PAGE_CSS + HtmlFormatter(style="friendly").get_style_defs(".highlight")
 

@@ -21,15 +21,18 @@ def _papermill():
     logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of parameters whose types it cannot read; `config` has checked them
     return papermill
 
-# %% ../nbs/06_runner.ipynb #5b8b6657
+# %% ../nbs/06_runner.ipynb #160ef3d2
 def strip_clocks(
     nb, # nbformat notebook, changed in place
 ):
-    "Remove papermill's and Jupyter's times, and the paths of this machine."
+    "Remove papermill's and Jupyter's times and the paths of this machine; join what a cell printed piece by piece."
+    from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
+    join = CoalesceStreamsPreprocessor()
     meta = nb.metadata.get("papermill", {})
     nb.metadata["papermill"] = {k: meta[k] for k in ("parameters", "version") if k in meta}
     for cell in nb.cells:
         for key in ("papermill", "execution"): cell.metadata.pop(key, None)
+        join.preprocess_cell(cell, {}, 0)
     return nb
 
 # %% ../nbs/06_runner.ipynb #83656484

@@ -247,7 +247,7 @@ def check_host(host: str) -> str: # `host`
     if not ok: raise ServeError(f"host '{host}': only 127.0.0.1, since Triton asks nobody who they are; put a proxy that does in front of it")
     return host
 
-# %% ../nbs/42_serve.ipynb #c58ca2e7
+# %% ../nbs/42_serve.ipynb #e20e6df5
 def guard(
     parent: int, # Process that this one belongs to
     grace: float, # Seconds that the command has to end by itself
@@ -256,7 +256,9 @@ def guard(
 ): # The command's exit code
     "Run `command` until it ends, this process is told to end, or `parent` is gone; then leave nothing of it."
     import ctypes, os, pathlib, signal, subprocess, sys
-    def die_with_me(): ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG; this process has one thread
+    prctl = ctypes.CDLL(None).prctl
+    def die_with_me(): prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: this process has one thread
+    prctl(36, 1) # PR_SET_CHILD_SUBREAPER: what the command leaves behind becomes a child of this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     child = subprocess.Popen(command, process_group=0, preexec_fn=die_with_me)
     try:
@@ -268,8 +270,10 @@ def guard(
         child.terminate()
         try: child.wait(grace)
         except subprocess.TimeoutExpired: pass
-        try: os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+            while True: os.waitpid(-1, 0)
+        except (ProcessLookupError, ChildProcessError): pass
         for f in pathlib.Path("/dev/shm").glob(f"{shm}*"): f.unlink(missing_ok=True)
 
 def _start_guarded(command, env, log, grace, shm):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/44_triton_backend.ipynb #4c0eb472
+# %% ../nbs/44_triton_backend.ipynb #7fb2d5d3
 class TritonPythonModel:
     "Runs `<version>/model.onnx`. Takes `intra_op_thread_count` from the configuration, as the native backend does."
     @staticmethod
@@ -18,6 +18,7 @@ class TritonPythonModel:
     def initialize(self, args):
         import onnxruntime, triton_python_backend_utils
         config, options = json.loads(args["model_config"]), onnxruntime.SessionOptions()
+        options.log_severity_level = 4 # a failure goes to who asked, not into a log that has no end
         options.intra_op_num_threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
         model = Path(args["model_repository"], args["model_version"], "model.onnx")
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
