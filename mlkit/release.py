@@ -36,12 +36,12 @@ def verify_bundle(folder: Path) -> str: # Its identity
         raise RegistryError(f"{folder}: the bundle does not list {sorted(extra)[0]}; remove it")
     return sha256(folder / MANIFEST)
 
-# %% ../nbs/32_release.ipynb #20f8c717
+# %% ../nbs/32_release.ipynb #eb7ef352
 def verdict(
     criteria: dict[str, dict[str, float]], # 'stage.metric': {'min': ..., 'max': ...}
     measured: dict[str, dict], # stage: its metrics
     model_name: str, bundle: str, compare: str, # The registry's name; the bundle's identity; the criterion by which champions are chosen
-) -> dict: # released, model, bundle, compare, criteria {name: {asked, value, met, higher_is_better}}
+) -> dict: # released, criteria_met, criteria_asked, model, bundle, compare, criteria {name: {asked, value, met, higher_is_better}}
     "Hold what was measured against what is asked. Raises `ConfigError` on a criterion that cannot be judged."
     known = {f"{s}.{m}": v for s, d in measured.items() for m, v in d.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     if not criteria: raise ConfigError("release.criteria: empty; write down what a release must meet")
@@ -52,7 +52,8 @@ def verdict(
         if name not in known: raise ConfigError(f"release.criteria: no stage measures '{name}'{nearest(name, known)}")
         judged[name] = {"asked": " and ".join(f"{'≥' if k == 'min' else '≤'} {v:g}" for k, v in asked.items()), "value": known[name],
                         "met": asked.get("min", -float("inf")) <= known[name] <= asked.get("max", float("inf")), "higher_is_better": "min" in asked}
-    return {"released": all(j["met"] for j in judged.values()), "model": model_name, "bundle": bundle, "compare": compare, "criteria": judged}
+    met = sum(j["met"] for j in judged.values())
+    return {"released": met == len(judged), "criteria_met": met, "criteria_asked": len(judged), "model": model_name, "bundle": bundle, "compare": compare, "criteria": judged}
 
 def verdict_line(v: dict) -> str:
     "The verdict in one line."

@@ -77,7 +77,7 @@ def page(
     html, _ = exporter.from_notebook_node(nb, resources={"mlkit": {"title": title, "css": css}})
     return html
 
-# %% ../nbs/05_report.ipynb #d669120c
+# %% ../nbs/05_report.ipynb #5ce63b3b
 def summary(
     notebook: str | Path, # A report
 ) -> dict: # title, about (text of the first blockquote), picture (PNG, base64, or None)
@@ -86,12 +86,12 @@ def summary(
     cells = json.loads(Path(notebook).read_bytes())["cells"]
     lines = [l for c in cells if c["cell_type"] == "markdown" for l in "".join(c["source"]).splitlines()]
     title = next((l[2:] for l in lines if l.startswith("# ")), Path(notebook).stem)
-    about = next((l[2:] for l in lines if l.startswith("> ")), "")
+    about = next((l[2:].replace("`", "") for l in lines if l.startswith("> ")), "")
     pictures = [("cover" in c["metadata"].get("tags", []), o["data"]["image/png"]) for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     picture = max(pictures, key=lambda p: p[0])[1] if pictures else None
     return {"title": title, "about": about, "picture": "".join(picture).strip() if picture else None}
 
-# %% ../nbs/05_report.ipynb #578268d6
+# %% ../nbs/05_report.ipynb #94985039
 def figure(
     value, # Of a metric
 ) -> str:
@@ -104,19 +104,19 @@ def key_figures(
     metrics: dict, # One metrics file
     n: int = 4, # At most
 ) -> list[tuple[str, str]]: # name, value
-    "The first `n` figures of a metrics file."
-    return [(k.replace("_", " "), figure(v)) for k, v in metrics.items() if not isinstance(v, (dict, list))][:n]
+    "The first `n` numbers of a metrics file."
+    return [(k.replace("_", " "), figure(v)) for k, v in metrics.items() if isinstance(v, (bool, int, float))][:n]
 
-# %% ../nbs/05_report.ipynb #8ecf6815
+# %% ../nbs/05_report.ipynb #e6d5565b
 INDEX_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ verdict_word or 'Pipeline' }} · {{ name }} · mlkit</title><style>{{ css }}</style></head><body><main>
+<title>{{ verdict_word or 'Pipeline' }} · {{ name }} · mlkit</title><style>{{ css|safe }}</style></head><body><main>
 <div class="crumb">{{ name }}</div>
-{% if verdict %}<section class="verdict {{ 'good' if verdict.released else 'bad' }}"><h1>{{ verdict_word }}</h1>
+{% if verdict %}<section class="verdict {{ 'good' if verdict.released else 'bad' }}"><div><h1>{{ verdict_word }}</h1>
 <p>{% if verdict.released %}All {{ verdict.criteria|length }} criteria are met.{% else %}Not met: {{ failed|join(', ') }}.{% endif %}</p>
+<p class="small">model <b>{{ verdict.model }}</b><br>bundle <code>{{ verdict.bundle[:16] }}…</code></p></div>
 <table><tr><th>criterion</th><th>asked</th><th>measured</th><th></th></tr>
-{% for c, v in verdict.criteria.items() %}<tr><td>{{ c }}</td><td>{{ v.asked }}</td><td>{{ figure(v.value) if v.value is not none else 'not measured' }}</td>
-<td class="{{ 'yes' if v.met else 'no' }}">{{ '✓' if v.met else '✗' }}</td></tr>{% endfor %}</table>
-<p class="small">bundle <code>{{ verdict.bundle[:16] }}…</code></p></section>{% endif %}
+{% for c, v in verdict.criteria.items() %}<tr><td>{{ c }}</td><td>{{ v.asked }}</td><td>{{ figure(v.value) }}</td>
+<td class="{{ 'yes' if v.met else 'no' }}">{{ '✓' if v.met else '✗' }}</td></tr>{% endfor %}</table></section>{% endif %}
 <div class="cards">{% for s in stages %}<a class="card" href="{{ s.href }}">
 <div class="picture">{% if s.picture %}<img alt="" src="data:image/png;base64,{{ s.picture }}">{% endif %}</div>
 <div class="body"><h3>{{ s.title }}</h3><p>{{ s.about }}</p>
@@ -125,14 +125,14 @@ INDEX_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta
 
 INDEX_CSS = """
 main { max-width:76rem } .small { color:var(--soft); font-size:.85rem; margin:.4rem 0 0 }
-.verdict { background:var(--paper); border:1px solid var(--line); border-left:8px solid; border-radius:8px; padding:1rem 1.5rem 1.1rem; margin:.6rem 0 1.8rem }
-.verdict.good { border-left-color:var(--good) } .verdict.bad { border-left-color:var(--bad) } .verdict h1 { margin:.2rem 0 } .verdict p { margin:.2rem 0 .6rem }
+.verdict { background:var(--paper); border:1px solid var(--line); border-left:8px solid; border-radius:8px; padding:1rem 1.5rem; margin:.6rem 0 1.8rem; display:flex; flex-wrap:wrap; gap:1rem 4rem; align-items:center }
+.verdict.good { border-left-color:var(--good) } .verdict.bad { border-left-color:var(--bad) } .verdict h1 { margin:.2rem 0 } .verdict p { margin:.2rem 0 .6rem } .verdict div { flex:1 1 16rem } .verdict table { flex:2 1 24rem; max-width:40rem; margin:0 } .verdict tr:last-child td { border-bottom:0 }
 .yes { color:var(--good); font-weight:700 } .no { color:var(--bad); font-weight:700 }
 .cards { display:grid; grid-template-columns:repeat(auto-fill,minmax(17rem,1fr)); gap:1rem }
 .card { display:flex; flex-direction:column; background:var(--paper); border:1px solid var(--line); border-radius:8px; overflow:hidden; color:inherit; text-decoration:none }
 .card:hover, .card:focus-visible { border-color:var(--brand); box-shadow:0 2px 10px rgba(0,0,0,.07); outline:none }
 .picture { height:10.5rem; border-bottom:1px solid var(--line); display:flex; align-items:center; justify-content:center; background:#fff }
-.picture img { max-height:100%; max-width:100%; object-fit:contain; padding:.4rem }
+.picture:empty { background:var(--ground) } .picture img { max-height:100%; max-width:100%; object-fit:contain; padding:.4rem }
 .body { padding:.75rem 1rem 1rem } .body h3 { margin:0; color:var(--brand) } .body p { margin:.15rem 0 .6rem; color:var(--soft); font-size:.88rem; line-height:1.45 }
 dl { display:grid; grid-template-columns:1fr 1fr; gap:.35rem .8rem; margin:0 } dt { color:var(--soft); font-size:.75rem } dd { margin:0; font-weight:600; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
 """

@@ -1,5 +1,5 @@
 "A real Triton: installed, asked, broken in every way that has been seen, and repaired."
-import os, shutil, signal, socket, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from http.client import HTTPConnection
 
 import numpy as np
@@ -41,6 +41,7 @@ def server(repository):
 
 def family(server): return psutil.Process(server.guard.pid).children(recursive=True)
 def stubs(server): return [p for p in family(server) if "stub" in p.name()]
+def shared_memory(pid): return [f for f in os.listdir("/dev/shm") if f.startswith(f"mlkit-{pid}-")]
 def rows(n, seed=0): return np.random.default_rng(seed).integers(0, 8, (n, 3), np.uint8)
 
 def test_install_is_idempotent():
@@ -103,21 +104,24 @@ def test_dead_server_is_restarted(server):
     next(p for p in family(server) if p.name() == "tritonserver").kill()
     record = next(r for r in supervise(server, every=0.05) if not r["ok"])
     assert record["repair"] == "restarted" and server.port == port
-    assert probe(server) < 1
+    assert probe(server) < 1 and len(shared_memory(os.getpid())) == len(stubs(server)) # none is left of the dead ones
 
 START = "import sys, time; from mlkit.serve import Triton, serve_forever; s = Triton(sys.argv[1]); "
 
 @pytest.mark.parametrize("victim", ["parent", "guard"])
 def test_server_dies_with_its_parent(repository, victim):
     p = subprocess.Popen([sys.executable, "-c", START + "s.start(); print('up', flush=True); time.sleep(60)", str(repository)], stdout=subprocess.PIPE, text=True)
+    parts = []
     try:
         assert p.stdout.readline() == "up\n"
         parts = psutil.Process(p.pid).children(recursive=True)
         assert len(parts) == 4 # guard, tritonserver, two stubs
         (p if victim == "parent" else parts[0]).kill()
         assert not psutil.wait_procs([x for x in parts if x.pid != parts[0].pid], timeout=8)[1]
-    finally: p.kill(); p.wait()
-    if victim == "parent": assert not psutil.wait_procs(parts, timeout=3)[1] and not [f for f in os.listdir("/dev/shm") if f.startswith(f"mlkit-{p.pid}-")]
+    finally:
+        for x in (p, *(x for x in parts if x.is_running())): x.kill()
+        p.wait()
+    if victim == "parent": assert not psutil.wait_procs(parts, timeout=3)[1] and not shared_memory(p.pid)
 
 def test_sigterm_ends_serve_forever_in_bounded_time(repository):
     "An open keep-alive connection would make Triton wait for as long as its client likes."
