@@ -105,12 +105,14 @@ def run(stage):
     click.echo(f"▸ {stage}")
     click.echo(f"✓ {stage} {run_stage(project_root(), stage):.1f} s")
 
-# %% ../nbs/07_cli.ipynb #52b4fdd5
+# %% ../nbs/07_cli.ipynb #960b8b32
 @main.command()
 def render():
-    "Bring dvc.yaml in step with the stage notebooks."
-    from mlkit.pipeline import render
-    click.echo("dvc.yaml rendered" if render(project_root()) else "dvc.yaml is in step")
+    "Bring dvc.yaml in step with the stage notebooks, and README.md with nbs/index."
+    from mlkit.pipeline import render, render_readme
+    root = project_root()
+    for file, changed in (("dvc.yaml", render(root)), ("README.md", render_readme(root))):
+        click.echo(f"{file} {'rendered' if changed else 'is in step'}")
 
 @main.command()
 def index():

@@ -32,13 +32,13 @@ def _installed(env):
     try: return read_json(env / "ready.json") == _recipe()
     except DataError: return False
 
-# %% ../nbs/42_serve.ipynb #9a65ac6f
+# %% ../nbs/42_serve.ipynb #f1dba0ef
 def find_triton() -> tuple[Path | None, str]: # (tritonserver or None, which one it is or what to do)
     "The tritonserver that would serve: the one on PATH, as in NVIDIA's container, before the serving environment's."
-    if found := shutil.which("tritonserver"): return Path(found), f"native backends: {found} is on PATH"
+    if found := shutil.which("tritonserver"): return Path(found), "native backends, of the tritonserver on PATH"
     env = serving_env()
-    if _installed(env): return env / "triton/pytriton/tritonserver/bin/tritonserver", f"python onnxruntime backend: {env}"
-    return None, f"{env}: no serving environment, or one of other versions; make it with mlkit.serve.install_serving()"
+    if _installed(env): return env / "triton/pytriton/tritonserver/bin/tritonserver", "ONNX Runtime in a Python-based backend, of the serving environment"
+    return None, f"{env}: no serving environment, or one of other versions; 'mlkit setup' makes it"
 
 # %% ../nbs/42_serve.ipynb #e094c430
 KEEP = ("bin/perf_analyzer", "nvidia_pytriton.libs", "pytriton/tritonserver/bin", "pytriton/tritonserver/backends")

@@ -1,0 +1,33 @@
+# Four commands, each doing its own set-up. PYTHON names the interpreter that the environment is made with.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: repro test lab setup clean
+
+repro: setup   ## run what has changed, say the verdict
+	@mlkit repro
+
+test: setup    ## every test: those in the notebooks, and those that cross them
+	@nbdev-test nbs --n-workers 2
+	@pytest
+
+lab: setup     ## JupyterLab, on this machine only
+	@jupyter lab --ip 127.0.0.1 nbs
+
+setup: $(READY)
+	@mlkit setup
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "mlkit needs Python 3.11 or 3.12, '$(PYTHON)' is another; try: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV): some minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:         ## what the pipeline made; the environments and the cache stay
+	@rm -rf .mlkit data models serving reports scratch .pytest_cache
+	@echo "removed the pipeline's outputs; 'make repro' restores them from DVC's cache"

@@ -1,0 +1,155 @@
+"One finished run of the whole pipeline, in a copy of this checkout; each test gets a clone of it that it may break."
+import hashlib, json, os, shutil, signal, subprocess, sys, time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
+
+def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+@dataclass
+class Project:
+    "A copy of the checkout, with its own git, its own DVC cache and its own `mlkit`."
+    root: Path
+    log: str = field(default="", repr=False) # What its first run printed
+
+    def __truediv__(self, path): return self.root / path
+
+    @property
+    def env(self):
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_", "JPY_", "MLKIT_OUTPUTS", "PYTEST"))}
+        return own | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.root), "COLUMNS": "200"}
+
+    def run(self, *command, timeout=120, rc=0):
+        "Raises `AssertionError` with both outputs where the exit code is not `rc` (None: any)."
+        done = subprocess.run(list(map(str, command)), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        assert rc is None or done.returncode == rc, f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def mlkit(self, *args, **kw): return self.run("mlkit", *args, **kw)
+    def dvc(self, *args, **kw): return self.run("dvc", *args, **kw)
+    def git(self, *args, **kw): return self.run("git", "-c", "user.name=t", "-c", "user.email=t@example.com", *args, **kw)
+    def commit(self): self.git("add", "-A"); self.git("commit", "-qm", "state", "--allow-empty")
+    def json(self, path): return json.loads((self / path).read_text())
+
+    def param(self, **values): # param(train__lr=0.1)
+        "Change params.yaml."
+        yaml, path = YAML(), self / "params.yaml"
+        params = yaml.load(path)
+        for name, value in values.items():
+            *outer, last = name.split("__")
+            section = params
+            for k in outer: section = section[k]
+            section[last] = value
+        yaml.dump(params, path)
+
+    def replace(self, path, old, new):
+        "Change a text file in one place."
+        text = (self / path).read_text()
+        assert text.count(old) == 1, f"{path}: {old!r} occurs {text.count(old)} times"
+        (self / path).write_text(text.replace(old, new))
+
+    @property
+    def stages(self): return YAML(typ="safe").load(self / "dvc.yaml")["stages"]
+
+    def outputs(self, *names): # of all stages, or of these
+        "path: SHA-256 of every file that the stages declare and that is there."
+        declared = [p for n, s in self.stages.items() if not names or n in names for p in [*s["outs"], *s.get("metrics", [])]]
+        files = [f for p in declared for f in ([self / p] if (self / p).is_file() else sorted((self / p).rglob("*")))]
+        return {f.relative_to(self.root).as_posix(): sha256(f) for f in files if f.is_file()}
+
+    def strays(self):
+        "Files that a stage which was stopped should not have left: those aside, and the temporary ones."
+        found = [f for d in ("data", "models", "serving", "reports", ".mlkit/aside") if (self / d).exists() for f in (self / d).rglob("*")]
+        kept = set(self.outputs())
+        return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
+
+    def processes(self):
+        "Every process that this project has started and that still runs: each inherits PYTHONPATH."
+        found = []
+        for p in psutil.process_iter():
+            try:
+                if p.status() != psutil.STATUS_ZOMBIE and p.environ().get("PYTHONPATH") == str(self.root): found.append(p)
+            except psutil.Error: pass
+        return found
+
+    def wait_idle(self, timeout=15):
+        "The processes that are still there after `timeout` seconds."
+        psutil.wait_procs(self.processes(), timeout=timeout)
+        return self.processes()
+
+    @contextmanager
+    def started(self, *command, group=True):
+        "A command of its own session, as a terminal gives it; whatever it has left is ended."
+        out = self.root.parent / f"{self.root.name}.stdout"
+        with open(out, "w") as o, open(out.with_suffix(".stderr"), "w") as e:
+            p = psutil.Popen(list(map(str, command)), cwd=self.root, env=self.env | {"PYTHONUNBUFFERED": "1"}, stdout=o, stderr=e, stdin=subprocess.DEVNULL, start_new_session=group)
+        p.out, p.err = out, out.with_suffix(".stderr")
+        try: yield p
+        finally:
+            for q in {p, *self.processes()}:
+                try: q.kill()
+                except psutil.NoSuchProcess: pass
+            p.wait(20)
+
+    def clone(self, root):
+        "A second one in the same state, as cheap as the file system allows."
+        subprocess.run(["cp", "-a", "--reflink=auto", self.root, root], check=True, timeout=60)
+        shutil.rmtree(root / ".dvc/tmp", ignore_errors=True)
+        return Project(root, self.log)
+
+def ran(text): return [l[2:].strip() for l in text.splitlines() if l.startswith("▸ ")]
+
+def one_line(done, *words):
+    "The failure of `done` in one line, which holds `words`; no traceback."
+    text = done.stdout + done.stderr
+    assert done.returncode not in (0, None) and "Traceback" not in text, text[-3000:]
+    lines = [l for l in done.stderr.splitlines() if l.strip()]
+    assert len(lines) == 1, f"{len(lines)} lines on stderr:\n" + done.stderr[-3000:]
+    assert lines[0].startswith("mlkit: ") and all(w in lines[0] for w in words), f"{words} are not all in: {lines[0]}"
+    return lines[0]
+
+def wait_for(condition, timeout, what):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if value := condition(): return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {timeout} s")
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    "The checkout as git would carry it, nothing run."
+    root = tmp_path_factory.mktemp("fresh") / "project"
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    (root / "champion.json").unlink(missing_ok=True) # nobody to beat
+    project = Project(root)
+    project.git("init", "-q")
+    project.commit()
+    return project
+
+@pytest.fixture(scope="session")
+def finished(fresh, tmp_path_factory):
+    "After `mlkit repro`. For reading only: take `project` to change something."
+    project = fresh.clone(tmp_path_factory.mktemp("finished") / "project")
+    done = project.mlkit("repro", timeout=400, rc=None)
+    assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    project.log = done.stdout
+    project.commit()
+    return project
+
+@pytest.fixture
+def project(finished, tmp_path):
+    "A clone of the finished project; all that it started is ended after the test."
+    clone = finished.clone(tmp_path / "project")
+    yield clone
+    for p in clone.processes(): p.kill()
+    shutil.rmtree(clone.root, ignore_errors=True)

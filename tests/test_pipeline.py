@@ -1,0 +1,220 @@
+"The whole pipeline on the real data: it releases, does nothing twice, reruns what it must and nothing else, and gives the same bytes anywhere."
+import json, os, shutil, sqlite3, subprocess, sys, time
+
+import pytest
+from conftest import BIN, ran, sha256
+from ruamel.yaml import YAML
+
+STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"]
+MEASURED = {"serve", "release"} # their reports show milliseconds, or a verdict that rests on them; so does the page that sums up
+
+def cells(nb, kind="code"): return [c | {"source": "".join(c["source"])} for c in json.loads(nb.read_text())["cells"] if c["cell_type"] == kind]
+
+def versions(project):
+    "version: (its bundle, its aliases), as MLflow's database has it."
+    if not (project / "mlflow.db").is_file(): return {}
+    with sqlite3.connect(project / "mlflow.db") as c:
+        bundles = dict(c.execute("select version, value from model_version_tags where key = 'bundle' and name = 'digits'"))
+        aliases = c.execute("select version, alias from registered_model_aliases where name = 'digits'").fetchall()
+    return {v: (b, {a for w, a in aliases if w == v}) for v, b in bundles.items()}
+
+# The first run
+
+def test_first_run_releases(finished):
+    assert sorted(ran(finished.log)) == sorted(STAGES)
+    assert "Released: digits" in finished.log and "champion and challenger" in finished.log and str(finished / "reports/index.html") in finished.log
+    for s in STAGES:
+        for ext in ("ipynb", "html"): assert (finished / f"reports/{s}.{ext}").stat().st_size > 2000
+    verdict = finished.json("reports/metrics/verdict.json")
+    assert verdict["released"] and all(c["met"] for c in verdict["criteria"].values())
+    assert finished.json("reports/metrics/evaluate.json")["accuracy"] >= 0.97
+    assert finished.json("reports/metrics/serve.json")["agreement"] == finished.json("reports/metrics/export.json")["agreement"] == 1
+    assert finished.json("reports/measurements/train.json")["seconds"] < 60
+    assert {"calm_is_calm": True, "noise_is_flagged": True}.items() <= finished.json("reports/metrics/monitor.json").items()
+    assert list(versions(finished).values()) == [(verdict["bundle"], {"champion", "challenger"})]
+    assert finished.strays() == [] and finished.processes() == []
+
+def test_reports_show_the_values_they_ran_with(finished):
+    params = YAML(typ="safe").load(finished / "params.yaml")
+    for s in STAGES:
+        injected, = [c["source"] for c in cells(finished / f"reports/{s}.ipynb") if "injected-parameters" in c["metadata"].get("tags", [])]
+        exec(injected, shown := {})
+        assert {k: shown[k] for k in params[s]} == params[s]
+        assert "The values it ran with" in (finished / f"reports/{s}.html").read_text()
+
+def test_results_name_no_folder_of_this_machine(finished):
+    "What is in DVC's cache is the same wherever the project lies."
+    here = [str(p).encode() for p in (finished.root, finished.root.resolve(), BIN.parent, os.path.expanduser("~"), "/tmp/", ".mlkit/aside")]
+    found = [(f, h.decode()) for f in finished.outputs() for h in here if h in (finished / f).read_bytes()]
+    assert found == []
+
+# Nothing twice
+
+def test_second_run_does_nothing_and_says_so(project):
+    before = {p: ((project / p).stat().st_mtime_ns, h) for p, h in project.outputs().items()}
+    project.mlkit("repro") # the clone lies elsewhere: DVC hashes all of it once
+    start = time.monotonic()
+    done = project.mlkit("repro")
+    assert time.monotonic() - start < 15 and ran(done.stdout) == [] and "nothing to run" in done.stdout and "Released" in done.stdout
+    assert {p: ((project / p).stat().st_mtime_ns, h) for p, h in project.outputs().items()} == before
+    assert "Running stage" not in (plain := project.dvc("repro").stdout) and "up to date" in plain
+    assert "up to date" in project.dvc("status").stdout
+    assert project.git("status", "--short").stdout == "" # dvc.lock and champion.json included
+
+def test_source_and_generated_files_are_in_step(project):
+    for command in (["mlkit", "render"], ["nbdev-export"], ["nbdev-clean"]): project.run(*command)
+    assert project.git("status", "--short").stdout == ""
+
+# What a change reruns
+
+def stale(project):
+    "The stages that DVC would run, those only downstream of them left out, and why: {stage: its changed dependencies}."
+    changed = json.loads(project.dvc("status", "--json").stdout)
+    return {s: sorted(p if isinstance(p, str) else str(p) for e in entries if isinstance(e, dict) for p in e.get("changed deps", {})) for s, entries in changed.items()}
+
+def edit(project, nb, old, new, kind="code"):
+    "Change a cell as JupyterLab would, and export."
+    doc = json.loads((project / nb).read_text())
+    hit, = [c for c in doc["cells"] if c["cell_type"] == kind and old in "".join(c["source"]) and (kind == "markdown" or "#| export" in "".join(c["source"]))]
+    hit["source"] = "".join(hit["source"]).replace(old, new, 1).splitlines(keepends=True)
+    (project / nb).write_text(json.dumps(doc, indent=1, ensure_ascii=False) + "\n")
+    project.run("nbdev-export")
+
+def test_prose_and_tests_rerun_nothing(project):
+    for path in sorted(project.root.glob("nbs/[0-9]*.ipynb")): # in every library notebook
+        doc = json.loads(path.read_text())
+        prose = next(c for c in doc["cells"] if c["cell_type"] == "markdown")
+        prose["source"] = ["".join(prose["source"]) + "\nMore prose."]
+        doc["cells"].append({"cell_type": "code", "execution_count": None, "id": "0badcafe", "metadata": {}, "outputs": [], "source": ["assert 1 + 1 == 2"]})
+        path.write_text(json.dumps(doc, indent=1, ensure_ascii=False) + "\n")
+    project.run("nbdev-export")
+    assert project.git("status", "--short", "mlkit").stdout == "" and len(project.git("status", "--short", "nbs").stdout.splitlines()) > 20
+    assert stale(project) == {}
+
+def test_changed_function_reruns_who_uses_it(project):
+    "`train` and `tune`, which trains in its trials; then what is downstream of them, as far as what they write has changed."
+    edit(project, "nbs/22_train.ipynb", 'mode="replicate"', 'mode="constant"')
+    assert stale(project) == {"train": ["mlkit/train.py"], "tune": ["mlkit/train.py"]}
+    assert project.git("status", "--short", "mlkit").stdout.split() == ["M", "mlkit/train.py"]
+
+def test_what_depends_on_what(finished):
+    "A module stands in dvc.yaml under just the stages that import it, directly or through another."
+    deps = {n: {d for d in s["deps"] if d.startswith("mlkit/")} for n, s in finished.stages.items()}
+    def users(module): return {n for n, d in deps.items() if f"mlkit/{module}.py" in d}
+    assert users("train") == users("tune") | {"train"} == {"tune", "train"} and users("track") == {"train"} and users("explain") == {"explain"}
+    assert users("evaluate") == {"evaluate"} and users("source") == {"ingest"} and users("audit") == {"audit"} and users("load_test") == {"serve"}
+    assert users("stage") == set(STAGES) and not users("cli") | users("runner") | users("pipeline") | users("_modidx")
+    # and the same from Python itself: no module of mlkit is loaded that is not declared
+    code = """
+import json, sys
+from mlkit.config import code_cells
+done = set(sys.modules)
+for c in code_cells(sys.argv[1]):
+    for line in c["source"].splitlines():
+        if line.lstrip().startswith(("import ", "from ")): exec(line.strip())
+print(json.dumps(sorted(m.replace(".", "/") + ".py" for m in sys.modules if m.startswith("mlkit."))))"""
+    for s in ("ingest", "tune", "train", "export"):
+        loaded = set(json.loads(finished.run(sys.executable, "-c", code, f"nbs/stages/{s}.ipynb").stdout)) - {"mlkit/config.py"}
+        assert loaded <= deps[s], f"{s}: {loaded - deps[s]} is missing in dvc.yaml"
+
+def test_param_reruns_its_stage_and_going_back_restores(project):
+    before = project.outputs()
+    project.param(explain__n_correct=4, explain__n_steps=8)
+    assert stale(project) == {"explain": ["params.yaml"]}
+    assert ran(project.mlkit("repro").stdout) == ["explain", "release"] # its metrics changed; the bundle did not, so monitor stands
+    changed = {p for p, h in project.outputs().items() if before[p] != h}
+    assert {"data/explained.json", "reports/explain.ipynb", "reports/explain.html", "reports/metrics/explain.json", "reports/index.html"} <= changed
+    assert all("explain" in p or "release" in p or "index" in p for p in changed)
+    project.git("checkout", "params.yaml")
+    done = project.mlkit("repro")
+    assert ran(done.stdout) == [] and project.outputs() == before # from the cache, reports too
+
+# DVC's own commands
+
+def test_dvc_experiments_metrics_plots(project):
+    done = project.dvc("exp", "run", "train", "-S", "train.n_epochs=1", "-S", "train.lr=0.001", "-n", "quick")
+    assert ran(done.stdout) == ["train"] and project.json("reports/metrics/train.json")["epochs"] == 1
+    diff = json.loads(project.dvc("metrics", "diff", "--json").stdout)["diff"] if "diff" in (d := json.loads(project.dvc("metrics", "diff", "--json").stdout)) else d
+    assert diff["reports/metrics/train.json"]["epochs"] == {"old": 30, "new": 1, "diff": -29}
+    assert diff["reports/metrics/train.json"]["validation_accuracy"]["diff"] < 0
+    shown = project.dvc("metrics", "show").stdout
+    assert all(f"reports/metrics/{s}.json" in shown for s in STAGES if s != "release") and "verdict.json" in shown
+    for command in (["plots", "show"], ["plots", "diff", "HEAD"]):
+        project.dvc(*command, "-o", "scratch/plots")
+        page = (project / "scratch/plots/index.html").read_text()
+        assert all(w in page for w in ("validation_loss", "validation_accuracy", "predicted", "confidence")), command
+        shutil.rmtree(project / "scratch/plots")
+    dag = project.dvc("dag", "--mermaid").stdout
+    assert dag.count('["') == len(STAGES) + 1 and "train" in project.dvc("dag").stdout
+    assert "quick" in project.dvc("exp", "show", "--csv").stdout
+    runs = "select count(*) from runs r join experiments e using (experiment_id) where r.name not like 'release %'"
+    with sqlite3.connect(project / "mlflow.db") as c: n = c.execute(runs).fetchone()[0]
+    project.dvc("exp", "run", "--temp", "train", "-S", "train.n_epochs=2", "-n", "aside") # runs in a folder under .dvc/tmp
+    with sqlite3.connect(project / "mlflow.db") as c:
+        assert c.execute(runs).fetchone()[0] == n + 1 and c.execute("select count(*) from params where key = 'n_epochs' and value = '2'").fetchone()[0] == 1
+    assert project.json("reports/metrics/train.json")["epochs"] == 1 # the workspace is as it was
+    project.dvc("exp", "apply", "aside")
+    assert project.json("reports/metrics/train.json")["epochs"] == 2
+
+def test_plain_papermill_runs_small_and_aside(project):
+    before, start = project.outputs(), time.monotonic()
+    project.run("papermill", "--no-progress-bar", "nbs/stages/train.ipynb", project.root.parent / "out.ipynb")
+    assert time.monotonic() - start < 45
+    assert project.outputs() == before and (project / "scratch/train/models/model.safetensors").is_file()
+    assert json.loads((project / "scratch/train/reports/metrics/train.json").read_text())["epochs"] == 3
+    assert project.git("status", "--short").stdout == "" and "epoch   3/3" in json.dumps(cells(project.root.parent / "out.ipynb"))
+
+# Release and registry
+
+def test_registry_is_restored(project):
+    bundle = project.json("reports/metrics/verdict.json")["bundle"]
+    for f in project.root.glob("mlflow.db*"): f.unlink()
+    shutil.rmtree(project / "mlartifacts")
+    done = project.mlkit("repro")
+    assert ran(done.stdout) == [] and "champion and challenger" in done.stdout and "already" not in done.stdout
+    assert list(versions(project).values()) == [(bundle, {"champion", "challenger"})]
+    assert "already" in project.mlkit("repro").stdout and len(versions(project)) == 1
+    # what the registry gives is what was put in
+    code = "from mlkit.registry import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
+    folder = project.run(sys.executable, "-c", code).stdout.strip()
+    assert sha256(f"{folder}/bundle.json") == bundle and sha256(f"{folder}/model.safetensors") == sha256(project / "models/model.safetensors")
+
+def test_worse_becomes_challenger_only(project):
+    for f in project.root.glob("mlflow.db*"): f.unlink()
+    champion = project.json("champion.json") | {"bundle": "0" * 64, "value": 0.9999}
+    (project / "champion.json").write_text(json.dumps(champion))
+    out = project.mlkit("release").stdout
+    assert "challenger; the champion stays 000000000000" in out
+    assert [a for _, a in versions(project).values()] == [{"challenger"}] and project.json("champion.json") == champion
+    (project / "champion.json").write_text(json.dumps(champion | {"value": 0.5})) # that one is easier to beat
+    assert "champion and challenger" in project.mlkit("release").stdout
+    assert [a for _, a in versions(project).values()] == [{"champion", "challenger"}] and project.json("champion.json")["value"] > 0.97
+
+def test_refused_release_is_not_published(project):
+    for f in [*project.root.glob("mlflow.db*"), project / "champion.json"]: f.unlink()
+    yaml = YAML()
+    params = yaml.load(project / "params.yaml")
+    params["release"]["criteria"]["evaluate.accuracy"]["min"] = 1.01
+    yaml.dump(params, project / "params.yaml")
+    done = project.mlkit("repro", rc=1)
+    assert ran(done.stdout) == ["release"] and "Not released: digits" in done.stdout and "evaluate.accuracy" in done.stdout.split("Not released")[-1] and "≥ 1.01" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    verdict, page = project.json("reports/metrics/verdict.json"), (project / "reports/index.html").read_text()
+    assert not verdict["released"] and [n for n, c in verdict["criteria"].items() if not c["met"]] == ["evaluate.accuracy"]
+    assert "<h1>Not released</h1>" in page and "Not met: evaluate.accuracy" in page
+    assert versions(project) == {} and not (project / "champion.json").exists()
+    assert project.mlkit("release", rc=1).stdout.startswith("Not released") and versions(project) == {}
+    assert project.mlkit("repro", rc=1).stdout.count("Not released") == 1 # a second look does not make it better
+
+# The same bytes
+
+def test_same_bytes_in_another_folder(finished, tmp_path):
+    "Every stage whose results are no measurements, run again somewhere else: data, weights, ONNX, metrics and reports."
+    project = finished.clone(tmp_path / "elsewhere, with a longer name")
+    stages = [s for s in STAGES if s not in MEASURED | {"tune", "monitor"}]
+    before = project.outputs(*stages)
+    for d in ("models/model.safetensors", "models/export/model.onnx"): (project / d).unlink()
+    for s in stages: project.mlkit("run", s)
+    after = project.outputs(*stages)
+    assert len(after) > 40 and any(p.endswith("test.safetensors") for p in after) and {"models/model.safetensors", "models/export/model.onnx"} <= set(after)
+    assert {p for p in before | after if before.get(p) != after.get(p)} == {"reports/measurements/train.json"}
