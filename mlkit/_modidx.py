@@ -162,6 +162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlkit.pipeline.Node.modules': ('pipeline.html#node.modules', 'mlkit/pipeline.py'),
                                 'mlkit.pipeline.Node.reports': ('pipeline.html#node.reports', 'mlkit/pipeline.py'),
                                 'mlkit.pipeline._deps': ('pipeline.html#_deps', 'mlkit/pipeline.py'),
+                                'mlkit.pipeline._file_imports': ('pipeline.html#_file_imports', 'mlkit/pipeline.py'),
                                 'mlkit.pipeline._files': ('pipeline.html#_files', 'mlkit/pipeline.py'),
                                 'mlkit.pipeline._imports': ('pipeline.html#_imports', 'mlkit/pipeline.py'),
                                 'mlkit.pipeline._python': ('pipeline.html#_python', 'mlkit/pipeline.py'),

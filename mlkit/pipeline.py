@@ -4,9 +4,10 @@
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'declaration', 'import_tree', 'Node', 'load_stages', 'dvc_config', 'render',
            'render_readme']
 
-# %% ../nbs/04_pipeline.ipynb #84b2f26a
+# %% ../nbs/04_pipeline.ipynb #01c3dfbf
 import ast, json, re
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
@@ -52,21 +53,24 @@ def _files(name, root):
     def dunder(n): return isinstance(n, ast.Expr) or isinstance(n, ast.Assign) and all(t.id.startswith("__") for t in n.targets)
     return [init] if init.is_file() and not all(map(dunder, ast.parse(init.read_text()).body)) else []
 
-# %% ../nbs/04_pipeline.ipynb #ef2aee98
+# %% ../nbs/04_pipeline.ipynb #cbb48d67
+@cache
+def _file_imports(path, root, changed): # `changed`: its time, so that an edited file is read again
+    "Files import each other across many stages: each is parsed once."
+    return tuple(dict.fromkeys(_imports(ast.parse(path.read_text()), list(path.parent.relative_to(root).parts))))
+
 def import_tree(
     sources: list[str], # Code, of the cells of a notebook say
     root: Path, # The project
 ) -> list[str]: # Sorted paths of .py files relative to `root`
     "The project's own modules that `sources` import, directly or through each other."
-    seen, todo = set(), [(ast.parse(s), []) for s in sources]
+    seen, todo = set(), [name for s in sources for name in _imports(ast.parse(s), [])]
     while todo:
-        tree, package = todo.pop()
-        for name in _imports(tree, package):
-            parts = name.split(".")
-            for file in [f for i in range(1, len(parts) + 1) for f in _files(".".join(parts[:i]), root)]:
-                if file in seen: continue
-                seen.add(file)
-                todo.append((ast.parse(file.read_text()), list(file.parent.relative_to(root).parts)))
+        parts = todo.pop().split(".")
+        for file in [f for i in range(1, len(parts) + 1) for f in _files(".".join(parts[:i]), root)]:
+            if file in seen: continue
+            seen.add(file)
+            todo += _file_imports(file, root, file.stat().st_mtime_ns)
     return sorted(f.relative_to(root).as_posix() for f in seen)
 
 # %% ../nbs/04_pipeline.ipynb #20494507

@@ -1,0 +1,228 @@
+"What goes wrong at a user's: one line that says what, where and what to do; nothing half-written; the next run goes on."
+import json, os, shutil, signal, socket, subprocess, time
+
+import cv2, numpy as np, polars as pl
+import pytest
+from conftest import Project, one_line, ran, wait_for
+
+@pytest.fixture(scope="module")
+def broken(finished, tmp_path_factory):
+    "A clone whose parameters tests break and put back."
+    return finished.clone(tmp_path_factory.mktemp("broken") / "project")
+
+@pytest.fixture
+def untouched(broken):
+    "What the stages declare must be as it was after the test, and params.yaml is put back."
+    before = broken.outputs()
+    yield broken
+    broken.git("checkout", "params.yaml", "dvc.yaml", "dvc.lock")
+    assert broken.outputs() == before and broken.strays() == [] and broken.processes() == []
+
+# params.yaml
+
+BAD_PARAMS = {
+    "typo": ("  weight_decay: 0.01 ", "  wieght_decay: 0.01 ", ["params.yaml", "train", "wieght_decay", "did you mean 'weight_decay'"]),
+    "missing": ("  width: 24\n  dropout: 0.1", "  dropout: 0.1", ["params.yaml", "train", "lacks", "width", "add for example"]),
+    "mistyped": ("  n_epochs: 30", "  n_epochs: many", ["params.yaml", "train.n_epochs", "integer", "'many'"]),
+    "float for int": ("  n_epochs: 30", "  n_epochs: 30.5", ["params.yaml", "train.n_epochs", "30.5"]),
+    "text for number": ("  lr: 0.005", "  lr: 5e-3", ["params.yaml", "train.lr", "5e-3"]), # YAML 1.1 reads this as text
+    "out of range": ("  n_epochs: 30", "  n_epochs: 0", ["params.yaml", "train.n_epochs", "greater than 0"]),
+    "not a choice": ("  engine: auto ", "  engine: rocket ", ["params.yaml", "export.engine", "tensorrt", "rocket"]),
+    "unknown section": ("train:\n  model", "trian:\n  model", ["params.yaml", "no stage is called 'trian'", "did you mean 'train'"]),
+    "no values": ("explain:\n  n_correct: 6", "explain: 6\nx:\n  n_correct: 6", ["params.yaml"]),
+    "no YAML": ("  lr: 0.005", "  lr: [0.005", ["params.yaml, line", "not valid YAML"]),
+    "a tab": ("  seed: 0\nevaluate", "\tseed: 0\nevaluate", ["params.yaml, line", "not valid YAML"]),
+    "twice": ("  n_epochs: 30", "  n_epochs: 30\n  n_epochs: 3", ["params.yaml, line", "n_epochs"]),
+    "negative": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
+}
+
+@pytest.mark.parametrize("case", BAD_PARAMS)
+def test_bad_params(untouched, case):
+    old, new, words = BAD_PARAMS[case]
+    untouched.replace("params.yaml", old, new)
+    one_line(untouched.mlkit("repro", rc=1), *words)
+    if case == "typo": one_line(untouched.mlkit("run", "train", rc=1), *words)
+
+def test_bad_words_and_places(untouched, tmp_path):
+    one_line(untouched.mlkit("run", "trian", rc=1), "trian", "did you mean 'train'")
+    one_line(untouched.mlkit("repro", "trian", rc=None), "trian")
+    assert "No such command 'rnu'" in (done := untouched.mlkit("rnu", rc=2)).stderr and "Traceback" not in done.stderr
+    elsewhere = Project(tmp_path)
+    for command in ("repro", "release", "index", "render"): one_line(elsewhere.mlkit(command, rc=1), "no params.yaml", "go to")
+
+def test_dvc_too_fails_without_traceback(untouched):
+    untouched.param(ingest__source="nowhere")
+    done = untouched.dvc("repro", "ingest", rc=None)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "mlkit: ingest: " in done.stderr
+
+# Data
+
+@pytest.mark.parametrize("source, words", [("data/raw", ["ingest", "data/raw", "folder"]), ("digit", ["did you mean 'digits'"])])
+def test_missing_data(untouched, source, words):
+    untouched.param(ingest__source=source)
+    one_line(untouched.mlkit("repro", rc=1), *words)
+
+def test_data_that_break_the_contract(untouched):
+    contract = untouched.json("data/contract.json")
+    contract["target"]["categories"].remove("7")
+    contract["inputs"][0]["shape"] = [8, 9, 1]
+    (untouched / "mine.json").write_text(json.dumps(contract))
+    untouched.param(ingest__contract="mine.json")
+    line = one_line(untouched.mlkit("repro", rc=1), "ingest", "contract", "'7' is not in the contract's categories", "width 8 where the contract has 9", "digits/0007")
+    assert "mend the data" in line
+    (untouched / "mine.json").write_text(json.dumps(contract | {"min_sample": 3}))
+    one_line(untouched.mlkit("repro", rc=1), "mine.json", "min_sample")
+    (untouched / "mine.json").write_text("{")
+    one_line(untouched.mlkit("repro", rc=1), "mine.json", "JSON")
+    (untouched / "mine.json").unlink()
+    one_line(untouched.mlkit("repro", rc=1), "mine.json", "no such file")
+
+EVIL = '<img src=x onerror="document.title=1337">'
+
+@pytest.fixture(scope="module")
+def pictures(finished, tmp_path_factory):
+    "A project whose data are a folder: three classes of RGB images of many sizes, one of them no image."
+    project = finished.clone(tmp_path_factory.mktemp("pictures") / "project")
+    random = np.random.default_rng(0)
+    for c, label in enumerate(("cat", "dog & co", EVIL)):
+        (folder := project / "raw" / label).mkdir(parents=True)
+        for i in range(40):
+            h, w = random.integers(20, 60, 2)
+            x = np.full((h, w, 3), 30, np.uint8); x[..., c] = 200 # blue, green, red, as OpenCV counts
+            x = np.clip(x + random.normal(0, 20, x.shape), 0, 255).astype(np.uint8)
+            assert cv2.imwrite(str(folder / f"{i:03d}.{('png', 'jpg')[i % 2]}"), x)
+    (project / "raw/cat/torn.png").write_bytes((project / "raw/cat/000.png").read_bytes()[:100])
+    project.param(ingest__source="raw", prepare__size=16)
+    return project
+
+def test_unreadable_image_blocks_by_name(pictures):
+    before = pictures.outputs("audit", "prepare", "train")
+    done = pictures.mlkit("repro", rc=1)
+    assert ran(done.stdout) == ["ingest", "audit"]
+    one_line(done, "audit", "cat/torn.png", "1 of 121 images cannot be decoded", "audit.block")
+    assert pictures.outputs("audit", "prepare", "train") == before
+    failed = (pictures / ".mlkit/failed/audit.html").read_text() # where it stopped can be seen
+    assert "cannot be decoded" in failed and "Balance" in failed
+    assert ran(pictures.mlkit("repro", "audit", rc=1).stdout) == ["audit"] # what was finished is kept
+
+def test_folder_of_images(pictures):
+    assert pictures.json("reports/metrics/ingest.json").items() >= {"samples": 121, "classes": 3}.items()
+    pictures.param(audit__block=["conflict"])
+    assert ran(pictures.mlkit("repro", "prepare").stdout) == ["audit", "prepare"]
+    from safetensors.numpy import load_file
+    transform = pictures.json("data/prepared/transform.json")
+    assert transform["shape"] == [16, 16, 3] and transform["classes"] == sorted(["cat", "dog & co", EVIL])
+    n = 0
+    for split in ("train", "validation", "test"):
+        (X, y), = [tuple(load_file(pictures / f"data/prepared/{split}.safetensors")[k] for k in ks) for ks in (("X", "y"),)]
+        n += len(X)
+        assert X.shape[1:] == (16, 16, 3) and X.dtype == np.uint8
+        for c, label in enumerate(("cat", "dog & co", EVIL)): # blue, green, red: channel 2, 1, 0 in RGB
+            assert (X[y == transform["classes"].index(label)].mean((0, 1, 2)).argmax() == 2 - c)
+    assert n == 120 and pictures.json("reports/metrics/prepare.json")["left_out"] == 1
+    assert pl.read_parquet(pictures / "data/splits.parquet")["content"].null_count() == 0
+
+def test_one_more_image_changes_no_split(pictures):
+    before = dict(pl.read_parquet(pictures / "data/splits.parquet").select("content", "split").iter_rows())
+    cv2.imwrite(str(pictures / "raw/cat/aaa.png"), np.random.default_rng(9).integers(0, 255, (30, 30, 3), np.uint8))
+    assert ran(pictures.mlkit("repro", "prepare").stdout) == ["ingest", "audit", "prepare"]
+    after = dict(pl.read_parquet(pictures / "data/splits.parquet").select("content", "split").iter_rows())
+    assert len(after) == len(before) + 1 and all(after[c] == s for c, s in before.items())
+
+# The machine
+
+def test_port_in_use(untouched):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        port = s.getsockname()[1]
+        untouched.param(serve__port=port)
+        one_line(untouched.mlkit("repro", "serve", rc=1), "serve", f"port {port} is in use", str(os.getpid()), "choose another")
+    assert ran(untouched.mlkit("repro", "serve", timeout=60).stdout) == ["serve"] # free again
+    untouched.git("checkout", "params.yaml")
+    untouched.dvc("repro", "serve")
+
+@pytest.fixture(scope="module")
+def small_disk(finished, tmp_path_factory):
+    "A clone on a file system of its own, which a test can fill."
+    disk = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(disk)], capture_output=True, text=True) if shutil.which("mount") else None
+    if not mounted or mounted.returncode: pytest.skip("not run: a full disk; no tmpfs can be mounted here (needs root)")
+    try: yield finished.clone(disk / "project")
+    finally: subprocess.run(["umount", "-l", str(disk)], check=True)
+
+@pytest.mark.parametrize("left_kb", [0, 200, 1500])
+def test_full_disk(small_disk, left_kb):
+    "Full from the start, or full while the stage writes: its outputs need more than 2 MB."
+    project, ballast = small_disk, small_disk.root.parent / "ballast"
+    project.param(ingest__shard_size=500 + left_kb)
+    before, free = project.outputs(), shutil.disk_usage(project.root).free
+    with open(ballast, "wb") as f: os.posix_fallocate(f.fileno(), 0, free - left_kb * 1024)
+    done = project.mlkit("repro", "prepare", rc=None)
+    text = one_line(done, "no space left on the disk", "free some")
+    assert ran(done.stdout)[:1] in ([], ["ingest"]), text
+    finished_now = set(ran(done.stdout)[:-1])
+    after = project.outputs()
+    assert {p for p in before if after.get(p) != before[p]} <= set(project.outputs(*finished_now)) if finished_now else after == before
+    ballast.unlink()
+    assert project.strays() == [] and project.processes() == []
+    assert ran(project.mlkit("repro", "prepare").stdout)[-1] == "prepare" and project.strays() == []
+    assert "up to date" in project.dvc("status", "prepare").stdout
+
+# Ctrl-C, and being killed
+
+@pytest.fixture(scope="module")
+def stopped(finished, tmp_path_factory):
+    "A clone with much to run, whose runs are stopped one after the other."
+    project = finished.clone(tmp_path_factory.mktemp("stopped") / "project")
+    project.param(ingest__shard_size=600, train__seed=1, train__n_epochs=12)
+    return project
+
+def stop(project, stage, wait, send, group=True):
+    "Run until `stage` has begun and `wait()` holds, then `send(process)`. Returns the exit code, both outputs."
+    with project.started("mlkit", "repro") as p:
+        wait_for(lambda: p.poll() is not None or f"▸ {stage}\n" in p.out.read_text(), 120, f"{stage} begins")
+        assert p.poll() is None, p.err.read_text()[-2000:]
+        wait_for(lambda: p.poll() is not None or wait(project, p), 60, f"{stage} is under way")
+        assert f"✓ {stage}" not in p.out.read_text(), f"{stage} was over before it could be stopped"
+        begin = time.monotonic()
+        send(p)
+        rc = p.wait(30)
+        assert time.monotonic() - begin < 20
+        left = project.wait_idle(10)
+        assert left == [], [q.cmdline() for q in left if q.is_running()]
+        return subprocess.CompletedProcess("mlkit repro", rc, p.out.read_text(), p.err.read_text())
+
+def to_group(signum): return lambda p: os.killpg(p.pid, signum)
+def kernel_runs(project, p): return any("ipykernel" in " ".join(q.cmdline()) for q in project.processes())
+def training(project, p): return "epoch   " in p.out.read_text()
+def serving(project, p): return any("tritonserver" in q.name() for q in project.processes())
+
+@pytest.mark.parametrize("stage, when, signum", [
+    ("ingest", kernel_runs, signal.SIGINT),
+    ("train", training, signal.SIGINT),
+    ("train", training, signal.SIGTERM),
+    ("serve", serving, signal.SIGINT),
+    ("serve", serving, signal.SIGTERM),
+], ids=lambda v: v if isinstance(v, str) else getattr(v, "name", ""))
+def test_interrupted(stopped, stage, when, signum):
+    before = stopped.outputs(stage)
+    done = stop(stopped, stage, when, to_group(signum))
+    assert done.returncode == 130 if signum == signal.SIGINT else done.returncode not in (0, None)
+    assert done.returncode < 0 or one_line(done, "interrupted", "the next run goes on")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert stopped.outputs(stage) == before and stopped.strays() == []
+    if stage == "serve": assert ran(done.stdout)[-1] == "serve" and "train" not in ran(done.stdout)[1:]
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_parent_alone_is_killed(stopped, signum):
+    "As the machine's out-of-memory killer or a job scheduler does it: the stage must notice, and leave nothing half-written."
+    stage = "serve"
+    before = stopped.outputs(stage)
+    stop(stopped, stage, serving, lambda p: p.send_signal(signum))
+    assert stopped.outputs(stage) == before and stopped.strays() == []
+
+def test_goes_on_from_the_last_finished_stage(stopped):
+    done = stopped.mlkit("repro", rc=None, timeout=200)
+    assert ran(done.stdout) == ["serve", "release", "monitor"], done.stderr[-2000:]
+    assert "up to date" in stopped.dvc("status").stdout and stopped.strays() == [] and stopped.processes() == []
+    assert "nothing to run" in stopped.mlkit("repro", rc=None).stdout
