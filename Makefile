@@ -2,10 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lab setup clean
+.PHONY: repro test lab setup install clean
 
 repro: setup   ## run what has changed, say the verdict
 	@mlkit repro
@@ -17,16 +16,18 @@ test: setup    ## every test: those in the notebooks, and those that cross them
 lab: setup     ## JupyterLab, on this machine only
 	@jupyter lab --ip 127.0.0.1 nbs
 
-setup: $(READY)
+# What was installed is kept beside it, so only a change of these two files installs again.
+setup:
+	@cat pyproject.toml constraints.txt | cmp -s - $(VENV)/ready || $(MAKE) --no-print-directory install
 	@mlkit setup
 
-$(READY): pyproject.toml constraints.txt
+install:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "mlkit needs Python 3.11 or 3.12, '$(PYTHON)' is another; try: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV): some minutes, once"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay
 	@rm -rf .mlkit data models serving reports scratch .pytest_cache

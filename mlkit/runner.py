@@ -26,7 +26,7 @@ def _papermill():
     _register_engine(papermill)
     return papermill
 
-# %% ../nbs/08_runner.ipynb #160ef3d2
+# %% ../nbs/08_runner.ipynb #8371c604
 def strip_clocks(
     nb, # nbformat notebook, changed in place
 ):
@@ -37,6 +37,7 @@ def strip_clocks(
     nb.metadata["papermill"] = {k: meta[k] for k in ("parameters", "version") if k in meta}
     for cell in nb.cells:
         for key in ("papermill", "execution"): cell.metadata.pop(key, None)
+        if "injected-parameters" in cell.metadata.get("tags", []): cell.id = "injected-parameters" # papermill draws one
         join.preprocess_cell(cell, {}, 0)
     return nb
 

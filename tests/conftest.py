@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+import cv2, numpy as np, psutil
 import pytest
 from ruamel.yaml import YAML
 
@@ -103,6 +103,8 @@ class Project:
         shutil.rmtree(root / ".dvc/tmp", ignore_errors=True)
         return Project(root, self.log)
 
+EVIL = '<img src=x onerror="document.title=1337">' # a label, as somebody's folder could be called
+
 def ran(text): return [l[2:].strip() for l in text.splitlines() if l.startswith("▸ ")]
 
 def one_line(done, *words):
@@ -154,3 +156,18 @@ def project(finished, tmp_path):
     yield clone
     for p in clone.processes(): p.kill()
     shutil.rmtree(clone.root, ignore_errors=True)
+
+@pytest.fixture(scope="session")
+def pictures(finished, tmp_path_factory):
+    "A project whose data are a folder: three classes of RGB images of many sizes, one of them no image. Nothing run yet."
+    project = finished.clone(tmp_path_factory.mktemp("pictures") / "project")
+    random = np.random.default_rng(0)
+    for c, label in enumerate(("cat", "dog & co", EVIL)):
+        (folder := project / "raw" / label).mkdir(parents=True)
+        for i in range(40):
+            x = np.full((*random.integers(20, 60, 2), 3), 30, np.uint8); x[..., c] = 200 # blue, green, red, as OpenCV counts
+            x = np.clip(x + random.normal(0, 20, x.shape), 0, 255).astype(np.uint8)
+            assert cv2.imwrite(str(folder / f"{i:03d}.{('png', 'jpg')[i % 2]}"), x)
+    (project / "raw/cat/torn.png").write_bytes((project / "raw/cat/000.png").read_bytes()[:100])
+    project.param(ingest__source="raw", prepare__size=16)
+    return project
