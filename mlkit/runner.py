@@ -4,8 +4,8 @@
 __all__ = ['KERNEL_ENV', 'strip_clocks', 'move_in_place', 'failure', 'execute', 'run_node', 'load_project', 'Interrupted',
            'end_kernels', 'interruptible', 'run_stage', 'write_pages', 'write_index', 'reproduce']
 
-# %% ../nbs/08_runner.ipynb #469f1439
-import os, shutil, signal, sys, threading, time
+# %% ../nbs/08_runner.ipynb #e941f9eb
+import os, shutil, signal, sys, tempfile, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from functools import cache
@@ -73,7 +73,7 @@ def failure(
     cell = f" in cell {error.exec_count}" if getattr(error, "exec_count", None) else ""
     return f"{stage}: {name}{cell}: {line}"
 
-# %% ../nbs/08_runner.ipynb #1f58e3e7
+# %% ../nbs/08_runner.ipynb #82c218c7
 # The same on every machine: hash order, cuBLAS's choice of algorithm. No colour codes in a report.
 KERNEL_ENV = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NO_COLOR": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
               "PYTHONWARNINGS": "ignore:IProgress not found"}
@@ -85,8 +85,10 @@ def _register_engine(papermill):
     class StageEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, env, folder, stdout_file, stderr_file, **kwargs):
-            PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=60, timeout=None, stdout_file=stdout_file, stderr_file=stderr_file,
-                config=Config(KernelManager={"transport": "ipc"}), extra_arguments=["--log-level=CRITICAL"]).execute(env=env, cwd=folder)
+            with tempfile.TemporaryDirectory(prefix="mlkit-kernel-") as d: # a folder that only this user may enter
+                sockets = Config(KernelManager={"transport": "ipc", "connection_file": f"{d}/k.json"})
+                PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=60, timeout=None, stdout_file=stdout_file, stderr_file=stderr_file,
+                    config=sockets, extra_arguments=["--log-level=CRITICAL"]).execute(env=env, cwd=folder)
     papermill_engines.register("mlkit", StageEngine)
 
 def _kernel() -> str | None: # Name of the kernel; None: what the notebook says
