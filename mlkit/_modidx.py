@@ -102,6 +102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.device.usable_cores': ('device.html#usable_cores', 'mlkit/device.py'),
                               'mlkit.device.usable_memory': ('device.html#usable_memory', 'mlkit/device.py')},
             'mlkit.evaluate': { 'mlkit.evaluate.baseline': ('evaluate.html#baseline', 'mlkit/evaluate.py'),
+                                'mlkit.evaluate.better_p': ('evaluate.html#better_p', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.by_class': ('evaluate.html#by_class', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.plot_confusion': ('evaluate.html#plot_confusion', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.plot_reliability': ('evaluate.html#plot_reliability', 'mlkit/evaluate.py'),

@@ -97,7 +97,7 @@ class Lines:
         for l in lines: self.console.print(Text.assemble((f"{self.stage:>9} │ ", "dim"), l.rpartition("\r")[2]))
     def flush(self): pass
 
-# %% ../nbs/09_cli.ipynb #d4b67830
+# %% ../nbs/09_cli.ipynb #09c90451
 @contextmanager
 def only_one(root: Path):
     "Hold the project for one run. Raises `MlkitError` that names who holds it."
@@ -124,7 +124,7 @@ def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> li
         out = progress.stream(name)
         runner.run_node(root, nodes[name], params[name], out, out)
     with Live(progress, console=progress.console, transient=True) if progress.console.is_terminal else nullcontext():
-        return runner.reproduce(root, work, targets, force, n_jobs, progress)
+        return runner.reproduce(root, work, targets, force, n_jobs, frozenset(n for n, x in nodes.items() if x.stage.alone), progress)
 
 # %% ../nbs/09_cli.ipynb #6eb69a76
 @main.command()

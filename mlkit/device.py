@@ -127,7 +127,7 @@ def torch_cuda() -> str | None: # '13.0'; None: built for the CPU, or not there
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)", file.read_text(), re.M) if file and file.is_file() else None
     return found[1] if found else None
 
-# %% ../nbs/02_device.ipynb #1b529288
+# %% ../nbs/02_device.ipynb #04cba2b8
 @dataclass(frozen=True)
 class Found:
     "What a machine has. The dicts hold only what is there."
@@ -142,7 +142,7 @@ class Found:
     no_triton: str = "no tritonserver on PATH"
     checkout: str = "" # Folder of mlkit's repository, if mlkit runs from there
 
-PROGRAMS = ("tritonserver", "perf_analyzer", "java")
+PROGRAMS = ("tritonserver", "java")
 
 def find(
     find_triton: Callable | None = None, # () -> (path or None, reason): where else Triton may be
@@ -313,7 +313,7 @@ def _(found): return f"compute {', '.join(cc := _rtx(found))}", {"capabilities":
 @engine("build", "none")
 def _(found): return "", {"capabilities": []}
 
-# %% ../nbs/02_device.ipynb #7ec4735d
+# %% ../nbs/02_device.ipynb #f15845ec
 @engine("run", "tensorrt")
 def _(found): return f"on {_tensorrt(found).name}", {}
 
@@ -331,7 +331,7 @@ def _(found):
 @engine("serve", "environment")
 def _(found):
     if "triton environment" not in found.programs: raise Lacks(found.no_triton, "mlkit setup")
-    return found.programs["triton environment"], {}
+    return "ONNX Runtime in Triton's Python backend", {}
 
 @engine("serve", "none")
 def _(found): return "", {}
@@ -389,7 +389,7 @@ def _project(found, root):
         yield Row("Machine", "Project", "no DVC", "DVC is not set up in this folder", "dvc init" if git else "git init && dvc init", "fail")
     else: yield Row("Machine", "Project", root.name, str(root))
 
-# %% ../nbs/02_device.ipynb #f6d87b33
+# %% ../nbs/02_device.ipynb #986259ac
 TITLES = {"train": "Training", "images": "Images", "tables": "Tables", "build": "Engine build", "run": "Inference", "serve": "Serving"}
 
 def _jobs(found, root):
@@ -408,9 +408,8 @@ def _installed(found):
         version = found.packages.get(name)
         use = f"{p.use}; built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}" if name == "torch" and version else p.use
         yield Row("Installed", name, version or "not installed", use, "" if version else add_command(p.add, found.checkout), "ok" if version else "none", p.gpu and not found.gpus)
-    for name, use in (("tritonserver", "serving"), ("perf_analyzer", "load tests of a Triton server")):
-        path = found.programs.get(name) or (found.programs.get("triton environment") if name == "tritonserver" else None)
-        yield Row("Installed", "Triton" if name == "tritonserver" else name, "found" if path else "not installed", path or use, "" if path else "mlkit setup", "ok" if path else "none")
+    where = found.programs.get("tritonserver") or ("in the serving environment" if "triton environment" in found.programs else "")
+    yield Row("Installed", "Triton", "found" if where else "not installed", where or "serving", "" if where else "mlkit setup", "ok" if where else "none")
 
 # %% ../nbs/02_device.ipynb #8dbec838
 def doctor(

@@ -220,13 +220,14 @@ def _finish(stage):
     "What DVC would do after it."
     stage.save(run_cache=True); stage.commit(); stage.dump(update_pipeline=False)
 
-# %% ../nbs/08_runner.ipynb #067534b4
+# %% ../nbs/08_runner.ipynb #e15a05f4
 def reproduce(
     root: Path, # The project; also the working folder
     work: Callable[[str], None], # Of the name of a stage: runs it, raises where it fails
     targets: list[str], # Stages that are wanted, with what they need; empty: all
     force: bool = False, # Run even if nothing has changed
     n_jobs: int = 1, # Stages at once
+    alone: frozenset[str] = frozenset(), # Stages beside which no other may run
     say: Callable[[str, str], None] = lambda stage, what: None, # Told 'run', 'restored' and 'done'
 ) -> list[str]: # Names of the stages that ran or were restored
     "Run what has changed. Raises `MlkitError`; what had finished by then is kept."
@@ -245,7 +246,7 @@ def reproduce(
             done, running, changed, error = set(), {}, [], None
             while running or waiting and not error:
                 for stage in [s for s in waiting if not error and set(graph.successors(s)) & wanted <= done]:
-                    if len(running) >= n_jobs: break
+                    if len(running) >= n_jobs or running and alone & {stage.addressing, *(s.addressing for s in running.values())}: continue
                     waiting.remove(stage)
                     what = _ready(repo, stage, force)
                     if what != "same": changed.append(stage.addressing); say(stage.addressing, what)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .core import StageError, nearest, project_root
 
-# %% ../nbs/03_stage.ipynb #dfec7a21
+# %% ../nbs/03_stage.ipynb #44a1ff49
 @dataclass(frozen=True)
 class Stage:
     "What a stage reads and writes."
@@ -19,6 +19,7 @@ class Stage:
     writes: dict[str, str] = field(default_factory=dict) # name: path of a file or folder
     metrics: dict[str, str] = field(default_factory=dict) # name: path of a JSON that `dvc metrics` shows
     plots: dict[str, dict] = field(default_factory=dict) # name: {'path': CSV, ...DVC's plot properties: x, y, template, title}
+    alone: bool = False # Whether no other stage may run at the same time: it measures the machine, or needs all of it
 
     @property
     def outputs(self) -> dict[str, str]: # name: path
