@@ -126,16 +126,18 @@ def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> li
     with Live(progress, console=progress.console, transient=True) if progress.console.is_terminal else nullcontext():
         return runner.reproduce(root, work, targets, force, n_jobs, frozenset(n for n, x in nodes.items() if x.stage.alone), progress)
 
-# %% ../nbs/09_cli.ipynb #6eb69a76
+# %% ../nbs/09_cli.ipynb #2419b45c
 @main.command()
 @click.argument("targets", nargs=-1)
 @click.option("-f", "--force", is_flag=True, help="Run the stages even if nothing changed.")
 @click.option("-j", "--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Stages that may run at once.")
 def repro(targets, force, jobs):
     "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all."
+    from mlkit.heal import heal
     from mlkit.pipeline import INDEX, render
     root = project_root()
     with only_one(root):
+        for line in heal(root): click.echo(f"healed: {line}")
         export_stale(root)
         if render(root): click.echo("dvc.yaml was behind the notebooks and is rendered anew")
         if not run_pipeline(root, list(targets), force, jobs): click.echo("Everything is up to date: nothing to run.")

@@ -159,7 +159,7 @@ class interruptible:
             end_kernels()
             for s, h in self.old.items(): signal.signal(s, h)
 
-# %% ../nbs/08_runner.ipynb #4375dd0a
+# %% ../nbs/08_runner.ipynb #91ba9d38
 def run_stage(
     root: Path, # The project
     name: str, # Of the stage
@@ -167,9 +167,12 @@ def run_stage(
     "Run one stage with the values of `params.yaml`. Raises `MlkitError` with one line, or `Interrupted`; then nothing in place has changed."
     nodes, params = load_project(root)
     if name not in nodes: raise StageError(f"no stage is called '{name}'{nearest(name, nodes)}")
+    parent = os.getppid()
     with ThreadPoolExecutor(1) as pool, interruptible():
         job = pool.submit(run_node, root, nodes[name], params[name])
-        while not job.done(): wait([job], timeout=0.2) # a signal is seen between two waits
+        while not job.done():
+            wait([job], timeout=0.2) # a signal is seen between two waits
+            if "DVC_STAGE" in os.environ and os.getppid() != parent: raise Interrupted("the dvc that started this is gone")
         return job.result()
 
 # %% ../nbs/08_runner.ipynb #4b594e05
