@@ -25,14 +25,15 @@ def _left_over(root):
         for f in folder.glob(".*.tmp"):
             if (m := re.search(r"\.(\d+)\.tmp$", f.name)) and not Path(f"/proc/{m[1]}").exists(): yield f
 
-# %% ../nbs/60_heal.ipynb #90ae8534
+# %% ../nbs/60_heal.ipynb #3190977e
 def heal(
     root: Path, # The project
 ) -> list[str]: # What was healed, a line each; empty: nothing was wrong
     "Put right what a crash has left. Nothing is lost: what is finished is in DVC's cache."
     from dvc.lock import LockError, make_lock
     healed, tmp = [], root / ".dvc/tmp"
-    if not tmp.is_dir(): return healed
+    if not tmp.parent.is_dir(): return healed
+    tmp.mkdir(exist_ok=True)
     try:
         with make_lock(str(tmp / "lock"), tmp_dir=str(tmp)):
             if _broken_rwlock(rwlock := tmp / "rwlock"):

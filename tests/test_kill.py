@@ -1,0 +1,66 @@
+"`kill -9` at any moment: the next run completes, and the model is the same bytes."
+import os, random, signal, subprocess, time
+
+import pytest
+from conftest import one_line, sha256, wait_for
+
+def quick(project):
+    "The same stages with less to do in each."
+    project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], export__capabilities=["8.6"], evaluate__n_bins=5)
+    project.replace("params.yaml", "evaluate.accuracy: {min: 0.97}", "evaluate.accuracy: {min: 0.5}")
+    return project
+
+@pytest.fixture(scope="module")
+def uninterrupted(fresh, tmp_path_factory):
+    project = quick(fresh.clone(tmp_path_factory.mktemp("uninterrupted") / "project"))
+    project.mlkit("repro", timeout=300)
+    return project
+
+RESULTS = "data", "models", "serving"
+
+def results(project): return {p: h for p, h in project.outputs().items() if p.startswith(RESULTS)}
+
+def test_ten_kills(fresh, uninterrupted, tmp_path):
+    "The whole group dies, ten times, at random moments of one run; each next run goes on from there."
+    project, moment, seen = quick(fresh.clone(tmp_path / "project")), random.Random(0), set()
+    for i in range(10):
+        with project.started("mlkit", "repro") as p:
+            time.sleep(moment.uniform(1, 12))
+            seen |= {l.split()[1] for l in p.out.read_text().splitlines() if l.startswith("▸ ")}
+            assert p.is_running(), p.err.read_text()
+            os.killpg(p.pid, signal.SIGKILL)
+        assert not project.wait_idle(10), "a process has outlived its run"
+    done = project.mlkit("repro", timeout=300)
+    assert len(seen) >= 4, f"the kills hit only {seen}"
+    assert "Released" in done.stdout and "Traceback" not in done.stderr
+    assert results(project) == results(uninterrupted)
+    assert "up to date" in project.mlkit("repro").stdout and not project.strays()
+
+def test_a_killed_dvc_leaves_nobody(fresh, tmp_path):
+    "Plain `dvc repro`, killed alone: what it had started ends by itself."
+    project = quick(fresh.clone(tmp_path / "project"))
+    with project.started("dvc", "repro") as p:
+        wait_for(lambda: any("mlkit" in " ".join(q.cmdline()) and "run" in q.cmdline() for q in project.processes()), 20, "a stage")
+        time.sleep(2)
+        p.send_signal(signal.SIGKILL)
+        assert not project.wait_idle(10)
+    assert not [s for s in project.strays() if not s.startswith(".mlkit")]
+
+@pytest.mark.parametrize("file, content", [(".dvc/tmp/rwlock", '{"read": {"/x'), (".dvc/tmp/rwlock", ""), ("dvc.lock", ""), ("dvc.lock", "schema: '2.0'\nstages:\n  ingest:\n    cmd")])
+def test_half_written_locks(uninterrupted, tmp_path, file, content):
+    project = uninterrupted.clone(tmp_path / "project")
+    (project / file).parent.mkdir(exist_ok=True)
+    (project / file).write_text(content)
+    done = project.mlkit("repro")
+    assert "healed: " in done.stdout and "Released" in done.stdout and "▸" not in done.stdout # the cache knows it all
+    assert results(project) == results(uninterrupted)
+
+def test_two_at_once(fresh, tmp_path):
+    "The second says who holds the project, within five seconds; the first is not disturbed."
+    project = quick(fresh.clone(tmp_path / "project"))
+    with project.started("mlkit", "repro", "prepare") as p:
+        wait_for(lambda: "▸" in p.out.read_text(), 20, "a stage")
+        start = time.monotonic()
+        one_line(project.mlkit("repro", rc=1, timeout=10), "another 'mlkit repro'", str(p.pid))
+        assert time.monotonic() - start < 5
+        assert p.wait(120) == 0, p.err.read_text()
