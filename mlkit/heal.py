@@ -7,17 +7,19 @@ __all__ = ['heal']
 import json, os, re, shutil
 from pathlib import Path
 
-# %% ../nbs/60_heal.ipynb #cbf57093
+# %% ../nbs/60_heal.ipynb #669227c9
 def _broken_rwlock(path): # DVC writes it in place
     try: return not isinstance(json.loads(path.read_bytes()), dict)
     except FileNotFoundError: return False
     except ValueError: return True
 
-def _broken_lock(path):
+def _broken_lock(path): # by DVC's own schema
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from ruamel.yaml import YAML, YAMLError
-    try: return not isinstance((YAML(typ="safe").load(path) or {}).get("stages"), dict)
+    from voluptuous import Invalid
+    try: COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(path)); return False
     except FileNotFoundError: return False
-    except (YAMLError, UnicodeDecodeError, AttributeError): return True
+    except (YAMLError, UnicodeDecodeError, Invalid): return True
 
 def _left_over(root):
     "Temporary files of `core.write_atomic` whose process is gone."
