@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VERDICT', 'BUNDLE', 'Cli', 'main', 'conclude', 'export_stale', 'Progress', 'Lines', 'only_one', 'run_pipeline',
-           'repro', 'run', 'render', 'index', 'release', 'serve', 'setup', 'doctor']
+           'repro', 'run', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'doctor']
 
 # %% ../nbs/09_cli.ipynb #cd16f726
 import os, sys, time
@@ -154,7 +154,21 @@ def run(stage):
     click.echo(f"▸ {stage}")
     click.echo(f"✓ {stage} {run_stage(project_root(), stage):.1f} s")
 
-# %% ../nbs/09_cli.ipynb #960b8b32
+# %% ../nbs/09_cli.ipynb #1e4b4e31
+@main.command()
+@click.option("--repair", "mend", is_flag=True, help="Put right what can be, and run again what must be.")
+@click.pass_context
+def verify(ctx, mend):
+    "Hash every output and every object of the cache against dvc.lock. Exit code 1 if one differs."
+    from mlkit.verify import repair, verify
+    root = project_root()
+    faults, n = verify(root)
+    for f in faults: click.echo(f"{f.what}: {f.file.relative_to(root)}, {f.where} of {f.stage} ({f.path})", err=True)
+    if not faults: return click.echo(f"All {n} files are what dvc.lock says.")
+    if not mend: raise MlkitError(f"{len(faults)} of {n} files are not what dvc.lock says; 'mlkit verify --repair' restores them, or runs {', '.join(dict.fromkeys(f.stage for f in faults))} again")
+    click.echo(f"To run again: {', '.join(repair(root, faults)) or 'nothing'}")
+    ctx.invoke(repro)
+
 @main.command()
 def render():
     "Bring dvc.yaml in step with the stage notebooks, and README.md with nbs/index."
