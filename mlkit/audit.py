@@ -78,12 +78,12 @@ def stop_on(
         if f.check in block:
             raise DataError(f"{f.text} ({', '.join(f.samples[:3])}{', …' if f.count > 3 else ''}); {f.action.split(';')[0]}, or take '{f.check}' out of audit.block")
 
-# %% ../nbs/13_audit.ipynb #aab5b84f
+# %% ../nbs/13_audit.ipynb #ac84df3d
 def plot_balance(index: pl.DataFrame):
     "Samples a class."
-    from mlkit.plot import GREEN, axes
+    from mlkit.plot import GREEN, axes, words
     sizes = index["label"].value_counts().sort("label")
     ax = axes(width=8, height=2.8)
-    ax.bar(sizes["label"], sizes["count"], color=GREEN, width=0.7)
+    ax.bar(words(sizes["label"]), sizes["count"], color=GREEN, width=0.7)
     ax.set(title=f"{len(index):,} samples in {len(sizes)} classes", ylabel="samples")
     if len(sizes) > 15: ax.tick_params(axis="x", rotation=90)

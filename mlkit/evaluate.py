@@ -84,11 +84,11 @@ def better_p(
     wins, losses = int((correct & ~other).sum()), int((~correct & other).sum())
     return float(binomtest(wins, wins + losses, 0.5, "greater").pvalue) if wins + losses else 1.0
 
-# %% ../nbs/30_evaluate.ipynb #b28eff58
+# %% ../nbs/30_evaluate.ipynb #aaf91964
 def plot_confusion(p: np.ndarray, y: np.ndarray, classes: list[str]):
     "Actual against predicted: how often. Right answers are the diagonal, drawn pale, so that errors stand out."
     from sklearn.metrics import confusion_matrix
-    from mlkit.plot import axes
+    from mlkit.plot import axes, words
     m = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
     ax, side = axes(width=5.2, height=4.6), range(len(classes))
     errors = np.where(np.eye(len(classes), dtype=bool), 0, m)
@@ -97,7 +97,7 @@ def plot_confusion(p: np.ndarray, y: np.ndarray, classes: list[str]):
         for i in side:
             for j in side:
                 if m[i, j]: ax.text(j, i, m[i, j], ha="center", va="center", fontsize=9, color="#8a939d" if i == j else "#1b1f24", weight="normal" if i == j else "bold")
-    ax.set(title="Confusions on the test set", xlabel="predicted", ylabel="actual", xticks=side, yticks=side, xticklabels=classes, yticklabels=classes)
+    ax.set(title="Confusions on the test set", xlabel="predicted", ylabel="actual", xticks=side, yticks=side, xticklabels=words(classes), yticklabels=words(classes))
 
 def plot_reliability(p: np.ndarray, y: np.ndarray, n_bins: int):
     "Confidence against accuracy; on the line, the model is as sure as it is right."

@@ -77,12 +77,12 @@ def fit_transform(
     x = X.reshape(-1, X.shape[-1]) / 255
     return {"shape": list(X.shape[1:]), "mean": x.mean(0).tolist(), "std": np.maximum(x.std(0), 1e-6).tolist(), "classes": list(classes)}
 
-# %% ../nbs/14_prepare.ipynb #898e0786
+# %% ../nbs/14_prepare.ipynb #a801feec
 def plot_split(index: pl.DataFrame):
     "The shares of the splits, by class."
-    from mlkit.plot import BLUE, GREEN, ORANGE, axes
+    from mlkit.plot import BLUE, GREEN, ORANGE, axes, words
     table, ax = shares_by_class(index), axes(width=8, height=2.8)
     left = np.zeros(len(table))
     for s, color in zip(SPLITS, (GREEN, BLUE, ORANGE)):
-        ax.bar(table["label"], table[s], bottom=left, color=color, width=0.7, label=f"{s} ({(index['split'] == s).sum():,})"); left += table[s].to_numpy()
+        ax.bar(words(table["label"]), table[s], bottom=left, color=color, width=0.7, label=f"{s} ({(index['split'] == s).sum():,})"); left += table[s].to_numpy()
     ax.set(title="Shares of the splits, by class", ylim=(0, 1)); ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -107,10 +107,9 @@ def key_figures(
     "The first `n` numbers of a metrics file."
     return [(k.replace("_", " "), figure(v)) for k, v in metrics.items() if isinstance(v, (bool, int, float))][:n]
 
-# %% ../nbs/06_report.ipynb #e6d5565b
+# %% ../nbs/06_report.ipynb #b1e22ce6
 INDEX_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ verdict_word or 'Pipeline' }} · {{ name }} · mlkit</title><style>{{ css|safe }}</style></head><body><main>
-<div class="crumb">{{ name }}</div>
+<title>{{ verdict_word ~ ' · ' ~ verdict.model if verdict else 'Pipeline' }} · mlkit</title><style>{{ css|safe }}</style></head><body><main>
 {% if verdict %}<section class="verdict {{ 'good' if verdict.released else 'bad' }}"><div><h1>{{ verdict_word }}</h1>
 <p>{% if verdict.released %}All {{ verdict.criteria|length }} criteria are met.{% else %}Not met: {{ failed|join(', ') }}.{% endif %}</p>
 <p class="small">model <b>{{ verdict.model }}</b><br>bundle <code>{{ verdict.bundle[:16] }}…</code></p></div>
@@ -137,9 +136,8 @@ main { max-width:76rem } .small { color:var(--soft); font-size:.85rem; margin:.4
 dl { display:grid; grid-template-columns:1fr 1fr; gap:.35rem .8rem; margin:0 } dt { color:var(--soft); font-size:.75rem } dd { margin:0; font-weight:600; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
 """
 
-# %% ../nbs/06_report.ipynb #98beda9f
+# %% ../nbs/06_report.ipynb #c809073e
 def index_page(
-    name: str, # Of the project
     reports: dict[str, Path], # stage: its report notebook, in the order of the pipeline
     metrics: dict[str, list[Path]], # stage: its metrics files
 ) -> str: # HTML, complete
@@ -149,5 +147,5 @@ def index_page(
     verdict = next((v for v in values.values() if "criteria" in v), None)
     failed = [c for c, v in verdict["criteria"].items() if not v["met"]] if verdict else []
     cards = [summary(nb) | {"href": f"{s}.html", "figures": key_figures(values.get(s, {}))} for s, nb in reports.items()]
-    return Environment(autoescape=True).from_string(INDEX_PAGE).render(name=name, css=CSS + INDEX_CSS, verdict=verdict, failed=failed,
+    return Environment(autoescape=True).from_string(INDEX_PAGE).render(css=CSS + INDEX_CSS, verdict=verdict, failed=failed,
         verdict_word=("Released" if verdict["released"] else "Not released") if verdict else None, stages=cards, figure=figure)

@@ -73,10 +73,10 @@ def failure(
     cell = f" in cell {error.exec_count}" if getattr(error, "exec_count", None) else ""
     return f"{stage}: {name}{cell}: {line}"
 
-# %% ../nbs/08_runner.ipynb #82c218c7
+# %% ../nbs/08_runner.ipynb #729a82ff
 # The same on every machine: hash order, cuBLAS's choice of algorithm. No colour codes in a report.
 KERNEL_ENV = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NO_COLOR": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-              "PYTHONWARNINGS": "ignore:IProgress not found"}
+              "PYTHONWARNINGS": "ignore:IProgress not found", "OPENCV_LOG_LEVEL": "SILENT"}
 
 def _register_engine(papermill):
     from papermill.clientwrap import PapermillNotebookClient
@@ -175,7 +175,7 @@ def run_stage(
             if "DVC_STAGE" in os.environ and os.getppid() != parent: raise Interrupted("the dvc that started this is gone")
         return job.result()
 
-# %% ../nbs/08_runner.ipynb #4b594e05
+# %% ../nbs/08_runner.ipynb #f555aab1
 def write_pages(nb, report: Path, title: str):
     "The report: the notebook and its page."
     from nbformat import write
@@ -192,10 +192,10 @@ def _keep(report, failed, name):
         write_pages(nb, report, name)
         failed.mkdir(parents=True, exist_ok=True)
         for f in (report, report.with_suffix(".html")): os.replace(f, failed / f.name)
-    except OSError: return "" # the disk is full: the message says so already
+    except (OSError, ValueError): return "" # nothing readable was written: the disk is full, and the message says so
     return f" (see .mlkit/failed/{name}.html)"
 
-# %% ../nbs/08_runner.ipynb #2e09e0ca
+# %% ../nbs/08_runner.ipynb #ab47b5e3
 def write_index(root: Path):
     "Write `reports/index.html` from what the stages have left. Raises `StageError` where a report is missing."
     from mlkit.report import index_page
@@ -203,7 +203,7 @@ def write_index(root: Path):
     for node in nodes.values():
         for p in (node.reports[0], *node.stage.metrics.values()):
             if not (root / p).is_file(): raise StageError(f"{p} is missing; run 'dvc repro' first")
-    write_atomic(root / INDEX, index_page(root.resolve().name, {n: root / x.reports[0] for n, x in nodes.items()},
+    write_atomic(root / INDEX, index_page({n: root / x.reports[0] for n, x in nodes.items()},
         {n: [root / m for m in x.stage.metrics.values()] for n, x in nodes.items()}))
 
 # %% ../nbs/08_runner.ipynb #728505f4

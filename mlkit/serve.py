@@ -289,12 +289,16 @@ def decisive(log: str) -> str: # One line
     errors = [l for l in lines if re.match(r"E\d{4} |error:|.*error while loading", l) and not re.search(noise, l)] or lines[-1:] or ["it left no log"]
     return re.sub(r"^E\d{4} \S+ \d+ \S+\] ", "", errors[0]).strip('"').split("\\n")[0]
 
-# %% ../nbs/42_serve.ipynb #44611c59
+# %% ../nbs/42_serve.ipynb #92003cb4
+def _no_blanks(server, name, path): # Triton cuts the arguments of its Python stub at blanks
+    (link := Path(server.folder.name) / name).symlink_to(path.resolve())
+    return link
+
 def _command(server, shm): # (command, environment, who serves)
     path, backend = find_triton()
     if not path: raise SetupError(backend)
     env = dict(os.environ)
-    command = [path, f"--model-repository={server.repository.resolve()}", "--model-control-mode=explicit", "--load-model=*",
+    command = [path, f"--model-repository={_no_blanks(server, 'repository', server.repository)}", "--model-control-mode=explicit", "--load-model=*",
         f"--http-address={server.host}", f"--http-port={server.port}", f"--metrics-address={server.host}", f"--metrics-port={server.metrics_port}",
         f"--allow-grpc={str(server.grpc_port is not None).lower()}", f"--exit-timeout-secs={server.grace - 1}", "--log-info=false"]
     if server.grpc_port is not None: command += [f"--grpc-address={server.host}", f"--grpc-port={server.grpc_port}"]
@@ -302,7 +306,7 @@ def _command(server, shm): # (command, environment, who serves)
         backends = path.parents[1] / "backends"
         source = Path(triton_backend.__file__).read_text()
         if not (f := backends / "onnxruntime/model.py").is_file() or f.read_text() != source: write_atomic(f, source)
-        command += [f"--backend-directory={backends}", f"--backend-config=python,shm-region-prefix-name={shm}"]
+        command += [f"--backend-directory={_no_blanks(server, 'backends', backends)}", f"--backend-config=python,shm-region-prefix-name={shm}"]
         env |= {"PATH": f"{serving_env() / 'bin'}:{env['PATH']}", "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR")}
     return [str(c) for c in command], env, backend
 
@@ -322,7 +326,7 @@ def _wait_ready(server):
         time.sleep(0.03)
     raise ServeError(f"{server.repository}: Triton was not ready after {server.timeout:g} s: {decisive(server.log_path.read_text())}")
 
-# %% ../nbs/42_serve.ipynb #6d117b73
+# %% ../nbs/42_serve.ipynb #e3cf2e94
 class Triton:
     "A Triton server on this machine, from `start` to `stop`; a context manager. Ends with the process that started it."
     grace = 4 # Seconds that open connections have when it stops
@@ -357,8 +361,8 @@ class Triton:
         self.port, self.metrics_port = free_port(self.host, self.port), free_port(self.host, self.metrics_port)
         if self.grpc_port is not None: self.grpc_port = free_port(self.host, self.grpc_port)
         shm = f"mlkit-{os.getpid()}-{self.port}-"
-        command, env, self.backend = _command(self, shm)
         self.folder = tempfile.TemporaryDirectory(prefix="mlkit-triton-")
+        command, env, self.backend = _command(self, shm)
         self.log_path = Path(self.log or Path(self.folder.name) / "log")
         with open(self.log_path, "ab") as log: self.guard = _start_guarded(command, env, log, self.grace, shm)
         try: _wait_ready(self)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jupyter_client.provisioning import LocalProvisioner
 
-# %% ../nbs/07_warm.ipynb #300977eb
+# %% ../nbs/07_warm.ipynb #e51ddd97
 PRELOAD = ("ipykernel.kernelapp ipykernel.ipkernel numpy pydantic polars cv2 pandas matplotlib.pyplot safetensors.numpy sklearn.datasets sklearn.linear_model "
            "sklearn.metrics scipy.stats torch lightning_fabric mlflow.tracking mlflow.entities captum.attr onnxruntime onnx onnxscript torch.onnx "
            "evidently evidently.presets optuna").split() # in the order in which a pipeline needs them
@@ -20,14 +20,14 @@ def fingerprint() -> str: # 16 hex digits
     "What the parent has imported would differ if this does: Python, the installed packages, this file."
     site = Path(sysconfig.get_path("purelib"))
     dists = sorted((p.name, p.stat().st_mtime_ns) for p in site.glob("*.dist-info"))
-    return hashlib.sha256(repr((sys.version, sys.prefix, dists, Path(__file__).read_bytes())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((sys.version, dists, Path(__file__).read_bytes())).encode()).hexdigest()[:16]
 
 def socket_path() -> Path: # In a folder that only this user may enter
     "Where the parent of this environment listens."
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"mlkit-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077: raise PermissionError(f"{folder}: belongs to another user, or is open to others; remove it")
-    return folder / f"warm-{fingerprint()}.sock"
+    return folder / f"warm-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}-{fingerprint()}.sock"
 
 # %% ../nbs/07_warm.ipynb #78f8a22d
 def parent(path: str):
@@ -111,16 +111,16 @@ def _end_with(owner: int):
         os.killpg(0, signal.SIGKILL)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/07_warm.ipynb #58e42181
+# %% ../nbs/07_warm.ipynb #c90c8fc8
 def start_parent() -> Path | None: # Its socket; None: it cannot be
     "Make sure that the parent of this environment runs. Parents of former environments are sent away."
     try:
         path = socket_path()
         if path.exists() and _connects(path): return path
         path.unlink(missing_ok=True)
-        for old in path.parent.glob("warm-*.sock"): old.unlink(missing_ok=True) # a parent without its socket ends
+        for old in path.parent.glob(f"{path.name[:14]}*.sock"): old.unlink(missing_ok=True) # a parent without its socket ends
         code = "import sys; sys.path[:0] = [sys.argv[2]]; from mlkit.warm import parent; parent(sys.argv[1])"
-        env = os.environ | {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        env = os.environ | {"PYTHONHASHSEED": "0", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENCV_LOG_LEVEL": "SILENT"}
         subprocess.Popen([sys.executable, "-c", code, str(path), str(Path(__file__).parents[1])], env=env, cwd="/", start_new_session=True,
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return path
