@@ -35,7 +35,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mlkit.cli.run_pipeline': ('cli.html#run_pipeline', 'mlkit/cli.py'),
                            'mlkit.cli.serve': ('cli.html#serve', 'mlkit/cli.py'),
                            'mlkit.cli.setup': ('cli.html#setup', 'mlkit/cli.py'),
-                           'mlkit.cli.verify': ('cli.html#verify', 'mlkit/cli.py')},
+                           'mlkit.cli.verify': ('cli.html#verify', 'mlkit/cli.py'),
+                           'mlkit.cli.why': ('cli.html#why', 'mlkit/cli.py')},
             'mlkit.config': { 'mlkit.config._adapter': ('config.html#_adapter', 'mlkit/config.py'),
                               'mlkit.config.check': ('config.html#check', 'mlkit/config.py'),
                               'mlkit.config.code_cells': ('config.html#code_cells', 'mlkit/config.py'),
@@ -350,4 +351,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.warm.install_kernel': ('warm.html#install_kernel', 'mlkit/warm.py'),
                             'mlkit.warm.parent': ('warm.html#parent', 'mlkit/warm.py'),
                             'mlkit.warm.socket_path': ('warm.html#socket_path', 'mlkit/warm.py'),
-                            'mlkit.warm.start_parent': ('warm.html#start_parent', 'mlkit/warm.py')}}}
+                            'mlkit.warm.start_parent': ('warm.html#start_parent', 'mlkit/warm.py')},
+            'mlkit.why': { 'mlkit.why._file': ('why.html#_file', 'mlkit/why.py'),
+                           'mlkit.why.changed_definitions': ('why.html#changed_definitions', 'mlkit/why.py'),
+                           'mlkit.why.changed_values': ('why.html#changed_values', 'mlkit/why.py'),
+                           'mlkit.why.definitions': ('why.html#definitions', 'mlkit/why.py'),
+                           'mlkit.why.version_of': ('why.html#version_of', 'mlkit/why.py'),
+                           'mlkit.why.why': ('why.html#why', 'mlkit/why.py')}}}

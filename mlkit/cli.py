@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VERDICT', 'BUNDLE', 'Cli', 'main', 'conclude', 'export_stale', 'Progress', 'Lines', 'only_one', 'run_pipeline',
-           'repro', 'run', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'doctor']
+           'repro', 'run', 'why', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'doctor']
 
 # %% ../nbs/09_cli.ipynb #cd16f726
 import os, sys, time
@@ -153,6 +153,15 @@ def run(stage):
     from mlkit.runner import run_stage
     click.echo(f"▸ {stage}")
     click.echo(f"✓ {stage} {run_stage(project_root(), stage):.1f} s")
+
+# %% ../nbs/09_cli.ipynb #0d98129c
+@main.command()
+@click.argument("stage")
+def why(stage):
+    "Which input of STAGE changed since its last run: function or parameter, old and new value."
+    from mlkit.why import why
+    lines = why(project_root(), stage)
+    click.echo("\n".join(lines) if lines else f"{stage} is up to date")
 
 # %% ../nbs/09_cli.ipynb #1e4b4e31
 @main.command()
