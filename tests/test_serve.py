@@ -128,7 +128,7 @@ def test_sigterm_ends_serve_forever_in_bounded_time(repository):
     p = subprocess.Popen([sys.executable, "-u", "-c", START + "serve_forever(s, every=0.2)", str(repository)], stdout=subprocess.PIPE, text=True)
     try:
         url, curl = p.stdout.readline(), p.stdout.readline().removeprefix("Try: ").split()
-        assert url.startswith("rows at http://127.0.0.1:") and "onnxruntime" in url
+        assert url.startswith("rows at http://127.0.0.1:") and "ONNX Runtime" in url
         if shutil.which("curl"): assert '"name":"p"' in subprocess.run(curl, capture_output=True, text=True).stdout
         connection = HTTPConnection("127.0.0.1", int(curl[2].split(":")[2].split("/")[0]))
         connection.request("GET", "/v2/health/ready")
