@@ -64,3 +64,15 @@ def test_two_at_once(fresh, tmp_path):
         one_line(project.mlkit("repro", rc=1, timeout=10), "another 'mlkit repro'", str(p.pid))
         assert time.monotonic() - start < 5
         assert p.wait(120) == 0, p.err.read_text()
+
+def test_several_at_once(fresh, uninterrupted, tmp_path):
+    "`-j 3` gives the results of a serial run, and the same `dvc.lock` but for what is measured."
+    from ruamel.yaml import YAML
+    project = quick(fresh.clone(tmp_path / "project"))
+    project.mlkit("repro", "-j", "3", timeout=300)
+    assert results(project) == results(uninterrupted)
+    def lock(p):
+        stages = YAML(typ="safe").load(p / "dvc.lock")["stages"]
+        measured = "reports/measurements", "reports/serve", "reports/train", "reports/release", "reports/metrics/verdict", "reports/index"
+        return {s: [e["cmd"], e.get("params"), [(x["path"], x["md5"]) for x in e["deps"] + e["outs"] if not x["path"].startswith(measured)]] for s, e in stages.items()}
+    assert lock(project) == lock(uninterrupted)

@@ -1,0 +1,62 @@
+"What needs an NVIDIA GPU. From a bare checkout: PYTHONPATH=. pytest -m cuda tests/gpu, with torch, Fabric, NumPy, safetensors and pytest."
+import numpy as np
+import pytest
+import torch
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no NVIDIA GPU")]
+
+def stripes(n=512, seed=0):
+    "Images whose bright half is their class."
+    r = np.random.default_rng(seed); y = np.arange(n) % 4
+    X = r.integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
+    for i, k in enumerate(y): X[i, :, 4 * k:4 * k + 4] += 120
+    return X, y
+
+def trained(precision, seed=0, n_epochs=4):
+    from mlkit.model import Normalize, make_model
+    from mlkit.train import fit, make_fabric
+    fabric = make_fabric("cuda", precision, 1, seed)
+    net = make_model({"model": "small_cnn", "shape": (16, 16, 3), "n_classes": 4, "width": 16, "dropout": 0.0})
+    history = list(fit(fabric, net, Normalize([0.3] * 3, [0.3] * 3), stripes(), stripes(256, 1), n_epochs, 64, 0.005, 0.01, 0, 0.0, seed))
+    return net, history
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch): monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_train_learns_and_repeats(precision):
+    (a, history), (b, _) = trained(precision), trained(precision)
+    assert history[-1]["validation_accuracy"] > 0.98
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())), "the same seed gives the same weights"
+
+def test_cuda_and_cpu_agree(tmp_path):
+    "What was trained on the GPU says the same on the CPU."
+    from mlkit.evaluate import predict
+    from mlkit.model import Normalize, load_model, save_model
+    net, _ = trained("32-true")
+    spec = {"model": "small_cnn", "shape": [16, 16, 3], "n_classes": 4, "width": 16, "dropout": 0.0}
+    again, _ = load_model(save_model(tmp_path / "m.safetensors", net, spec))
+    transform, (X, _) = {"mean": [0.3] * 3, "std": [0.3] * 3}, stripes(128, 2)
+    net.eval()
+    with torch.no_grad(): on_gpu = net(Normalize(**transform).cuda()(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
+    assert np.abs(on_gpu - predict(again, transform, X)).max() < 1e-3
+
+def test_doctor_finds_it():
+    from mlkit.device import choose, find
+    found = find()
+    assert found.gpus and choose("train", found=found).engine == "cuda"
+    assert choose("train", found=found).options["precision"] == ("bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed")
+
+@pytest.mark.parametrize("package", ["tensorrt", "tensorrt_rtx"])
+def test_engine_agrees(tmp_path, package):
+    "An engine built here says what torch says."
+    pytest.importorskip(package, reason=f"not run: {package} is not installed")
+    from mlkit.evaluate import predict
+    from mlkit.export import Engine, OnnxChain, build_engine, export_onnx
+    net, _ = trained("32-true")
+    net = net.cpu().eval()
+    transform, (X, _) = {"shape": [16, 16, 3], "mean": [0.3] * 3, "std": [0.3] * 3, "classes": list("abcd")}, stripes(32, 2)
+    signatures = export_onnx(net, transform, tmp_path, 20)
+    x = OnnxChain(tmp_path).sessions[0].run(None, {"image": X})[0]
+    engine = Engine(package, build_engine(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
+    assert np.abs(engine(x) - predict(net, transform, X)).max() < 1e-2

@@ -1,0 +1,55 @@
+"Commands that a person gives by hand, on the finished project."
+import json, signal, urllib.request
+
+import pytest
+from conftest import one_line, wait_for
+
+def test_serve_answers_and_ends(project):
+    "`mlkit serve` serves the released bundle, as its own example asks, until it is told to end."
+    with project.started("mlkit", "serve", "--port", "0", "--metrics-port", "0") as p:
+        line = wait_for(lambda: next((l for l in p.out.read_text().splitlines() if l.startswith("Try: ")), None), 60, "the server")
+        url, body = line.split()[3], line.split("@")[1]
+        with urllib.request.urlopen(urllib.request.Request(url, open(body, "rb").read()), timeout=10) as answer: outputs = json.load(answer)["outputs"]
+        assert outputs[0]["name"] == "probabilities" and abs(sum(outputs[0]["data"][:10]) - 1) < 1e-4
+        p.send_signal(signal.SIGINT)
+        assert p.wait(20) == 0 and "stopped" in p.out.read_text()
+    assert not project.wait_idle()
+
+def test_serve_refuses(project):
+    "Another address, a changed file, a model that is not released."
+    one_line(project.mlkit("serve", "--host", "0.0.0.0", rc=1), "0.0.0.0")
+    model = project / "models/bundle/onnx/model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    one_line(project.mlkit("serve", rc=1), "SHA-256", "model.onnx")
+    one_line(project.mlkit("serve", "--alias", "nobody", rc=1), "nobody")
+
+def test_doctor(project):
+    done = project.mlkit("doctor")
+    assert "has what 'mlkit repro' needs" in done.stdout and "Training" in done.stdout and not done.stderr
+    hidden = project.run("env", "MLKIT_SERVING=/nowhere", "mlkit", "doctor", rc=1) # no serving environment
+    assert "mlkit setup" in hidden.stdout
+
+def test_why(project):
+    assert "train is up to date" in project.mlkit("why", "train").stdout
+    project.param(train__lr=0.004)
+    assert project.mlkit("why", "train").stdout.strip() == "train.lr: was 0.005, is 0.004"
+    one_line(project.mlkit("why", "trian", rc=1), "did you mean 'train'")
+
+def test_verify(project):
+    "One flipped bit in any file, in a mode that DVC trusts; 20 files, each found, named, and put right."
+    import random
+    r, faults = random.Random(0), 0
+    files = [f for d in ("data", "models", "serving", "reports", ".dvc/cache/files") for f in sorted((project / d).rglob("*")) if f.is_file() and f.stat().st_size]
+    for f in r.sample(files, 20):
+        good, mode = f.read_bytes(), f.stat().st_mode
+        i = r.randrange(len(good))
+        f.chmod(0o644); f.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1:]); f.chmod(r.choice([0o444, 0o644]))
+        done = project.mlkit("verify", rc=1)
+        faults += str(f.relative_to(project.root)) in done.stderr and " of " in done.stderr
+        f.chmod(0o644); f.write_bytes(good); f.chmod(mode)
+    assert faults == 20
+    assert project.mlkit("verify").stdout.startswith("All ")
+    before = project.outputs()
+    (project / "models/model.safetensors").write_bytes(b"x")
+    done = project.mlkit("verify", "--repair", timeout=200)
+    assert "To run again: train" in done.stdout and project.outputs() == before
