@@ -67,7 +67,7 @@ def check(
         got = f" (got {first['input']!r})" if first["type"] not in ("missing", "extra_forbidden") else ""
         raise ConfigError(f"{where}: {'.'.join([name, *outer, last])}: {first['msg']}{got}") from None
 
-# %% ../nbs/01_config.ipynb #e25f879d
+# %% ../nbs/01_config.ipynb #651447ac
 def load_params(
     root: str | Path, # The project's folder
     schemas: dict[str, dict], # stage: its `schema`
@@ -75,7 +75,7 @@ def load_params(
     "All of `params.yaml`, checked. Raises `ConfigError` on a syntax error, a section that no stage has, or a bad section."
     from ruamel.yaml import YAML, YAMLError
     path = Path(root) / "params.yaml"
-    try: params = YAML(typ="safe").load(path) or {}
+    try: params = YAML(typ="safe", pure=True).load(path) or {} # pure: it names the line that a person must look at
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; every stage takes its values from it") from None
     except (YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
