@@ -3,11 +3,13 @@
 # %% auto #0
 __all__ = ['heal']
 
-# %% ../nbs/60_heal.ipynb #469f6b6b
+# %% ../nbs/60_heal.ipynb #7863953e
 import json, os, re, shutil
 from pathlib import Path
 
-# %% ../nbs/60_heal.ipynb #669227c9
+from .core import ConfigError
+
+# %% ../nbs/60_heal.ipynb #90f3292e
 def _broken_rwlock(path): # DVC writes it in place
     try: return not isinstance(json.loads(path.read_bytes()), dict)
     except FileNotFoundError: return False
@@ -17,6 +19,7 @@ def _broken_lock(path): # by DVC's own schema
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from ruamel.yaml import YAML, YAMLError
     from voluptuous import Invalid
+    if path.is_file() and b"<<<<<<<" in path.read_bytes(): raise ConfigError("dvc.lock has merge conflicts; take one side ('git checkout --ours dvc.lock'), then run again")
     try: COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(path)); return False
     except FileNotFoundError: return False
     except (YAMLError, UnicodeDecodeError, Invalid): return True
@@ -27,11 +30,11 @@ def _left_over(root):
         for f in folder.glob(".*.tmp"):
             if (m := re.search(r"\.(\d+)\.tmp$", f.name)) and not Path(f"/proc/{m[1]}").exists(): yield f
 
-# %% ../nbs/60_heal.ipynb #3190977e
+# %% ../nbs/60_heal.ipynb #bcf6ddd6
 def heal(
     root: Path, # The project
 ) -> list[str]: # What was healed, a line each; empty: nothing was wrong
-    "Put right what a crash has left. Nothing is lost: what is finished is in DVC's cache."
+    "Put right what a crash has left. Nothing is lost: what is finished is in DVC's cache. Raises `ConfigError` on a merge conflict: that is no crash."
     from dvc.lock import LockError, make_lock
     healed, tmp = [], root / ".dvc/tmp"
     if not tmp.parent.is_dir(): return healed
@@ -42,7 +45,7 @@ def heal(
                 rwlock.unlink(); healed.append(".dvc/tmp/rwlock was half-written: removed")
             if _broken_lock(lock := root / "dvc.lock"):
                 (root / ".mlkit").mkdir(exist_ok=True)
-                os.replace(lock, root / ".mlkit/dvc.lock.broken"); healed.append("dvc.lock was half-written: set aside; finished stages come from the cache")
+                os.replace(lock, root / ".mlkit/dvc.lock.broken"); healed.append("dvc.lock was half-written: set aside as .mlkit/dvc.lock.broken; finished stages come from the cache")
             if (aside := root / ".mlkit/aside").is_dir() and (stages := sorted(p.name for p in aside.iterdir())):
                 shutil.rmtree(aside); healed.append(f"the last run ended in {', '.join(stages)}: unfinished outputs removed")
             for f in _left_over(root): f.unlink(missing_ok=True); healed.append(f"{f.relative_to(root)}: left by a dead process, removed")

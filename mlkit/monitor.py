@@ -4,8 +4,8 @@
 __all__ = ['PREDICTION', 'CLASS_TEST', 'POLICY', 'features', 'add_noise', 'sample', 'save_reference', 'load_reference', 'compare',
            'plot_drift']
 
-# %% ../nbs/51_monitor.ipynb #4186208f
-import io, re
+# %% ../nbs/51_monitor.ipynb #c6f36149
+import io, re, warnings
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +155,7 @@ def _page(snapshot) -> str:
     html = re.sub(r"metric_[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", number, snapshot.get_html_str(as_iframe=False))
     return html.strip().replace("<head>", f'<head>\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1) + "\n"
 
-# %% ../nbs/51_monitor.ipynb #01e2c8e4
+# %% ../nbs/51_monitor.ipynb #497a228d
 def compare(
     reference: pl.DataFrame, # `load_reference(...)`, or any table of `features`
     current: pl.DataFrame, # `features` of what production saw, the same columns
@@ -168,8 +168,10 @@ def compare(
     if set(reference.columns) != set(current.columns):
         raise DataError(f"reference and current differ on {', '.join(sorted(set(reference.columns) ^ set(current.columns)))}; compute both with the same `features`")
     for name, df in (("reference", reference), ("current", current)): _need(df, df.columns, name)
-    snapshot = _evidently(reference, current.select(reference.columns), alpha, share)
-    if page is not None: write_atomic(page, _page(snapshot))
+    with warnings.catch_warnings(), np.errstate(all="ignore"): # of Evidently's histograms, where a column has one value
+        warnings.simplefilter("ignore")
+        snapshot = _evidently(reference, current.select(reference.columns), alpha, share)
+        if page is not None: write_atomic(page, _page(snapshot))
     return {**_parse(snapshot.dict()), "rows": {"reference": len(reference), "current": len(current)}}
 
 # %% ../nbs/51_monitor.ipynb #865300c4

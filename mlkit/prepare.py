@@ -27,7 +27,7 @@ def assign_split(
     draws = [int(hashlib.sha256(f"{seed}:{c}".encode()).hexdigest()[:13], 16) / 16**13 for c in content]
     return [SPLITS[i] for i in np.searchsorted(edges, draws, side="right")]
 
-# %% ../nbs/14_prepare.ipynb #173cda28
+# %% ../nbs/14_prepare.ipynb #c19a0e0a
 def split_index(
     index: pl.DataFrame, # Of shards
     shares: dict[str, float], seed: int, # See `assign_split`
@@ -38,7 +38,7 @@ def split_index(
     have = set(index.select("label", "split").unique().iter_rows())
     for label in sorted(index["label"].unique()):
         for s in SPLITS:
-            if (label, s) not in have: raise DataError(f"class '{label}' has no sample in the {s} split; it needs more samples, or another prepare.seed")
+            if (label, s) not in have: raise DataError(f"class '{label}' ({(index['label'] == label).sum()} samples) has none in the {s} split; it needs more samples, or another prepare.seed")
     return index
 
 def shares_by_class(index: pl.DataFrame) -> pl.DataFrame: # label, samples, and the share of each split

@@ -12,24 +12,25 @@ from .core import DataError, RegistryError, read_json, write_json
 from .release import MANIFEST, verify_bundle
 from .track import database, experiment_id, mlflow_client, tracking_uri
 
-# %% ../nbs/33_registry.ipynb #08625594
+# %% ../nbs/33_registry.ipynb #d9f31c29
 CHAMPION = "champion.json"
 
-def read_champion(root: Path) -> dict | None: # bundle, compare, value; None: nobody yet
+def read_champion(root: Path) -> dict | None: # model, bundle, compare, value; None: nobody yet
     "Raises `DataError` where the file is damaged."
     path = root / CHAMPION
     if not path.is_file(): return None
-    c = read_json(path)
-    if not isinstance(c, dict) or not {"bundle", "compare", "value"} <= set(c): raise DataError(f"{path}: lacks 'bundle', 'compare' or 'value'; restore it from git")
+    try: c = read_json(path)
+    except DataError as e: raise DataError(f"{e}; restore it from git, or remove it to start with no champion") from None
+    if not isinstance(c, dict) or not {"model", "bundle", "compare", "value"} <= set(c): raise DataError(f"{path}: lacks 'model', 'bundle', 'compare' or 'value'; restore it from git, or remove it to start with no champion")
     return c
 
 def beats(
     verdict: dict, # Of the challenger, see `release.verdict`
     champion: dict | None,
 ) -> bool:
-    "Whether it is strictly better on the criterion of comparison, or there is nobody to beat."
+    "Whether it is strictly better on the criterion of comparison, or there is nobody of its name to beat."
     new = verdict["criteria"][verdict["compare"]]
-    if champion is None or champion["compare"] != verdict["compare"]: return True
+    if champion is None or (champion["model"], champion["compare"]) != (verdict["model"], verdict["compare"]): return True
     return new["value"] > champion["value"] if new["higher_is_better"] else new["value"] < champion["value"]
 
 # %% ../nbs/33_registry.ipynb #a753029a

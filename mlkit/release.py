@@ -3,30 +3,38 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'write_bundle', 'verify_bundle', 'verdict', 'verdict_line', 'plot_verdict']
 
-# %% ../nbs/32_release.ipynb #8258d904
-import shutil
+# %% ../nbs/32_release.ipynb #51bbd453
+import hashlib, json, shutil
 from pathlib import Path
 
 from .core import ConfigError, RegistryError, nearest, read_json, sha256, write_json
 
-# %% ../nbs/32_release.ipynb #c2c9a4cc
+# %% ../nbs/32_release.ipynb #b415e73a
 MANIFEST = "bundle.json"
+
+def _identity(files: dict) -> str: # 64 hex digits
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 def write_bundle(
     out: Path, # Folder that is made
     parts: dict[str, Path], # Path in the bundle: file or folder to copy
+    builds: dict[str, Path], # The same, of what is built from the parts and may differ from build to build
 ) -> str: # The bundle's identity, 64 hex digits
     "Copy the parts and list them."
-    for name, source in parts.items():
+    for name, source in (parts | builds).items():
         target = out / name; target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-    files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != MANIFEST)
-    write_json(out / MANIFEST, {"files": {f.relative_to(out).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}})
-    return sha256(out / MANIFEST)
+    listed = {"files": {}, "builds": {}}
+    for f in sorted(f for f in out.rglob("*") if f.is_file() and f.name != MANIFEST):
+        name = f.relative_to(out).as_posix()
+        listed["builds" if name.split("/")[0] in builds else "files"][name] = {"sha256": sha256(f), "bytes": f.stat().st_size}
+    write_json(out / MANIFEST, listed)
+    return _identity(listed["files"])
 
 def verify_bundle(folder: Path) -> str: # Its identity
     "Hash every file. Raises `RegistryError` on the first that is missing, changed, or not listed."
-    files = read_json(folder / MANIFEST)["files"]
+    listed = read_json(folder / MANIFEST)
+    files = listed["files"] | listed["builds"]
     for name, entry in files.items():
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()): raise RegistryError(f"{folder / MANIFEST}: '{name}' points out of the bundle")
@@ -34,9 +42,9 @@ def verify_bundle(folder: Path) -> str: # Its identity
         if sha256(path) != entry["sha256"]: raise RegistryError(f"{path}: its SHA-256 is not the bundle's; the file was changed or damaged; run 'mlkit repro release'")
     if extra := {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - {MANIFEST, *files}:
         raise RegistryError(f"{folder}: the bundle does not list {sorted(extra)[0]}; remove it")
-    return sha256(folder / MANIFEST)
+    return _identity(listed["files"])
 
-# %% ../nbs/32_release.ipynb #eb7ef352
+# %% ../nbs/32_release.ipynb #9bc272e8
 def verdict(
     criteria: dict[str, dict[str, float]], # 'stage.metric': {'min': ..., 'max': ...}
     measured: dict[str, dict], # stage: its metrics
@@ -45,11 +53,11 @@ def verdict(
     "Hold what was measured against what is asked. Raises `ConfigError` on a criterion that cannot be judged."
     known = {f"{s}.{m}": v for s, d in measured.items() for m, v in d.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     if not criteria: raise ConfigError("release.criteria: empty; write down what a release must meet")
+    if unknown := [c for c in criteria if c not in known]: raise ConfigError(f"release.criteria: no stage measures '{unknown[0]}'{nearest(unknown[0], known)}")
     if compare not in criteria: raise ConfigError(f"release.compare: '{compare}' is not among release.criteria{nearest(compare, criteria)}")
     judged = {}
     for name, asked in criteria.items():
         if not asked: raise ConfigError(f"release.criteria: '{name}' asks for nothing; give it a min or a max")
-        if name not in known: raise ConfigError(f"release.criteria: no stage measures '{name}'{nearest(name, known)}")
         judged[name] = {"asked": " and ".join(f"{'≥' if k == 'min' else '≤'} {v:g}" for k, v in asked.items()), "value": known[name],
                         "met": asked.get("min", -float("inf")) <= known[name] <= asked.get("max", float("inf")), "higher_is_better": "min" in asked}
     met = sum(j["met"] for j in judged.values())

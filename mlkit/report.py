@@ -26,7 +26,7 @@ pre { background:var(--paper); border:1px solid var(--line); border-radius:6px; 
 .crumb { color:var(--soft); font-size:.9rem; text-decoration:none } .crumb:hover { text-decoration:underline }
 """
 
-# %% ../nbs/06_report.ipynb #7551cfb3
+# %% ../nbs/06_report.ipynb #505023d1
 PAGE = """
 {%- extends 'basic/index.html.j2' -%}
 {%- block header -%}<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -42,6 +42,7 @@ PAGE_CSS = """
 #code { position:absolute; opacity:0 } label[for=code] { float:right; cursor:pointer } label[for=code]::before { content:"▸ " }
 #code:checked + label::before { content:"▾ " } #code:focus-visible + label { outline:2px solid var(--brand) }
 .input { display:none } #code:checked ~ .cell .input, .celltag_injected-parameters .input { display:block }
+.celltag_injected-parameters pre { white-space:pre-wrap; overflow-wrap:anywhere }
 .output pre { background:transparent; border:0; border-left:3px solid var(--line); border-radius:0; padding:.1rem .9rem }
 .output_stderr pre { border-color:#e0b94a } .output_error pre { border-color:var(--bad) }
 """

@@ -59,7 +59,7 @@ def move_in_place(
         if (root / p).is_dir(): os.replace(root / p, aside / f".old{i}")
         os.replace(aside / p, root / p)
 
-# %% ../nbs/08_runner.ipynb #081b936e
+# %% ../nbs/08_runner.ipynb #3aedf2ca
 def failure(
     stage: str,
     error: BaseException, # What papermill, or a kernel, raised
@@ -68,7 +68,7 @@ def failure(
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
     line = text.splitlines()[0] if text else ""
     if "No space left" in text or "disk is full" in text: return f"{stage}: no space left on the disk; free some, then run again: what is finished is kept"
-    if isinstance(error, MlkitError) or name in {c.__name__ for c in MlkitError.__subclasses__()}: return f"{stage}: {line}"
+    if isinstance(error, MlkitError) or name in {c.__name__ for c in MlkitError.__subclasses__()}: return f"{stage}: {line.removeprefix(f'{stage}: ')}"
     if name == "DeadKernelError": return f"{stage}: its kernel died (out of memory, perhaps, or killed); run again: what is finished is kept"
     cell = f" in cell {error.exec_count}" if getattr(error, "exec_count", None) else ""
     return f"{stage}: {name}{cell}: {line}"
@@ -223,7 +223,7 @@ def _finish(stage):
     "What DVC would do after it."
     stage.save(run_cache=True); stage.commit(); stage.dump(update_pipeline=False)
 
-# %% ../nbs/08_runner.ipynb #e15a05f4
+# %% ../nbs/08_runner.ipynb #e791a2d3
 def reproduce(
     root: Path, # The project; also the working folder
     work: Callable[[str], None], # Of the name of a stage: runs it, raises where it fails
@@ -236,7 +236,7 @@ def reproduce(
     "Run what has changed. Raises `MlkitError`; what had finished by then is kept."
     import logging
     import networkx as nx
-    from dvc.exceptions import DvcException
+    from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
     logging.getLogger("dvc").setLevel(logging.ERROR) # `say` tells
     try:
@@ -264,4 +264,5 @@ def reproduce(
                     except (MlkitError, DvcException, OSError) as e: error = error or e # the others may finish
             if error: raise error
             return changed
+    except NotDvcRepoError: raise MlkitError(f"{root}: no DVC project; run 'dvc init' here (after 'git init')") from None
     except DvcException as e: raise MlkitError(" ".join(f"{e}{f': {e.__cause__}' if e.__cause__ else ''}".split())) from e

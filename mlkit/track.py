@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['tracking_uri', 'database', 'mlflow_client', 'experiment_id', 'Run']
 
-# %% ../nbs/21_track.ipynb #f3029b08
+# %% ../nbs/21_track.ipynb #83bb1445
 import os, time
+from contextlib import nullcontext
 from pathlib import Path
 
-from .core import project_root
+from .core import RegistryError, project_root
 
 # %% ../nbs/21_track.ipynb #bda7b282
 def tracking_uri() -> str:
@@ -21,17 +22,19 @@ def database(uri: str) -> Path | None: # None: not SQLite
     "The file of an SQLite address."
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
-# %% ../nbs/21_track.ipynb #929ce92f
+# %% ../nbs/21_track.ipynb #17a45f78
 def mlflow_client(uri: str):
-    "A client whose tables exist."
+    "A client whose tables exist. Raises `RegistryError` where the server does not answer."
     import logging
     from filelock import FileLock
-    logging.getLogger("alembic").setLevel(logging.ERROR); logging.getLogger("mlflow").setLevel(logging.ERROR)
+    for name in ("alembic", "mlflow", "urllib3"): logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"); os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10") # a server that is away is said, not waited for
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
-    if not (db := database(uri)): return MlflowClient(uri, uri)
-    with FileLock(f"{db}.lock"):
+    with FileLock(f"{db}.lock") if (db := database(uri)) else nullcontext():
         client = MlflowClient(uri, uri)
-        client.search_experiments(max_results=1)
+        try: client.search_experiments(max_results=1)
+        except MlflowException as e: raise RegistryError(f"MLflow at {uri} does not answer ({str(e).splitlines()[0][:100]}…); start it, or unset MLFLOW_TRACKING_URI") from None
     return client
 
 def experiment_id(client, uri: str, name: str) -> str:
@@ -42,22 +45,23 @@ def experiment_id(client, uri: str, name: str) -> str:
     try: return client.create_experiment(name, artifact_location=(db.parent / "mlartifacts").as_uri() if db else None)
     except MlflowException: return client.get_experiment_by_name(name).experiment_id # another process was first
 
-# %% ../nbs/21_track.ipynb #04c6eace
+# %% ../nbs/21_track.ipynb #fa2f797a
 class Run:
     "A run in MLflow, as a context: `with Run('digits', params) as run: run.log(epoch, loss=0.1)`. It ends as FAILED where an error passes through."
     def __init__(self,
         experiment: str,
         params: dict, # Values it runs with
         uri: str | None = None, # None: `tracking_uri()`
+        name: str | None = None, # Of the run; None: MLflow draws one
         every: float = 10, # Seconds between batches
     ):
-        self.experiment, self.params, self.uri, self.every = experiment, params, uri or tracking_uri(), every
+        self.experiment, self.params, self.uri, self.name, self.every = experiment, params, uri or tracking_uri(), name, every
         self.pending, self.sent = [], time.monotonic()
 
     def __enter__(self):
         from mlflow.entities import Param
         self.client = mlflow_client(self.uri)
-        self.run_id = self.client.create_run(experiment_id(self.client, self.uri, self.experiment)).info.run_id
+        self.run_id = self.client.create_run(experiment_id(self.client, self.uri, self.experiment), run_name=self.name).info.run_id
         self.client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in self.params.items()])
         return self
 

@@ -53,3 +53,20 @@ def test_verify(project):
     (project / "models/model.safetensors").write_bytes(b"x")
     done = project.mlkit("verify", "--repair", timeout=200)
     assert "To run again: train" in done.stdout and project.outputs() == before
+
+def test_terminal_shows_lines_only(project):
+    "On a terminal too: what runs, and no progress bar for every file."
+    import os, pty, subprocess
+    project.param(audit__max_imbalance=9.0)
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen(["mlkit", "repro", "audit"], cwd=project.root, env=project.env | {"TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try: seen += (piece := os.read(ours, 65536))
+        except OSError: break # the other end is closed
+        if not piece: break
+    os.close(ours)
+    text = seen.decode()
+    assert p.wait(60) == 0 and "✓ audit" in text and "audit 0 s" in text # the live line
+    assert "Collecting" not in text and "Checking" not in text and len(text) < 5000, text[:2000]
