@@ -93,10 +93,12 @@ def parity(
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ExportError("a probability is not a number")
     return Parity(float(np.abs(a.astype(np.float64) - b).max()), float((a.argmax(1) == b.argmax(1)).mean()), len(a))
 
-# %% ../nbs/41_export.ipynb #43edcfef
+# %% ../nbs/41_export.ipynb #07ddc456
 def _tensorrt(package):
-    import importlib
-    try: return importlib.import_module(package)
+    try:
+        if package == "tensorrt_rtx": import tensorrt_rtx as trt
+        else: import tensorrt as trt
+        return trt
     except ImportError as e: raise SetupError(f"{package} cannot be imported ({e}); 'mlkit doctor' says how to add it") from None
 
 def _logger(trt, said):

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['changed_values', 'definitions', 'changed_definitions', 'version_of', 'why']
 
-# %% ../nbs/62_why.ipynb #1b4f2d4e
+# %% ../nbs/62_why.ipynb #47fc494e
 import ast, hashlib, subprocess
+from functools import reduce
 from pathlib import Path
 from typing import Iterator
 
@@ -44,7 +45,7 @@ def version_of(root: Path, path: str, digest: str) -> str | None: # Its text
         blob = git("show", f"{commit}:{path}").stdout
         if hashlib.md5(blob).hexdigest() == digest: return blob.decode()
 
-# %% ../nbs/62_why.ipynb #b75bea98
+# %% ../nbs/62_why.ipynb #71b1ab25
 def _file(root, dep, makers):
     path, file = dep["path"], root / dep["path"]
     if file.is_dir():
@@ -78,7 +79,7 @@ def why(
     lines = [f"its command: was '{entry['cmd']}', is '{now['cmd']}'"] if entry["cmd"] != now["cmd"] else []
     for file, old in entry.get("params", {}).items():
         params = load(file)
-        lines += changed_values(old, {k: params.get(k) for k in old})
+        lines += changed_values(old, {k: reduce(lambda d, part: (d or {}).get(part), k.split("."), params) for k in old})
     known, values = {d["path"] for d in entry.get("deps", ())}, load("params.yaml")
     for dep in entry.get("deps", ()): lines += _file(root, dep, makers)
     for path in now.get("deps", ()):
