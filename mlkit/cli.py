@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['VERDICT', 'BUNDLE', 'Cli', 'main', 'conclude', 'export_stale', 'Progress', 'Lines', 'NoTerminal', 'only_one',
-           'run_pipeline', 'repro', 'run', 'why', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'doctor']
+           'run_pipeline', 'repro', 'run', 'why', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'reproduce',
+           'merge_lock', 'doctor']
 
-# %% ../nbs/09_cli.ipynb #cd16f726
+# %% ../nbs/09_cli.ipynb #a3088f8e
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .core import MlkitError, project_root, read_json
+from .core import ConfigError, MlkitError, project_root, read_json
 
 # %% ../nbs/09_cli.ipynb #c9047bf0
 class Cli(click.Group):
@@ -103,7 +104,7 @@ class NoTerminal:
     def isatty(self): return False
     def __getattr__(self, name): return getattr(self.stream, name)
 
-# %% ../nbs/09_cli.ipynb #65ee3ac9
+# %% ../nbs/09_cli.ipynb #011fb6e1
 @contextmanager
 def only_one(root: Path):
     "Hold the project for one run. Raises `MlkitError` that names who holds it."
@@ -125,12 +126,13 @@ def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> li
     os.chdir(root)
     nodes, params = runner.load_project(root)
     progress = Progress()
-    def work(name):
+    def work(name, env):
         if name == "index": return runner.write_index(root)
         out = progress.stream(name)
-        runner.run_node(root, nodes[name], params[name], out, out)
+        runner.run_node(root, nodes[name], params[name], out, out, env)
     with Live(progress, console=progress.console, transient=True) if progress.console.is_terminal else nullcontext(), redirect_stderr(NoTerminal(sys.stderr)):
-        return runner.reproduce(root, work, targets, force, n_jobs, frozenset(n for n, x in nodes.items() if x.stage.alone), progress)
+        stages = {n: x.stage for n, x in nodes.items()}
+        return runner.reproduce(root, work, targets, force, runner.machine_slots(n_jobs, list(stages.values())), stages, progress)
 
 # %% ../nbs/09_cli.ipynb #f83707b4
 @main.command()
@@ -160,14 +162,16 @@ def run(stage):
     click.echo(f"▸ {stage}")
     click.echo(f"✓ {stage} {run_stage(project_root(), stage):.1f} s")
 
-# %% ../nbs/09_cli.ipynb #ee23b0ef
+# %% ../nbs/09_cli.ipynb #c66b0ab0
 @main.command()
 @click.argument("stage")
 def why(stage):
     "Which input of STAGE changed since its last run: function or parameter, old and new value."
     from mlkit.why import why
+    from mlkit.pipeline import render
     root = project_root()
     export_stale(root)
+    render(root)
     lines = why(root, stage)
     click.echo("\n".join(lines) if lines else f"{stage} is up to date")
 
@@ -226,15 +230,55 @@ def serve(alias, port, metrics_port, host):
     else: folder = root / BUNDLE; verify_bundle(folder)
     serve_forever(Triton(folder / "model_repository", port=port, metrics_port=metrics_port, host=host), progress=click.echo)
 
-# %% ../nbs/09_cli.ipynb #c8124e8d
+# %% ../nbs/09_cli.ipynb #4737f4d0
 @main.command()
 def setup():
-    "Install what pip does not: the serving environment (Triton with ONNX Runtime), and the warm kernel for JupyterLab."
+    "Install what pip does not: the serving environment (Triton with ONNX Runtime), the warm kernel for JupyterLab, git's merge driver for dvc.lock."
+    from mlkit.merge import install_driver
     from mlkit.serve import find_triton, install_serving
     from mlkit.warm import install_kernel
     install_serving(click.echo)
     install_kernel()
+    try: install_driver(project_root(), str(Path(sys.executable).with_name("mlkit")))
+    except ConfigError: pass # not in a project
     if not find_triton()[0]: raise MlkitError(find_triton()[1])
+
+@main.command()
+@click.argument("version")
+@click.option("--model", help="Its name in the registry; default: that of the last run.")
+@click.option("--into", type=click.Path(path_type=Path), help="A new folder; default: .mlkit/reproduced/VERSION.")
+def reproduce(version, model, into):
+    "Make VERSION ('3', or 'champion') of the registry again from its commit, data, values, and compare. Exit code 1 if it differs."
+    import shutil, subprocess
+    from mlkit.provenance import check_out, compare, differences
+    from mlkit.registry import fetch
+    root = project_root()
+    if not model and not (root / VERDICT).is_file(): raise MlkitError("which model? Name it with --model")
+    model = model or read_json(root / VERDICT)["model"]
+    into = into or root / ".mlkit/reproduced" / version
+    shutil.rmtree(root / ".mlkit/fetched", ignore_errors=True)
+    record = fetch(model, version, root / ".mlkit/fetched", part="provenance")
+    was = read_json(fetch(model, version, root / ".mlkit/fetched") / "bundle.json")
+    made = read_json(record / "made.json")
+    if into.is_relative_to(root / ".mlkit"): shutil.rmtree(into, ignore_errors=True)
+    project = check_out(root, record, into.absolute())
+    click.echo(f"{model} {version}: commit {made['commit'][:12]}, checked out in {project}")
+    for line in (other := differences(made)): click.secho(f"differs: {line}", fg="yellow")
+    because = f"; what differs: {', '.join(l.partition(':')[0] for l in other)}" if other else ""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))} | {"PYTHONPATH": str(project)}
+    done = subprocess.run([sys.executable, "-c", "from mlkit.cli import main; main()", "repro", "--force", "release"], cwd=project, env=env)
+    if done.returncode: raise MlkitError(f"{project}: the pipeline failed there, see above{because}")
+    if lines := compare(was, read_json(project / BUNDLE / "bundle.json")):
+        for line in lines: click.echo(f"not the same: {line}", err=True)
+        raise MlkitError(f"{model} {version}: {len(lines)} of {len(was['files'])} files are not the same bytes{because or '; packages, interpreter and CPU are the same'}")
+    click.secho(f"The same: all {len(was['files'])} files of {model} {version}, byte for byte", fg="green", bold=True)
+
+@main.command("merge-lock", hidden=True)
+@click.argument("files", nargs=3, type=click.Path(path_type=Path))
+def merge_lock(files):
+    "BASE OURS THEIRS: git calls this to merge dvc.lock."
+    from mlkit.merge import merge_locks
+    if not merge_locks(*files): sys.exit(1) # git says that there is a conflict
 
 @main.command()
 def doctor():

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['KERNEL_ENV', 'strip_clocks', 'move_in_place', 'failure', 'execute', 'run_node', 'load_project', 'Interrupted',
-           'end_kernels', 'interruptible', 'run_stage', 'write_pages', 'write_index', 'reproduce']
+           'end_kernels', 'interruptible', 'run_stage', 'write_pages', 'write_index', 'Slots', 'machine_slots',
+           'reproduce']
 
-# %% ../nbs/08_runner.ipynb #e941f9eb
-import os, shutil, signal, sys, tempfile, time
+# %% ../nbs/08_runner.ipynb #673d2655
+import math, os, shutil, signal, sys, tempfile, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from functools import cache
@@ -14,7 +15,7 @@ from typing import Callable
 from .config import load_params
 from .core import MlkitError, StageError, nearest, write_atomic
 from .pipeline import INDEX, Node, load_stages
-from .stage import OUTPUTS
+from .stage import OUTPUTS, Stage
 
 # %% ../nbs/08_runner.ipynb #005a73c9
 @cache
@@ -95,24 +96,25 @@ def _kernel() -> str | None: # Name of the kernel; None: what the notebook says
     from mlkit.warm import KERNEL
     return KERNEL if (Path(sys.prefix) / f"share/jupyter/kernels/{KERNEL}/kernel.json").is_file() else None
 
-# %% ../nbs/08_runner.ipynb #9607ca46
+# %% ../nbs/08_runner.ipynb #c201afe6
 def execute(
     root: Path, # The project
     node: Node,
     parameters: dict, # Checked
     aside: Path, # Where the stage writes; the report too, on failure as well
     stdout=sys.stdout, stderr=sys.stderr, # What the notebook prints goes here as it comes
+    env: dict[str, str] = {}, # Environment variables besides those of this process
 ): # nbformat notebook, run
     "Run a stage's notebook by papermill. Raises `PapermillExecutionError` and what a kernel can raise."
     report = aside / node.reports[0]
     report.parent.mkdir(parents=True, exist_ok=True)
     return _papermill().execute_notebook(root / node.notebook, report, parameters=parameters, engine_name="mlkit", kernel_name=_kernel(), progress_bar=False,
-        request_save_on_cell_execute=False, stdout_file=stdout, stderr_file=stderr, env=os.environ | KERNEL_ENV | {OUTPUTS: str(aside)}, folder=str(root))
+        request_save_on_cell_execute=False, stdout_file=stdout, stderr_file=stderr, env=os.environ | KERNEL_ENV | env | {OUTPUTS: str(aside)}, folder=str(root))
 
-# %% ../nbs/08_runner.ipynb #2d21eedf
+# %% ../nbs/08_runner.ipynb #f03efc3e
 def run_node(
     root: Path, node: Node, parameters: dict, # See `execute`
-    stdout=sys.stdout, stderr=sys.stderr,
+    stdout=sys.stdout, stderr=sys.stderr, env: dict[str, str] = {},
 ) -> float: # Seconds it took
     "Run a stage. Raises `StageError` with one line; then nothing in place has changed."
     name, start = node.stage.name, time.monotonic()
@@ -120,7 +122,7 @@ def run_node(
     shutil.rmtree(aside, ignore_errors=True); aside.mkdir(parents=True)
     report = aside / node.reports[0]
     try:
-        write_pages(execute(root, node, parameters, aside, stdout, stderr), report, name)
+        write_pages(execute(root, node, parameters, aside, stdout, stderr, env), report, name)
         move_in_place(aside, root, [*node.stage.outputs.values(), *node.reports])
     except Exception as e: raise StageError(failure(name, e) + _keep(report, root / ".mlkit/failed", name)) from e
     finally: shutil.rmtree(aside, ignore_errors=True)
@@ -206,7 +208,7 @@ def write_index(root: Path):
     write_atomic(root / INDEX, index_page({n: root / x.reports[0] for n, x in nodes.items()},
         {n: [root / m for m in x.stage.metrics.values()] for n, x in nodes.items()}))
 
-# %% ../nbs/08_runner.ipynb #728505f4
+# %% ../nbs/08_runner.ipynb #4d6d8dae
 def _ready(repo, stage, force) -> str: # 'same', 'restored' or 'run'
     "What DVC would do before the command of a stage."
     from dvc.stage.cache import RunCacheNotFoundError
@@ -216,21 +218,55 @@ def _ready(repo, stage, force) -> str: # 'same', 'restored' or 'run'
             if force: raise RunCacheNotFoundError(stage)
             repo.stage_cache.restore(stage)
         except RunCacheNotFoundError: stage.save_deps(); return "run"
-        _finish(stage)
+        _finish(stage, ran=False)
         return "restored"
 
-def _finish(stage):
-    "What DVC would do after it."
-    stage.save(run_cache=True); stage.commit(); stage.dump(update_pipeline=False)
+def _finish(stage, ran: bool):
+    "What DVC would do after it. DVC would record an input that was edited meanwhile with the results of what it was before: that raises `StageError`."
+    began = {str(d): d.hash_info for d in stage.deps}
+    stage.save(run_cache=True)
+    if changed := [str(d) for d in stage.deps if ran and began[str(d)] != d.hash_info]:
+        raise StageError(f"{stage.addressing}: {changed[0]} was changed while the stage ran, so its results are not recorded; run again")
+    stage.commit(); stage.dump(update_pipeline=False)
 
-# %% ../nbs/08_runner.ipynb #e791a2d3
+# %% ../nbs/08_runner.ipynb #d72e3be1
+class Slots:
+    "What the stages that run together share."
+    def __init__(self,
+        n_jobs: int = 1, # Stages at once
+        gpus: list[str] = [], # As CUDA_VISIBLE_DEVICES names them
+        memory: float = math.inf, # Bytes
+    ): self.n_jobs, self.gpus, self.memory, self.taken = n_jobs, gpus, memory, {}
+
+    def take(self, stage: Stage) -> dict[str, str] | None: # Environment variables for it; None: it has to wait
+        "Let a stage start."
+        free = [g for g in self.gpus if not any(g in gpus for _, gpus in self.taken.values())]
+        wants = min(stage.gpus, len(self.gpus))
+        if self.taken:
+            others = [s for s, _ in self.taken.values()]
+            if len(others) >= self.n_jobs or stage.alone or any(s.alone for s in others) or wants > len(free): return None
+            if sum(s.memory_gb for s in (stage, *others)) * 1e9 > self.memory: return None
+        self.taken[stage.name] = stage, free[:wants]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(free[:wants])} if wants and self.n_jobs > 1 else {} # one at a time may see them all
+
+    def give(self, name: str): self.taken.pop(name, None)
+
+def machine_slots(n_jobs: int, stages: list[Stage]) -> Slots:
+    "The slots of this machine."
+    from mlkit.device import find_gpus, usable_memory
+    if n_jobs == 1: return Slots()
+    n = len(find_gpus()[0].get("gpus", ())) if any(s.gpus for s in stages) else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Slots(n_jobs, visible.split(",")[:n] if visible else [str(i) for i in range(n)], usable_memory())
+
+# %% ../nbs/08_runner.ipynb #08dd1620
 def reproduce(
     root: Path, # The project; also the working folder
-    work: Callable[[str], None], # Of the name of a stage: runs it, raises where it fails
+    work: Callable[[str, dict], None], # Of the name of a stage and environment variables for it: runs it, raises where it fails
     targets: list[str], # Stages that are wanted, with what they need; empty: all
     force: bool = False, # Run even if nothing has changed
-    n_jobs: int = 1, # Stages at once
-    alone: frozenset[str] = frozenset(), # Stages beside which no other may run
+    slots: Slots | None = None, # None: one stage at a time
+    stages: dict[str, Stage] = {}, # The declarations of those that need more than a job
     say: Callable[[str, str], None] = lambda stage, what: None, # Told 'run', 'restored' and 'done'
 ) -> list[str]: # Names of the stages that ran or were restored
     "Run what has changed. Raises `MlkitError`; what had finished by then is kept."
@@ -239,8 +275,9 @@ def reproduce(
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
     logging.getLogger("dvc").setLevel(logging.ERROR) # `say` tells
+    slots = slots or Slots()
     try:
-        with Repo(str(root)) as repo, repo.scm_context(), ThreadPoolExecutor(n_jobs) as pool, interruptible():
+        with Repo(str(root)) as repo, repo.scm_context(), ThreadPoolExecutor(slots.n_jobs) as pool, interruptible():
             graph = repo.index.graph # from a stage to what it needs
             by_name = {s.addressing: s for s in graph}
             if unknown := [t for t in targets if t not in by_name]: raise StageError(f"no stage is called '{unknown[0]}'{nearest(unknown[0], by_name)}")
@@ -249,17 +286,18 @@ def reproduce(
             done, running, changed, error = set(), {}, [], None
             while running or waiting and not error:
                 for stage in [s for s in waiting if not error and set(graph.successors(s)) & wanted <= done]:
-                    if len(running) >= n_jobs or running and alone & {stage.addressing, *(s.addressing for s in running.values())}: continue
+                    name = stage.addressing
+                    if (env := slots.take(stages.get(name) or Stage(name))) is None: continue
                     waiting.remove(stage)
                     what = _ready(repo, stage, force)
-                    if what != "same": changed.append(stage.addressing); say(stage.addressing, what)
-                    if what == "run": running[pool.submit(work, stage.addressing)] = stage
-                    else: done.add(stage)
+                    if what != "same": changed.append(name); say(name, what)
+                    if what == "run": running[pool.submit(work, name, env)] = stage
+                    else: done.add(stage); slots.give(name)
                 for job in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done if running else ():
-                    stage = running.pop(job)
+                    slots.give((stage := running.pop(job)).addressing)
                     try:
                         job.result()
-                        with repo.lock: _finish(stage)
+                        with repo.lock: _finish(stage, ran=True)
                         done.add(stage); say(stage.addressing, "done")
                     except (MlkitError, DvcException, OSError) as e: error = error or e # the others may finish
             if error: raise error

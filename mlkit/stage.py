@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .core import StageError, nearest, project_root
 
-# %% ../nbs/03_stage.ipynb #44a1ff49
+# %% ../nbs/03_stage.ipynb #dc093e8d
 @dataclass(frozen=True)
 class Stage:
     "What a stage reads and writes."
@@ -20,6 +20,8 @@ class Stage:
     metrics: dict[str, str] = field(default_factory=dict) # name: path of a JSON that `dvc metrics` shows
     plots: dict[str, dict] = field(default_factory=dict) # name: {'path': CSV, ...DVC's plot properties: x, y, template, title}
     alone: bool = False # Whether no other stage may run at the same time: it measures the machine, or needs all of it
+    gpus: int = 0 # How many it uses where there are any; stages that run together get different ones
+    memory_gb: float = 0 # At its peak, roughly (10^9 bytes); stages run together as long as the sum fits the machine
 
     @property
     def outputs(self) -> dict[str, str]: # name: path

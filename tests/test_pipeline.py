@@ -1,5 +1,7 @@
 "The whole pipeline on the real data: it releases, does nothing twice, reruns what it must and nothing else, and gives the same bytes anywhere."
 import json, os, shutil, sqlite3, subprocess, sys, time
+from importlib.metadata import distribution, version
+from pathlib import Path
 
 import pytest
 from conftest import BIN, ran, sha256
@@ -128,6 +130,34 @@ def test_param_reruns_its_stage_and_going_back_restores(project):
     project.git("checkout", "params.yaml")
     done = project.mlkit("repro")
     assert ran(done.stdout) == [] and project.outputs() == before # from the cache, reports too
+
+def test_another_version_of_a_package(project):
+    "Only the stage that imports it runs again, and what follows from its results."
+    was = version("captum")
+    info = Path(shutil.copytree(distribution("captum")._path, project / "captum-0.0.1.dist-info")) # the project's folder comes first on the path
+    (info / "METADATA").write_text((info / "METADATA").read_text().replace(f"Version: {was}", "Version: 0.0.1"))
+    assert project.mlkit("why", "explain").stdout == f"captum: was 'captum {was}', is 'captum 0.0.1'\n"
+    assert stale(project) == {"explain": ["environment.json"]} and project.git("diff", "--stat").stdout.count("|") == 1
+    assert ran(project.mlkit("repro").stdout) == ["explain"] # its metrics are the same, so the rest stands
+    shutil.rmtree(info)
+    assert ran(project.mlkit("repro").stdout) == [] # from the cache
+
+# Branches
+
+def test_branches_that_changed_different_stages_merge(project):
+    project.mlkit("setup")
+    project.commit()
+    for branch, values in (("a", {"explain__n_steps": 8}), ("b", {"monitor__noise": 0.2})):
+        project.git("checkout", "-q", "-b", branch, "master" if project.git("branch", "--list", "master").stdout else "main")
+        project.param(**values)
+        project.mlkit("repro", rc=None)
+        project.commit()
+    assert "CONFLICT" not in project.git("merge", "a").stdout
+    lock = YAML(typ="safe").load(project / "dvc.lock")["stages"]
+    assert lock["explain"]["params"]["params.yaml"]["explain"]["n_steps"] == 8 and lock["monitor"]["params"]["params.yaml"]["monitor"]["noise"] == 0.2
+    assert "index" not in lock # both made it, neither from what is here now
+    assert ran(project.mlkit("repro").stdout) == [] # both had run somewhere
+    assert project.git("status", "--short").stdout.split() == ["M", "dvc.lock"]
 
 # DVC's own commands
 
