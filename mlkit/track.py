@@ -22,12 +22,13 @@ def database(uri: str) -> Path | None: # None: not SQLite
     "The file of an SQLite address."
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
-# %% ../nbs/21_track.ipynb #17a45f78
+# %% ../nbs/21_track.ipynb #9e92d62e
 def mlflow_client(uri: str):
     "A client whose tables exist. Raises `RegistryError` where the server does not answer."
     import logging
     from filelock import FileLock
     for name in ("alembic", "mlflow", "urllib3"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name, value in (("MLFLOW_LOGGING_LEVEL", "ERROR"), ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")): os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"); os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10") # a server that is away is said, not waited for
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient

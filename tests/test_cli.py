@@ -70,3 +70,15 @@ def test_terminal_shows_lines_only(project):
     text = seen.decode()
     assert p.wait(60) == 0 and "✓ audit" in text and "audit 0 s" in text # the live line
     assert "Collecting" not in text and "Checking" not in text and len(text) < 5000, text[:2000]
+
+def test_reproduce(project, tmp_path):
+    "A registered version is made again from its own commit and values, whatever the project holds by now; what differs is named."
+    project.param(train__n_epochs=1)
+    (info := project / "captum-0.0.1.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: captum\nVersion: 0.0.1\n")
+    done = project.mlkit("reproduce", "1", "--into", tmp_path / "again", timeout=240)
+    assert "The same: all " in done.stdout and "byte for byte" in done.stdout
+    assert [l.split(",")[-1] for l in done.stdout.splitlines() if l.startswith("differs: ")] == [" is 0.0.1"]
+    assert sha256(tmp_path / "again/models/model.safetensors") == sha256(project / "models/model.safetensors")
+    one_line(project.mlkit("reproduce", "1", "--into", tmp_path / "again", rc=1), "exists already")
+    one_line(project.mlkit("reproduce", "7", rc=1), "no '7' of model 'digits'")
