@@ -42,7 +42,7 @@ def snapshot(root: Path) -> str | None: # None: no git here
     git(root, "update-ref", f"refs/mlkit/{commit}", commit)
     return commit
 
-# %% ../nbs/34_provenance.ipynb #acb31577
+# %% ../nbs/34_provenance.ipynb #0f09dbcb
 def machine() -> dict[str, str]:
     "What else may change bits: the interpreter, the kind of CPU."
     try: cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
@@ -51,7 +51,8 @@ def machine() -> dict[str, str]:
 
 def packages() -> dict[str, str]: # name: version
     "Every installed distribution."
-    return dict(sorted({d.name: d.version for d in distributions()}.items(), key=lambda x: x[0].lower()))
+    found = {d.name: d.version for d in reversed(list(distributions()))} # what comes first on the path is what is imported
+    return dict(sorted(found.items(), key=lambda x: x[0].lower()))
 
 def record(
     root: Path, # The project

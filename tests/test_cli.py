@@ -2,7 +2,7 @@
 import json, signal, urllib.request
 
 import pytest
-from conftest import one_line, wait_for
+from conftest import one_line, sha256, wait_for
 
 def test_serve_answers_and_ends(project):
     "`mlkit serve` serves the released bundle, as its own example asks, until it is told to end."
