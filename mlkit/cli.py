@@ -230,18 +230,21 @@ def serve(alias, port, metrics_port, host):
     else: folder = root / BUNDLE; verify_bundle(folder)
     serve_forever(Triton(folder / "model_repository", port=port, metrics_port=metrics_port, host=host), progress=click.echo)
 
-# %% ../nbs/09_cli.ipynb #4737f4d0
+# %% ../nbs/09_cli.ipynb #7bb87ec8
 @main.command()
 def setup():
-    "Install what pip does not: the serving environment (Triton with ONNX Runtime), the warm kernel for JupyterLab, git's merge driver for dvc.lock."
+    "Install what pip does not: the serving environment (Triton with ONNX Runtime), the warm kernel for JupyterLab, git's merge driver for dvc.lock; note the versions."
     from mlkit.merge import install_driver
+    from mlkit.pipeline import render
     from mlkit.serve import find_triton, install_serving
     from mlkit.warm import install_kernel
     install_serving(click.echo)
     install_kernel()
-    try: install_driver(project_root(), str(Path(sys.executable).with_name("mlkit")))
-    except ConfigError: pass # not in a project
     if not find_triton()[0]: raise MlkitError(find_triton()[1])
+    try: root = project_root()
+    except ConfigError: return # not in a project
+    install_driver(root, str(Path(sys.executable).with_name("mlkit")))
+    render(root)
 
 @main.command()
 @click.argument("version")

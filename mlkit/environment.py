@@ -4,9 +4,10 @@
 __all__ = ['INSTALLED', 'ENVIRONMENT', 'imports', 'import_tree', 'environment', 'environment_keys', 'read_environment',
            'render_environment']
 
-# %% ../nbs/04_environment.ipynb #372a7c45
+# %% ../nbs/04_environment.ipynb #9ea6118b
 import ast, hashlib, json, sys
 from functools import cache
+from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def import_tree(
     modules = [Path(p).stem for p in relative(INSTALLED)] if root != INSTALLED else []
     return relative(root), modules, sorted(names - {""} - set(sys.stdlib_module_names))
 
-# %% ../nbs/04_environment.ipynb #c55280fc
+# %% ../nbs/04_environment.ipynb #37bd550f
 ENVIRONMENT = "environment.json"
 
 @cache
@@ -77,8 +78,9 @@ def _described(name):
     found = sorted(set(_distributions().get(name) or ([name] if _version(name) else [])))
     return ", ".join(f"{d} {_version(d)}" for d in found) or None
 
-def _still(described):
-    return described and all(_version(d) == v for d, v in (part.rsplit(" ", 1) for part in described.split(", ")))
+def _still(name, described):
+    if described is None: return find_spec(name) is None
+    return all(_version(d) == v for d, v in (part.rsplit(" ", 1) for part in described.split(", ")))
 
 def environment(
     modules: list[str], # Of an installed mlkit, as `import_tree` gives them
@@ -86,7 +88,7 @@ def environment(
     known: dict = {}, # A former result
 ) -> dict: # 'sklearn': 'scikit-learn 1.9.0' or None: not installed; 'python': '3.11'; 'mlkit': {'core': the start of its SHA-256}
     "What stands behind these names now."
-    packages = {n: known[n] if _still(known.get(n)) else _described(n) for n in sorted(names)}
+    packages = {n: known[n] if n in known and _still(n, known[n]) else _described(n) for n in sorted(names)}
     hashes = {m: hashlib.sha256((INSTALLED / f"mlkit/{m}.py").read_bytes()).hexdigest()[:16] for m in sorted(modules)}
     return {"python": "{}.{}".format(*sys.version_info)} | packages | ({"mlkit": hashes} if hashes else {})
 
