@@ -1,7 +1,9 @@
 "One finished run of the whole pipeline, in a copy of this checkout; each test gets a clone of it that it may break."
-import hashlib, json, os, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import cv2, numpy as np, psutil
@@ -11,6 +13,15 @@ from ruamel.yaml import YAML
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
 
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+@cache
+def may_differ() -> tuple[str, ...]: # Patterns of paths
+    "Which outputs may differ between two runs of the same: the table in README.md, without its rows on TensorRT where that does not build."
+    from mlkit.device import choose
+    rows = [l.split("|")[1:-1] for l in (ROOT / "README.md").read_text().split("| may differ |")[1].split("\n\n")[0].splitlines()[2:]]
+    return tuple(p for what, when, _ in rows if "TensorRT" not in when or choose("build").engine == "tensorrt" for p in re.findall("`(.+?)`", what))
+
+def differs_by_right(path): return any(fnmatch(path, p) for p in may_differ())
 
 @dataclass
 class Project:
@@ -62,6 +73,15 @@ class Project:
         declared = [p for n, s in self.stages.items() if not names or n in names for p in [*s["outs"], *s.get("metrics", [])]]
         files = [f for p in declared for f in ([self / p] if (self / p).is_file() else sorted((self / p).rglob("*")))]
         return {f.relative_to(self.root).as_posix(): sha256(f) for f in files if f.is_file()}
+
+    @property
+    def same(self):
+        "What two runs of the same must have in common: outputs, and what `dvc.lock` says of each stage. Not what README.md excepts."
+        outputs = self.outputs()
+        excepted = [f for f in outputs if differs_by_right(f)]
+        def known(entry): return entry["path"] if any(f"{f}/".startswith(f"{entry['path']}/") for f in excepted) else entry
+        lock = {f"dvc.lock: {s}": e | {k: [known(x) for x in e[k]] for k in ("deps", "outs")} for s, e in YAML(typ="safe").load(self / "dvc.lock")["stages"].items()}
+        return {f: h for f, h in outputs.items() if f not in excepted} | lock
 
     def strays(self):
         "Files that a stage which was stopped should not have left: those aside, and the temporary ones."
@@ -124,10 +144,8 @@ def wait_for(condition, timeout, what):
         time.sleep(0.05)
     raise AssertionError(f"{what}: not within {timeout} s")
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory):
+def checkout(root):
     "The checkout as git would carry it, nothing run."
-    root = tmp_path_factory.mktemp("fresh") / "project"
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -137,6 +155,22 @@ def fresh(tmp_path_factory):
     project = Project(root)
     project.git("init", "-q")
     project.commit()
+    return project
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory): return checkout(tmp_path_factory.mktemp("fresh") / "project")
+
+def quick(project):
+    "The same stages with less to do in each."
+    project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], export__capabilities=["8.6"], evaluate__n_bins=5)
+    project.replace("params.yaml", "evaluate.accuracy: {min: 0.97}", "evaluate.accuracy: {min: 0.5}")
+    return project
+
+@pytest.fixture(scope="session")
+def uninterrupted(fresh, tmp_path_factory):
+    "The quick pipeline after `mlkit repro`. For reading only."
+    project = quick(fresh.clone(tmp_path_factory.mktemp("uninterrupted") / "project"))
+    project.mlkit("repro", timeout=300)
     return project
 
 @pytest.fixture(scope="session")

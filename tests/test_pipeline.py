@@ -8,7 +8,6 @@ from conftest import BIN, ran, sha256
 from ruamel.yaml import YAML
 
 STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"]
-MEASURED = {"serve", "release"} # their reports show milliseconds, or a verdict that rests on them; so does the page that sums up
 
 def cells(nb, kind="code"): return [c | {"source": "".join(c["source"])} for c in json.loads(nb.read_text())["cells"] if c["cell_type"] == kind]
 
@@ -235,20 +234,6 @@ def test_refused_release_is_not_published(project):
     assert versions(project) == {} and not (project / "champion.json").exists()
     assert project.mlkit("release", rc=1).stdout.startswith("Not released") and versions(project) == {}
     assert project.mlkit("repro", rc=1).stdout.count("Not released") == 1 # a second look does not make it better
-
-# The same bytes
-
-def test_same_bytes_in_another_folder(finished, tmp_path):
-    "Every stage whose results are no measurements, run again somewhere else: data, weights, ONNX, metrics and reports."
-    project = finished.clone(tmp_path / "elsewhere, with a longer name")
-    stages = [s for s in STAGES if s not in MEASURED | {"audit", "tune", "monitor"}]
-    before = project.outputs(*stages)
-    for d in ("models/model.safetensors", "models/export/model.onnx"): (project / d).unlink()
-    for s in stages: project.mlkit("run", s)
-    after = project.outputs(*stages)
-    assert len(after) > 40 and any(p.endswith("test.safetensors") for p in after) and {"models/model.safetensors", "models/export/model.onnx"} <= set(after)
-    builds = "models/engines/", "reports/export." # TensorRT may choose other kernels in another build
-    assert {p for p in before | after if before.get(p) != after.get(p) and not p.startswith(builds)} == {"reports/measurements/train.json"}
 
 def test_a_blank_in_the_path(finished, tmp_path):
     "Triton's Python backend cuts its command line at blanks."
