@@ -27,19 +27,27 @@ def assign_split(
     draws = [int(hashlib.sha256(f"{seed}:{c}".encode()).hexdigest()[:13], 16) / 16**13 for c in content]
     return [SPLITS[i] for i in np.searchsorted(edges, draws, side="right")]
 
-# %% ../nbs/14_prepare.ipynb #c19a0e0a
+# %% ../nbs/14_prepare.ipynb #b908dc6d
+def _fill(splits: dict[str, str], seed: int, label: str) -> dict[str, str]: # content: split, of one class
+    "Every split gets a sample: from where there are two or more, the one that draws lowest moves."
+    for s in SPLITS:
+        if s in splits.values(): continue
+        held = list(splits.values())
+        movable = [c for c, t in splits.items() if held.count(t) > 1]
+        if not movable: raise DataError(f"class '{label}' has {len(splits)} different samples; it needs three, one a split, or remove the class")
+        splits = splits | {min(movable, key=lambda c: hashlib.sha256(f"{seed}:{s}:{c}".encode()).digest()): s}
+    return splits
+
 def split_index(
     index: pl.DataFrame, # Of shards
     shares: dict[str, float], seed: int, # See `assign_split`
 ) -> pl.DataFrame: # The readable samples, with a column `split`
-    "Raises `DataError` where a class is missing in a split: nothing could be learned, or said, about it."
+    "Every class is in every split. Raises `DataError` where one has fewer than three different samples: nothing could be learned, or said, about it."
     index = index.drop_nulls("content").filter(pl.col("label").n_unique().over("content") == 1)
-    index = index.with_columns(split=pl.Series(assign_split(index["content"].to_list(), shares, seed), dtype=pl.String))
-    have = set(index.select("label", "split").unique().iter_rows())
-    for label in sorted(index["label"].unique()):
-        for s in SPLITS:
-            if (label, s) not in have: raise DataError(f"class '{label}' ({(index['label'] == label).sum()} samples) has none in the {s} split; it needs more samples, or another prepare.seed")
-    return index
+    drawn = dict(zip(index["content"], assign_split(index["content"].to_list(), shares, seed)))
+    for label, contents in index.group_by("label").agg(pl.col("content").unique()).sort("label").iter_rows():
+        drawn |= _fill({c: drawn[c] for c in sorted(contents)}, seed, label)
+    return index.with_columns(split=pl.Series([drawn[c] for c in index["content"]], dtype=pl.String))
 
 def shares_by_class(index: pl.DataFrame) -> pl.DataFrame: # label, samples, and the share of each split
     "What the split came out as."

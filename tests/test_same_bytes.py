@@ -24,5 +24,6 @@ def test_plain_dvc_elsewhere(fresh, uninterrupted, tmp_path):
 
     p99 = [p.json("reports/measurements/serve.json")["p99_ms"] for p in (project, uninterrupted)]
     assert {p for p in may_differ() if not any(fnmatch(f, p) for f in project.outputs())} == set(), "README.md names what no stage writes"
-    if p99[0] != p99[1] and not any("engines" in p for p in may_differ()):
-        assert {p for p in may_differ() if not any(fnmatch(f, p) for f in differing(project, uninterrupted))} == set(), "README.md excepts what is the same"
+    builds = {p for p in may_differ() if "engines" in p or "bundle" in p or "export" in p}
+    if p99[0] != p99[1]:
+        assert {p for p in may_differ() if not any(fnmatch(f, p) for f in differing(project, uninterrupted))} <= builds, "README.md excepts what is the same"
