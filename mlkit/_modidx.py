@@ -348,6 +348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlkit.stream': { 'mlkit.stream.Dali': ('stream.html#dali', 'mlkit/stream.py'),
                               'mlkit.stream.Dali.__call__': ('stream.html#dali.__call__', 'mlkit/stream.py'),
                               'mlkit.stream.Dali.__init__': ('stream.html#dali.__init__', 'mlkit/stream.py'),
+                              'mlkit.stream.Dali._next': ('stream.html#dali._next', 'mlkit/stream.py'),
                               'mlkit.stream.Dali.close': ('stream.html#dali.close', 'mlkit/stream.py'),
                               'mlkit.stream.Loader': ('stream.html#loader', 'mlkit/stream.py'),
                               'mlkit.stream.Loader.__init__': ('stream.html#loader.__init__', 'mlkit/stream.py'),

@@ -52,7 +52,7 @@ def _uniform(keys, epoch, seed, n):
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
 
-# %% ../nbs/19_stream.ipynb #7d983506
+# %% ../nbs/19_stream.ipynb #27f5a8f4
 TOLERANCE = 1.01 / 255 # by which a pixel may differ between the engines, before it is normalised
 
 class OpenCV:
@@ -63,7 +63,7 @@ class OpenCV:
         self.scale, self.shift = (1 / (255 * self.std)).astype(np.float32), (-self.mean / self.std).astype(np.float32)
 
     def _one(self, data, cut, flip, out):
-        x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if self.recipe.channels == 3 else cv2.IMREAD_GRAYSCALE)
+        x = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR if self.recipe.channels == 3 else cv2.IMREAD_GRAYSCALE)
         if x is None: raise DataError("an image cannot be decoded")
         t, l, h, w = cut
         x = cv2.resize(x[t:t + h, l:l + w], (self.recipe.size,) * 2, interpolation=cv2.INTER_LINEAR)
@@ -72,14 +72,17 @@ class OpenCV:
         for i in range(self.recipe.channels): # BGR to RGB, and to planes
             np.multiply(x[..., self.recipe.channels - 1 - i], self.scale[i], out=out[i]); out[i] += self.shift[i]
 
-    def __call__(self, data: list[bytes], cuts: np.ndarray, flips: np.ndarray) -> np.ndarray: # (n, c, size, size) float32
-        out = np.empty((len(data), self.recipe.channels, self.recipe.size, self.recipe.size), np.float32)
-        for _ in self.pool.map(self._one, data, cuts, flips, out): pass
-        return out
+    def __call__(self,
+        batches, # Iterator of (n encoded images as (bytes,) uint8, their cuts and flips as `Recipe.draw` gives them)
+    ) -> Iterator[np.ndarray]: # (n, c, size, size) float32
+        for data, cuts, flips in batches:
+            out = np.empty((len(data), self.recipe.channels, self.recipe.size, self.recipe.size), np.float32)
+            for _ in self.pool.map(self._one, data, cuts, flips, out): pass
+            yield out
 
     def close(self): self.pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/19_stream.ipynb #3f358c73
+# %% ../nbs/19_stream.ipynb #b578abd4
 class Dali:
     "NVIDIA DALI, on a GPU or in its CPU mode."
     def __init__(self, recipe: Recipe, n_threads: int, batch_size: int, device_id: int | None = None):
@@ -88,30 +91,34 @@ class Dali:
             import nvidia.dali.types as types
             from nvidia.dali import Pipeline
         except ImportError as e: raise SetupError(f"DALI cannot be imported ({e}); 'mlkit doctor' says how to add it") from None
-        gpu = device_id is not None
-        self.waiting, self.gpu = None, gpu
+        self.gpu, self.batches = device_id is not None, iter(())
         mean, std = (np.broadcast_to(np.float32(v) * 255, recipe.channels).tolist() for v in (recipe.mean, recipe.std))
-        self.pipe = Pipeline(batch_size=batch_size, num_threads=n_threads, device_id=device_id, prefetch_queue_depth=1, exec_async=True, exec_pipelined=True)
+        self.pipe = Pipeline(batch_size=batch_size, num_threads=n_threads, device_id=device_id, prefetch_queue_depth=2)
         with self.pipe:
-            data, start, shape, flip = fn.external_source(source=lambda: self.waiting, num_outputs=4, batch=True)
-            x = fn.decoders.image_slice(data, start, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device="mixed" if gpu else "cpu",
+            data, start, shape, flip = fn.external_source(source=self._next, num_outputs=4, batch=True)
+            x = fn.decoders.image_slice(data, start, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device="mixed" if self.gpu else "cpu",
                                         output_type=types.RGB if recipe.channels == 3 else types.GRAY)
             x = fn.resize(x, resize_x=recipe.size, resize_y=recipe.size, interp_type=types.INTERP_LINEAR, antialias=False)
-            x = fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip)
-            self.pipe.set_outputs(x)
+            self.pipe.set_outputs(fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip))
         self.pipe.build()
 
-    def __call__(self, data, cuts, flips): # as in `OpenCV`; a torch tensor on the GPU, if it decodes there
-        self.waiting = ([np.frombuffer(d, np.uint8) for d in data], [np.float32(c[:2]) for c in cuts], [np.float32(c[2:]) for c in cuts], [np.int32(f) for f in flips])
-        try: x, = self.pipe.run()
+    def _next(self): # DALI asks for a batch or two ahead
+        data, cuts, flips = next(self.batches)
+        return [np.asarray(d) for d in data], [*np.float32(cuts[:, :2])], [*np.float32(cuts[:, 2:])], [*np.int32(flips)]
+
+    def __call__(self, batches): # as in `OpenCV`; torch tensors on the GPU, if it decodes there
+        self.batches = iter(batches)
+        try:
+            while True:
+                x, = self.pipe.run()
+                if self.gpu: import torch; yield torch.from_dlpack(x.as_tensor()).clone() # DALI uses its buffer again
+                else: yield np.array(x.as_tensor())
+        except StopIteration: self.pipe.reset()
         except RuntimeError as e: raise DataError(f"DALI cannot decode an image ({str(e).strip().splitlines()[0]})") from None
-        if not self.gpu: return np.array(x.as_tensor())
-        import torch
-        return torch.from_dlpack(x.as_tensor()).clone() # DALI uses its buffer again
 
     def close(self): self.pipe = None
 
-# %% ../nbs/19_stream.ipynb #ae58f58a
+# %% ../nbs/19_stream.ipynb #7a8f4eb7
 class Loader:
     "Batches of an epoch, made ahead by a thread while the model works. `waited` and `total` are the seconds that the model waited, and that went by in all."
     def __init__(self,
@@ -152,12 +159,12 @@ class Loader:
         "Raises `DataError` where an image cannot be decoded."
         ready, stop = queue.Queue(self.ahead), threading.Event()
         parts = np.array_split(order := self.order(epoch), range(self.batch_size, len(order), self.batch_size))[start:]
+        def read(rows): return [self.files[s][o:o + n] for s, o, n in (self.where[r] for r in rows)]
         def make():
             try:
-                for rows in parts:
-                    cuts, flips = self.recipe.draw(rows, self.sizes[rows], epoch, self.seed)
-                    data = [bytes(self.files[s][o:o + n]) for s, o, n in (self.where[r] for r in rows)]
-                    if not _put(ready, (self.work(data, cuts, flips), self.labels[rows]), stop): return
+                done = self.work((read(rows), *self.recipe.draw(rows, self.sizes[rows], epoch, self.seed)) for rows in parts)
+                for rows, X in zip(parts, done):
+                    if not _put(ready, (X, self.labels[rows]), stop): return
                 _put(ready, None, stop)
             except Exception as e: _put(ready, e, stop)
         thread = threading.Thread(target=make, daemon=True); thread.start()
