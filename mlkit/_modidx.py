@@ -124,6 +124,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlkit.evaluate': { 'mlkit.evaluate.baseline': ('evaluate.html#baseline', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.better_p': ('evaluate.html#better_p', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.by_class': ('evaluate.html#by_class', 'mlkit/evaluate.py'),
+                                'mlkit.evaluate.metric': ('evaluate.html#metric', 'mlkit/evaluate.py'),
+                                'mlkit.evaluate.own_metrics': ('evaluate.html#own_metrics', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.plot_confusion': ('evaluate.html#plot_confusion', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.plot_reliability': ('evaluate.html#plot_reliability', 'mlkit/evaluate.py'),
                                 'mlkit.evaluate.predict': ('evaluate.html#predict', 'mlkit/evaluate.py'),
