@@ -43,8 +43,8 @@ def params_text(
             else: lines.append(f"  {name}: {_inline(c.value)}".ljust(26) + (f"  # {c.why}" if c.why else ""))
     return "\n".join(l.rstrip() for l in lines) + "\n"
 
-# %% ../nbs/64_new.ipynb #c48574db
-EFFORT = 150e6 # Pixels seen in training, all epochs together: some minutes on one core
+# %% ../nbs/64_new.ipynb #7cdb1e60
+EFFORT = 60e6 # Pixels seen in training, all epochs together: some minutes on one core
 
 def choose_for_images(
     source: str, # As `ingest.source` will say
