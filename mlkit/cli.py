@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['VERDICT', 'BUNDLE', 'Cli', 'main', 'conclude', 'Progress', 'Lines', 'NoTerminal', 'only_one', 'run_pipeline', 'repro',
            'run', 'why', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'new', 'reproduce', 'merge_lock',
-           'doctor']
+           'doctor', 'contract', 'show', 'diff', 'accept', 'name_contract', 'check']
 
 # %% ../nbs/09_cli.ipynb #a3088f8e
 import os, sys, time
@@ -215,7 +215,7 @@ def serve(alias, port, metrics_port, host):
     else: folder = root / BUNDLE; verify_bundle(folder)
     serve_forever(Triton(folder / "model_repository", port=port, metrics_port=metrics_port, host=host), progress=click.echo)
 
-# %% ../nbs/09_cli.ipynb #ee89a609
+# %% ../nbs/09_cli.ipynb #55283e82
 @main.command()
 def setup():
     "Install what pip does not: the serving environment (Triton with ONNX Runtime), the warm kernel for JupyterLab, git's merge driver for dvc.lock; note the versions."
@@ -238,10 +238,11 @@ def setup():
 def new(folder, data, target):
     "Make a project in FOLDER that runs: look at the data, choose every value of params.yaml, say why."
     from mlkit.new import new_project
-    sections = new_project(folder, data, target)
-    for stage, choices in sections.items():
-        for name, c in choices.items():
-            if c.why: click.echo(f"{stage}.{name} {c.value!r}: {c.why}")
+    sections, seen = new_project(folder, data, target)
+    for line in seen: click.echo(line)
+    chosen = [(f"{stage}.{name}", "" if isinstance(c.value, dict) else str(c.value), c.why) for stage, choices in sections.items() for name, c in choices.items() if c.why]
+    wide = [max(map(len, column)) for column in zip(*chosen)]
+    for name, value, why in chosen: click.echo(f"  {name:<{wide[0]}}  {value:<{min(wide[1], 24)}}  {why}")
     click.secho(f"Made {folder}. Next: cd {folder} && mlkit repro", fg="green", bold=True)
 
 @main.command()
@@ -258,11 +259,10 @@ def reproduce(version, model, into):
     model = model or read_json(root / VERDICT)["model"]
     into = into or root / ".mlkit/reproduced" / version
     shutil.rmtree(root / ".mlkit/fetched", ignore_errors=True)
-    record = fetch(model, version, root / ".mlkit/fetched", part="provenance")
+    made = read_json(fetch(model, version, root / ".mlkit/fetched", part="provenance") / "made.json")
     was = read_json(fetch(model, version, root / ".mlkit/fetched") / "bundle.json")
-    made = read_json(record / "made.json")
     if into.is_relative_to(root / ".mlkit"): shutil.rmtree(into, ignore_errors=True)
-    project = check_out(root, record, into.absolute())
+    project = check_out(root, made, into.absolute())
     click.echo(f"{model} {version}: commit {made['commit'][:12]}, checked out in {project}")
     for line in (other := differences(made)): click.secho(f"differs: {line}", fg="yellow")
     because = f"; what differs: {', '.join(l.partition(':')[0] for l in other)}" if other else ""
@@ -291,3 +291,137 @@ def doctor():
     rows = doctor(root, find(find_triton))
     click.echo(doctor_table(rows))
     if failing(rows): sys.exit(1)
+
+# %% ../nbs/09_cli.ipynb #1e0948af
+def _owned(root: Path) -> Path | None:
+    "The contract that params.yaml names, if it names one."
+    from ruamel.yaml import YAML
+    named = ((YAML(typ="safe", pure=True).load(root / "params.yaml") or {}).get("ingest") or {}).get("contract")
+    return root / named if named else None
+
+def _contract(path: str | None, target: str | None = None): # -> Contract, and where it is from
+    "The contract in a JSON file, of a data file, or without either that of the project."
+    from mlkit.contract import load_contract
+    if path is None:
+        root = project_root()
+        path = _owned(root) or root / "data/contract.json"
+        if not path.is_file(): raise MlkitError(f"{path}: no such file; 'mlkit repro ingest' infers a contract, and one that ingest.contract names must be there")
+    if str(path).lower().endswith(".json"): return load_contract(path), str(path)
+    return _look(_data(str(path)), None, target)[0], str(path)
+
+def _data(name: str):
+    "A source: a file of a table, or what `open_source` knows."
+    from mlkit.source import open_source
+    from mlkit.table import TableFile
+    path, endings = Path(name), (".csv", ".tsv", ".txt", ".gz", ".parquet", ".pq")
+    if path.is_file() and path.suffix.lower() in endings or not path.exists() and path.suffix.lower() in endings and "://" not in name: return TableFile(path)
+    return open_source(name, Path.cwd())
+
+def _look(source, contract, target): # -> Contract, [Breach]
+    "The contract that data have or are to keep, and what breaks it."
+    import tempfile
+    from mlkit.contract import Breach, breaches, infer_contract
+    from mlkit.table import scan_table
+    if getattr(source, "kind", "images") == "table":
+        if contract and contract.task == "image_classification": raise MlkitError(f"{source.name}: a table, but the contract is one of images")
+        return scan_table(source, contract, target)[:2]
+    from mlkit.audit import unreadable
+    from mlkit.shards import write_shards
+    if contract and contract.task != "image_classification": raise MlkitError("these are images, but the contract is one of a table")
+    with tempfile.TemporaryDirectory(prefix="mlkit-check-") as d: index = write_shards(source.images() if hasattr(source, "images") else source, Path(d))
+    agreed = contract or infer_contract(index)
+    bad = unreadable(index, 0)
+    return agreed, ([Breach("stop", "unreadable", f"{bad.text}: {', '.join(bad.samples)}; {bad.action.split(';')[0]}")] if bad else []) + [Breach("stop", "contract", b) for b in breaches(agreed, index)]
+
+# %% ../nbs/09_cli.ipynb #b336a8a5
+@main.group()
+def contract():
+    "What data must be: show it, compare it, make it yours, check data against it."
+
+def _print(rows: list[dict]):
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for r in rows: table.add_row(*(Text(str(v)) for v in r.values()))
+    Console(highlight=False).print(table)
+
+@contract.command()
+@click.argument("path", required=False)
+@click.option("--target", help="Of a data file: the column to predict.")
+def show(path, target):
+    "The contract in PATH (contract.json, or a data file, whose contract is inferred); default: the one of this project."
+    from mlkit.contract import contract_rows
+    c, where = _contract(path, target)
+    click.echo(f"{where}: {c.task}, at least {c.min_samples:,} samples")
+    for k, why in c.why.items(): click.echo(f"{k}: {c.target.name if k == 'target' else ', '.join(v) if isinstance(v := getattr(c, k), tuple) else v} ({why})")
+    _print(contract_rows(c))
+
+@contract.command()
+@click.argument("path", required=False)
+@click.option("--target", help="Of a data file: the column to predict.")
+def diff(path, target):
+    "How PATH (contract.json, or a data file, whose contract is inferred) differs from the contract that you own; default: data/contract.json. Exit code 1 if it does."
+    from mlkit.contract import differences, load_contract
+    root = project_root()
+    owned = _owned(root)
+    if not owned: raise MlkitError("params.yaml names no contract in ingest.contract, so there is nothing to compare with; 'mlkit contract accept' makes the inferred one yours")
+    mine = load_contract(owned)
+    other, where = _contract(path or str(root / "data/contract.json"), target or mine.target.name)
+    lines = differences(mine, other)
+    click.echo("\n".join([f"{where} against {owned.name}:", *lines]) if lines else f"{where} says what {owned.name} says")
+    if lines: sys.exit(1)
+
+# %% ../nbs/09_cli.ipynb #79214ed6
+@contract.command()
+@click.argument("path", required=False)
+@click.option("--target", help="Of a data file: the column to predict.")
+def accept(path, target):
+    "Make the contract in PATH (contract.json, or a data file, whose contract is inferred) yours; default: data/contract.json, as the last ingest inferred it."
+    from mlkit.contract import differences, load_contract, save_contract
+    root = project_root()
+    owned = _owned(root)
+    if not path and not (root / "data/contract.json").is_file(): raise MlkitError("data/contract.json is missing; run 'mlkit repro ingest' first, or name a data file")
+    was = load_contract(owned) if owned and owned.is_file() else None
+    c, where = _contract(path or str(root / "data/contract.json"), target or (was and was.target.name))
+    for line in differences(was, c) if was else []: click.echo(line)
+    file = owned or root / "contract.json"
+    save_contract(c, file)
+    if not owned: name_contract(root, file.name)
+    click.echo(f"{os.path.relpath(file)} is yours: change it where you know better; from now on data that break it stop the run")
+
+def name_contract(root: Path, name: str):
+    "Write `ingest.contract: name` into params.yaml; the rest of it stays."
+    from io import StringIO
+    from ruamel.yaml import YAML
+    from mlkit.core import write_atomic
+    yaml, out = YAML(), StringIO()
+    yaml.width = 10_000
+    params = yaml.load(root / "params.yaml")
+    section = params.setdefault("ingest", {})
+    section["contract"] = name
+    if comment := section.ca.items.get("contract", [None] * 3)[2]: # it says why there was none
+        comment.value = "\n".join(["# yours: 'mlkit contract diff FILE' compares", *comment.value.split("\n")[1:]])
+    yaml.dump(params, out)
+    write_atomic(root / "params.yaml", out.getvalue())
+
+@contract.command()
+@click.argument("data")
+@click.option("--contract", "path", help="A contract.json; default: the one of this project, or without one what the data themselves suggest.")
+@click.option("--against", help="The table that a model was trained on: no row of DATA may be in it.")
+@click.option("--target", help="Without a contract: the column to predict.")
+def check(data, path, against, target):
+    "Check DATA (a file or folder) against a contract. Exit code 1 if it breaks it; a warning is none."
+    from mlkit.contract import load_contract
+    from mlkit.table import overlap
+    if not path and not target:
+        try: path = _contract(None)[1]
+        except MlkitError: pass
+    source, agreed = _data(data), load_contract(path) if path else None
+    c, found = _look(source, agreed, target)
+    if against and (b := overlap(c, source, _data(against))): found = [b, *found]
+    for b in sorted(found, key=lambda b: ("stop", "warn", "note").index(b.severity)): click.echo(f"{b.severity}: {b}", err=b.severity == "stop")
+    stops, warns = (sum(b.severity == s for b in found) for s in ("stop", "warn"))
+    what = f"the contract {path}" if path else "what its first rows suggest"
+    if stops: raise MlkitError(f"{data}: breaks {what} in {stops} place{'s' if stops > 1 else ''}; mend the data, or change the contract")
+    click.echo(f"{data}: keeps {what}" + (f", with {warns} warning{'s' if warns > 1 else ''}" if warns else ""))
