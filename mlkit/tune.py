@@ -8,15 +8,16 @@ from typing import Callable, Iterator
 
 from .core import ConfigError, nearest
 
-# %% ../nbs/23_tune.ipynb #b490d5ec
+# %% ../nbs/23_tune.ipynb #b4694a3e
 TUNABLE = ("lr", "weight_decay", "dropout", "label_smoothing") # Parameters of 'train' that a search may set
 
 def search(
-    train: Callable[[dict], Iterator[dict]], # Of the values tried; yields records with `epoch` and `validation_accuracy`
+    train: Callable[[dict], Iterator[dict]], # Of the values tried; yields records with `epoch` and the score
     space: dict[str, list[float]], # name: [lowest, highest], searched on a log scale where lowest is above 0
     n_trials: int,
     seed: int,
-) -> tuple[dict, list[dict]]: # The best values ({} without trials); number, state, validation_accuracy and values of each trial
+    score: str = "validation_accuracy", # What is to be as high as possible
+) -> tuple[dict, list[dict]]: # The best values ({} without trials); number, state, score and values of each trial
     "Raises `ConfigError` where the space names what cannot be tuned, or a range is empty."
     for name, range_ in space.items():
         if name not in TUNABLE: raise ConfigError(f"tune.space: '{name}' cannot be tuned{nearest(name, TUNABLE)}")
@@ -28,11 +29,11 @@ def search(
     def objective(trial):
         values = {k: trial.suggest_float(k, lo, hi, log=lo > 0) for k, (lo, hi) in space.items()}
         for record in train(values):
-            trial.report(record["validation_accuracy"], record["epoch"])
+            trial.report(record[score], record["epoch"])
             if trial.should_prune(): raise optuna.TrialPruned
-        return record["validation_accuracy"]
+        return record[score]
 
     def show(study, t): print(f"trial {t.number + 1}/{n_trials}  {t.state.name.lower()}  {t.value or 0:.4f}  best {study.best_value:.4f}")
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner(n_warmup_steps=1))
     study.optimize(objective, n_trials=n_trials, callbacks=[show])
-    return study.best_params, [{"number": t.number, "state": t.state.name.lower(), "validation_accuracy": t.value, **t.params} for t in study.trials]
+    return study.best_params, [{"number": t.number, "state": t.state.name.lower(), score: t.value, **t.params} for t in study.trials]
