@@ -5,7 +5,7 @@ __all__ = ['SERVING', 'KEEP', 'DROP', 'serving_env', 'find_triton', 'install_ser
            'write_repository', 'Client', 'free_port', 'check_host', 'guard', 'decisive', 'Triton', 'probe', 'repair',
            'supervise', 'serve_forever']
 
-# %% ../nbs/42_serve.ipynb #26e384b9
+# %% ../nbs/42_serve.ipynb #0afc51eb
 import inspect, ipaddress, json, os, platform, re, shutil, signal, socket, subprocess, sys, sysconfig, tempfile, time
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ import numpy as np
 
 from . import triton_backend
 from .core import DataError, ServeError, SetupError, read_json, write_atomic, write_json
-from .signature import Signature, Signatures, Tensor
+from .signature import Signature, Signatures, Tensor, arrays
 
 # %% ../nbs/42_serve.ipynb #ac327006
 SERVING = ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==1.26.4", "onnxruntime==1.31.1")
@@ -88,7 +88,7 @@ def install_serving(
         write_json(env / "ready.json", _recipe())
     return env
 
-# %% ../nbs/42_serve.ipynb #d512ef5e
+# %% ../nbs/42_serve.ipynb #3811e754
 @cache
 def _schema():
     import importlib.util, tritonclient
@@ -104,11 +104,14 @@ def _parse(path: Path): # ModelConfig
     from google.protobuf import text_format
     return text_format.Parse(path.read_text(), _schema().ModelConfig())
 
-def _io(t: Tensor) -> dict:
+def _datatype(t: Tensor) -> str: # Triton's word on the wire
     from tritonclient.utils import np_to_triton_dtype
-    kind = np_to_triton_dtype(np.dtype(t.dtype))
-    if kind in (None, "BYTES") or not t.shape: raise ServeError(f"tensor '{t.name}': {t.dtype} {t.shape} cannot be served; export numbers of at least one dimension")
-    return {"name": t.name, "data_type": f"TYPE_{kind}", "dims": list(t.shape)}
+    kind = np_to_triton_dtype(t.wire(t.blank()).dtype)
+    if kind is None or not t.shape: raise ServeError(f"tensor '{t.name}': {t.dtype} {t.shape} cannot be served; export text, dates or numbers of at least one dimension")
+    return kind
+
+def _io(t: Tensor) -> dict:
+    return {"name": t.name, "data_type": f"TYPE_{_datatype(t)}".replace("BYTES", "STRING"), "dims": list(t.shape)}
 
 # %% ../nbs/42_serve.ipynb #6256fc6e
 def step_config(
@@ -181,7 +184,7 @@ def _write_models(export_dir, out, name, signatures, max_batch_size, max_queue_d
     write_atomic(out / name / "config.pbtxt", _pbtxt(ensemble_config(name, signatures, max_batch_size)))
     signatures.save(out / name / "1/signatures.json")
 
-# %% ../nbs/42_serve.ipynb #b076d32d
+# %% ../nbs/42_serve.ipynb #a917b46a
 @dataclass(frozen=True)
 class Client:
     "A served model, by HTTP."
@@ -198,8 +201,12 @@ class Client:
         starts = range(0, len(inputs[0]), self.max_batch_size)
         with self._connect() as connection:
             parts = [self._infer(connection, [x[i:i + self.max_batch_size] for x in inputs]) for i in starts]
-        outputs = [np.concatenate([np.empty((0, *t.shape), t.dtype), *(p[t.name] for p in parts)]) for t in self.signature.outputs]
+        outputs = [np.concatenate([t.blank(), *(p[t.name] for p in parts)]) for t in self.signature.outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def predict_rows(self, rows): # A list of dicts, a dict of columns, or a Polars frame: see `signature.arrays`
+        "`predict` for the rows of a table. Raises `DataError` that names row and column before anything is sent."
+        return self.predict(*arrays(self.signature, rows))
 
     def _connect(self):
         from tritonclient.http import InferenceServerClient
@@ -207,9 +214,8 @@ class Client:
 
     def _infer(self, connection, inputs):
         from tritonclient.http import InferInput, InferRequestedOutput
-        from tritonclient.utils import InferenceServerException, np_to_triton_dtype
-        tensors = [InferInput(t.name, x.shape, np_to_triton_dtype(x.dtype)) for t, x in zip(self.signature.inputs, inputs)]
-        for t, x in zip(tensors, inputs): t.set_data_from_numpy(x)
+        from tritonclient.utils import InferenceServerException
+        tensors = [InferInput(t.name, x.shape, _datatype(t)).set_data_from_numpy(t.wire(x)) for t, x in zip(self.signature.inputs, inputs)]
         try: result = connection.infer(self.name, tensors, outputs=[InferRequestedOutput(t.name) for t in self.signature.outputs])
         except (InferenceServerException, HTTPException, OSError) as e:
             raise ServeError(f"http://{self.url}: model '{self.name}': {' '.join(str(e).split()) or type(e).__name__}") from None
@@ -217,9 +223,7 @@ class Client:
 
     def example(self) -> dict: # A KServe v2 request, for `curl -d`
         "One sample of zeros as any client in any language would send it, in JSON."
-        from tritonclient.utils import np_to_triton_dtype
-        return {"inputs": [{"name": t.name, "datatype": np_to_triton_dtype(np.dtype(t.dtype)), "shape": [1, *t.shape],
-                            "data": np.zeros(int(np.prod(t.shape)), t.dtype).tolist()} for t in self.signature.inputs]}
+        return {"inputs": [{"name": t.name, "datatype": _datatype(t), "shape": [1, *t.shape], "data": t.wire(t.blank(1)).ravel().tolist()} for t in self.signature.inputs]}
 
 # %% ../nbs/42_serve.ipynb #af4ab149
 def _holder(port):
@@ -377,9 +381,9 @@ class Triton:
         self.folder.cleanup()
         self.guard = None
 
-# %% ../nbs/42_serve.ipynb #2bda2157
+# %% ../nbs/42_serve.ipynb #3629518b
 def _ask(client): # with one sample of zeros
-    client.predict(*(np.zeros((1, *t.shape), t.dtype) for t in client.signature.inputs))
+    client.predict(*(t.blank(1) for t in client.signature.inputs))
 
 def probe(server: Triton) -> float: # Seconds it took
     "Predict once. Raises `ServeError` where the server is dead, or fails."

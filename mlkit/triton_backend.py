@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/44_triton_backend.ipynb #7fb2d5d3
+# %% ../nbs/44_triton_backend.ipynb #52f68742
 class TritonPythonModel:
     "Runs `<version>/model.onnx`. Takes `intra_op_thread_count` from the configuration, as the native backend does."
     @staticmethod
@@ -33,7 +33,12 @@ class TritonPythonModel:
 
     def _run(self, requests):
         x = {n: [self.triton.get_input_tensor_by_name(r, n).as_numpy() for r in requests] for n in self.inputs}
-        y = self.session.run(self.outputs, {n: np.concatenate(parts) for n, parts in x.items()})
+        y = self.session.run(self.outputs, {n: self._text(np.concatenate(parts)) for n, parts in x.items()})
         ends = np.cumsum([len(part) for part in x[self.inputs[0]]])[:-1]
         rows = zip(*(np.split(a, ends) for a in y))
         return [self.triton.InferenceResponse([self.triton.Tensor(n, a) for n, a in zip(self.outputs, row)]) for row in rows]
+
+    @staticmethod
+    def _text(a): # As ONNX Runtime takes it
+        if a.dtype != object: return a
+        return np.array([v.decode(errors="replace") for v in a.flat], object).reshape(a.shape)

@@ -1,0 +1,145 @@
+"Rows of a table through a real Triton: text, numbers and dates, good rows beside bad ones."
+import json, math, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+
+import numpy as np, polars as pl, pytest, torch
+from torch import nn
+
+from mlkit.core import DataError, ServeError
+from mlkit.export import OnnxChain, export_onnx, parity
+from mlkit.features import encode
+from mlkit.load_test import load_test
+from mlkit.serve import Triton, install_serving, probe, write_repository
+from mlkit.signature import arrays
+
+CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本", " "]
+NAMES = {"age": "age in years", "city": "city $ name", "seen": "seen", "value": "value", "x": "x"} # 'x' and 'value' are names of the chain's own tensors
+
+def make_transform(classes):
+    columns = [{"name": NAMES["age"], "kind": "number", "fill": 40.0, "mean": 41.0, "std": 12.0, "flag": True},
+               {"name": NAMES["city"], "kind": "category", "values": CITIES},
+               {"name": NAMES["seen"], "kind": "date", "parts": ["day", "week", "year"], "fill": 1.7e9, "mean": 1.7e9, "std": 1e7, "flag": True},
+               {"name": NAMES["value"], "kind": "number", "fill": 0.0, "mean": 0.0, "std": 1.0, "flag": False},
+               {"name": NAMES["x"], "kind": "category", "values": []}]
+    features, sources = [], []
+    for i, c in enumerate(columns):
+        made = [c["name"], *[f"{c['name']} {p} {w}" for p in c.get("parts", ()) for w in ("sin", "cos")], *([f"{c['name']} missing"] if c.get("flag") else [])]
+        features += made; sources += [i] * len(made)
+    task = {"task": "classification", "classes": ["no", "yes"]} if classes else {"task": "regression"}
+    return task | {"columns": columns, "features": features, "sources": sources, "cards": {"2": 7, "12": 1}, "target": {"name": "y", "mean": 100.0, "std": 20.0}}
+
+def make_rows(n, seed=0):
+    rng = np.random.default_rng(seed)
+    start = datetime(1969, 6, 1, tzinfo=timezone.utc)
+    def maybe(v, p=0.1): return None if rng.random() < p else v
+    return [{NAMES["age"]: maybe(float(rng.normal(40, 12))), NAMES["city"]: maybe(str(rng.choice([*CITIES, "elsewhere", ""]))),
+             NAMES["seen"]: maybe(start + timedelta(seconds=float(rng.random() * 3e9))), NAMES["value"]: float(rng.choice([0, -0.0, 1e308, -1e308, 5e-324, math.inf, rng.normal()])), NAMES["x"]: str(i)} for i in range(n)]
+
+def frame(rows): return pl.DataFrame(rows, schema={NAMES["age"]: pl.Float64, NAMES["city"]: pl.String, NAMES["seen"]: pl.Datetime("us", "UTC"), NAMES["value"]: pl.Float64, NAMES["x"]: pl.String})
+
+class Net(nn.Module):
+    "Small, with an embedding, as a table's network has it."
+    def __init__(self, transform, k):
+        super().__init__()
+        torch.manual_seed(0)
+        self.codes = [int(i) for i in transform["cards"]]
+        self.embed = nn.ModuleList([nn.Embedding(c, 4) for c in transform["cards"].values()])
+        self.body = nn.Sequential(nn.Linear(len(transform["features"]) + 4 * len(self.codes), 16), nn.SiLU(), nn.Linear(16, k))
+
+    def forward(self, x): return self.body(torch.cat([x, *[e(x[:, i].long()) for i, e in zip(self.codes, self.embed)]], 1))
+
+def python_answers(net, transform, rows):
+    with torch.no_grad(): z = net(torch.from_numpy(encode(frame(rows), transform)))
+    return (z.softmax(1) if "classes" in transform else z * 20 + 100).numpy()
+
+@pytest.fixture(scope="module", params=[True, False], ids=["classification", "regression"])
+def served(request, tmp_path_factory):
+    transform, out = make_transform(request.param), tmp_path_factory.mktemp("tables")
+    net = Net(transform, 2 if request.param else 1).eval()
+    export_onnx(net, transform, out / "export", 20)
+    install_serving()
+    with Triton(write_repository(out / "export", out / "repository", "people", max_batch_size=16)) as server: yield server, net, transform, OnnxChain(out / "export")
+
+def test_raw_rows_give_the_answers_of_python(served):
+    server, net, transform, chain = served
+    rows, std = make_rows(200), None if "classes" in transform else 20
+    expected, answers = python_answers(net, transform, rows), server.client.predict_rows(rows)
+    same = parity(expected, answers, std)
+    assert same.max_difference < 1e-5 and same.agreement == 1, same
+    assert np.array_equal(answers, chain.rows(rows)) or parity(chain.rows(rows), answers, std).max_difference < 1e-6
+    assert np.array_equal(server.client.predict_rows(frame(rows)), answers) and np.array_equal(server.client.predict_rows(frame(rows).to_dict(as_series=False)), answers)
+    assert len(np.unique(answers[:, 0])) > 150 # the inputs matter
+
+def good_request(server, row): # KServe v2, as any client in any language sends it
+    return {"inputs": [{"name": t.name, "shape": [1, 1], "datatype": d, "data": t.wire(a).ravel().tolist()}
+                       for t, a, d in zip(server.client.signature.inputs, arrays(server.client.signature, [row]), ("FP64", "BYTES", "INT64", "FP64", "BYTES"))]}
+
+def post(server, request):
+    body = request if isinstance(request, bytes) else json.dumps(request).encode()
+    try:
+        with urllib.request.urlopen(f"http://{server.url}/v2/models/{server.name}/infer", body, timeout=30) as r: return json.loads(r.read())["outputs"][0]["data"]
+    except urllib.error.HTTPError as e: return f"{e.code} {e.read().decode()}"
+
+ROW = {NAMES["age"]: 30, NAMES["city"]: "Köln", NAMES["seen"]: "2020-02-29T12:00:00+05:30", NAMES["value"]: 1, NAMES["x"]: "a"}
+
+def bad_requests(server):
+    "name: (a request that only its sender pays for, words of the answer)"
+    def change(i, **kw): r = good_request(server, ROW); r["inputs"][i] |= kw; return r
+    yield "text for a number", change(0, datatype="BYTES", data=["thirty"]), "age in years"
+    yield "text under the name of a number", change(0, data=["thirty"]), "number"
+    yield "a number for text", change(1, data=[3]), "string"
+    yield "float32 for float64", change(0, datatype="FP32"), "age in years"
+    yield "null", change(0, data=[None]), "number"
+    yield "another column", change(0, name="aeg"), "aeg"
+    yield "two values for one", change(0, shape=[2, 1], data=[1, 2]), "batch"
+    yield "too many rows", {"inputs": [i | {"shape": [17, 1], "data": i["data"] * 17} for i in good_request(server, ROW)["inputs"]]}, "16"
+    yield "a flat shape", {"inputs": [i | {"shape": [1]} for i in good_request(server, ROW)["inputs"]]}, "shape"
+    missing = good_request(server, ROW); missing["inputs"].pop()
+    yield "a missing column", missing, "expected 5 inputs but got 4"
+    extra = good_request(server, ROW); extra["inputs"].append(extra["inputs"][0] | {"name": "more"})
+    yield "a column too many", extra, "expected 5 inputs but got 6"
+    yield "no JSON", b"{nonsense", "parse"
+
+def test_a_bad_request_costs_only_its_sender(served):
+    server = served[0]
+    expected = server.client.predict_rows([ROW])[0].tolist()
+    bad = list(bad_requests(server))
+    with ThreadPoolExecutor(8) as pool:
+        asked = [r for _, request, _ in bad for r in (good_request(server, ROW), request)] * 3
+        answers = list(pool.map(lambda r: post(server, r), asked))
+    assert all(np.allclose(a, expected, atol=1e-5) for a in answers[::2])
+    for (name, _, words), answer in zip(bad * 3, answers[1::2]):
+        assert isinstance(answer, str) and answer[0] in "45" and words in answer and "\n" not in answer.strip() and "Traceback" not in answer, (name, answer)
+
+def test_text_of_any_kind_is_an_answer(served):
+    server, net, transform, chain = served
+    texts = ["", " ", "\x00", "a\x00b", "\n", "K\u00f6ln", "Ko\u0308ln", "\U0001f600", "x" * 10_000_000] # the second Köln is another string
+    rows = [ROW | {NAMES["city"]: t, NAMES["seen"]: "2020-02-29T06:30:00Z"} for t in texts]
+    answers = server.client.predict_rows(rows)
+    unknown = server.client.predict_rows([ROW | {NAMES["city"]: None}])
+    assert [bool(np.allclose(a, unknown[0])) for a in answers] == [t not in CITIES for t in texts]
+    raw = good_request(server, ROW) # bytes that are no UTF-8
+    raw["inputs"][1] = {"name": NAMES["city"], "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": 6}}
+    head = json.dumps(raw).encode()
+    request = urllib.request.Request(f"http://{server.url}/v2/models/{server.name}/infer", head + (2).to_bytes(4, "little") + b"\xff\xfe", {"Inference-Header-Content-Length": str(len(head))})
+    with urllib.request.urlopen(request, timeout=30) as r: assert np.allclose(json.loads(r.read())["outputs"][0]["data"], unknown[0], atol=1e-5)
+
+def test_what_is_missing_in_json(served):
+    server = served[0]
+    request = good_request(server, ROW | dict.fromkeys([NAMES["age"], NAMES["city"], NAMES["seen"]]))
+    assert [i["data"] for i in request["inputs"][1:3]] == [[""], [-2**63]] and '"data": [NaN]' in json.dumps(request)
+    assert np.allclose(post(server, request), server.client.predict_rows([ROW | dict.fromkeys([NAMES["age"], NAMES["city"], NAMES["seen"]])])[0], atol=1e-5)
+
+@pytest.mark.parametrize("change, words", [({NAMES["age"]: "30"}, ["row 2", "age in years", "'30'"]), ({NAMES["city"]: 3}, ["row 2", "city $ name", "text"]),
+    ({NAMES["seen"]: "soon"}, ["row 2", "seen", "ISO 8601"]), ({"agee in years": 1}, ["row 2", "agee in years", "did you mean 'age in years'"]), (None, ["row 2", "'x' is missing"])])
+def test_the_client_names_row_and_column(served, change, words):
+    row = {k: v for k, v in ROW.items() if k != "x"} if change is None else ROW | change
+    with pytest.raises(DataError) as e: served[0].client.predict_rows([ROW, row])
+    assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), e.value
+
+def test_load(served):
+    server = served[0]
+    assert probe(server) < 5
+    one, four = load_test(server.client, list(arrays(server.client.signature, make_rows(50))), (1, 4), 0.9)
+    assert one["n_requests"] > 50 and four["n_requests"] > 50
