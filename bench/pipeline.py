@@ -12,6 +12,11 @@ HERE = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
+def machine(*packages: str) -> str:
+    "What figures are worth nothing without."
+    return ", ".join([platform.machine(), f"{len(os.sched_getaffinity(0))} cores", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)])
+
+
 def copy(to: Path) -> Path:
     "A copy of the tracked files, as a git repository of its own, with an empty cache."
     for f in subprocess.check_output(["git", "ls-files", "-z"], cwd=HERE, text=True).split("\0")[:-1]:
@@ -63,8 +68,7 @@ def main():
     for i in range(repeats):
         with tempfile.TemporaryDirectory() as d: runs.append(repeat(Path(d)))
         print(f"repeat {i + 1} of {repeats}: {', '.join(f'{k} {v:.1f}' for k, v in runs[-1].items())}", file=sys.stderr)
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, "
-          + ", ".join(f"{p} {version(p)}" for p in ("dvc", "papermill", "torch", "mlflow", "evidently")) + f"; {repeats} repeats, in turn\n")
+    print(f"{machine('dvc', 'papermill', 'torch', 'mlflow', 'evidently')}; {repeats} repeats, in turn\n")
     print("| | median s | min | max | against the bare script |\n|---|---|---|---|---|")
     base = next(iter(runs[0]))
     for k in runs[0]:

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['tracking_uri', 'database', 'mlflow_client', 'experiment_id', 'Run']
 
-# %% ../nbs/21_track.ipynb #83bb1445
-import os, time
+# %% ../nbs/21_track.ipynb #4810bfb9
+import os, tempfile, time
 from contextlib import nullcontext
 from pathlib import Path
 
-from .core import RegistryError, project_root
+from .core import RegistryError, project_root, write_atomic
 
 # %% ../nbs/21_track.ipynb #bda7b282
 def tracking_uri() -> str:
@@ -22,7 +22,13 @@ def database(uri: str) -> Path | None: # None: not SQLite
     "The file of an SQLite address."
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
-# %% ../nbs/21_track.ipynb #9e92d62e
+# %% ../nbs/21_track.ipynb #1086825d
+def _create(db):
+    from mlflow.tracking import MlflowClient
+    with tempfile.TemporaryDirectory(prefix="mlkit-mlflow-") as d:
+        MlflowClient(aside := f"sqlite:///{d}/mlflow.db", aside).search_experiments(max_results=1)
+        write_atomic(db, Path(d, "mlflow.db").read_bytes())
+
 def mlflow_client(uri: str):
     "A client whose tables exist. Raises `RegistryError` where the server does not answer."
     import logging
@@ -33,6 +39,7 @@ def mlflow_client(uri: str):
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     with FileLock(f"{db}.lock") if (db := database(uri)) else nullcontext():
+        if db and not db.exists(): _create(db)
         client = MlflowClient(uri, uri)
         try: client.search_experiments(max_results=1)
         except MlflowException as e: raise RegistryError(f"MLflow at {uri} does not answer ({str(e).splitlines()[0][:100]}…); start it, or unset MLFLOW_TRACKING_URI") from None

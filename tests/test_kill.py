@@ -1,5 +1,5 @@
 "`kill -9` at any moment: the next run completes, and the model is the same bytes."
-import os, random, signal, subprocess, time
+import os, random, signal, sys, time
 
 import pytest
 from conftest import one_line, quick, wait_for
@@ -38,6 +38,16 @@ def test_half_written_locks(uninterrupted, tmp_path, file, content):
     done = project.mlkit("repro")
     assert "healed: " in done.stdout and "Released" in done.stdout and "▸" not in done.stdout # the cache knows it all
     assert project.same == uninterrupted.same
+
+def test_half_made_database(fresh, tmp_path):
+    "MLflow takes seconds to make its tables. Killed in the midst of it, the next run makes them anew."
+    (tmp_path / "tmp").mkdir()
+    client = ["env", f"TMPDIR={tmp_path / 'tmp'}", sys.executable, "-c", f"from mlkit.track import mlflow_client; print(mlflow_client('sqlite:///{tmp_path}/mlflow.db').search_experiments()[0].name)"]
+    with fresh.started(*client) as p:
+        wait_for(lambda: p.poll() is not None or any(f.stat().st_size > 200_000 for f in tmp_path.rglob("mlflow.db")), 60, "half of the tables")
+        assert p.poll() is None
+        os.killpg(p.pid, signal.SIGKILL)
+    assert fresh.run(*client).stdout == "Default\n"
 
 def test_two_at_once(fresh, tmp_path):
     "The second says who holds the project, within five seconds; the first is not disturbed."
