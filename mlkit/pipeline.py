@@ -76,14 +76,20 @@ def load_stages(
     except CycleError as e: raise StageError(f"stages wait for each other: {' → '.join(e.args[1])}") from None
     return {n: nodes[n] for n in order}
 
-# %% ../nbs/04_pipeline.ipynb #18f1adbf
+# %% ../nbs/04_pipeline.ipynb #f63bb72a
 def _reads(node, root, params):
     for path in node.stage.reads.values():
         if path.startswith("${"):
             section, key = path[2:-1].split(".")
-            value = params[section][key]
+            value = params[section][key] or ""
             if value and (root / value).exists(): yield path
+            elif (behind := _watched(value)) and (root / behind).exists(): yield behind
         else: yield path
+
+def _watched(value): # of 'photos/labels.csv?file=image' and of 'tables/*.csv': the folder
+    plain, _, option = value.partition("?")
+    if "*" in plain: return plain.partition("*")[0].rpartition("/")[0] or "."
+    return os.path.dirname(plain) if "file=" in option else plain if option else ""
 
 def _stage_entry(node, root, params, imports):
     s, (files, modules, names) = node.stage, imports

@@ -4,12 +4,12 @@
 __all__ = ['RECORDED', 'git', 'locked', 'snapshot', 'machine', 'packages', 'record', 'differences', 'check_out', 'changed_inputs',
            'compare']
 
-# %% ../nbs/34_provenance.ipynb #d0c9f1d7
-import os, platform, shutil, subprocess, tempfile
+# %% ../nbs/34_provenance.ipynb #4543d3fc
+import os, platform, subprocess, tempfile
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .core import RegistryError, read_json, write_json
+from .core import RegistryError, read_json, write_atomic, write_json
 from .environment import ENVIRONMENT
 
 # %% ../nbs/34_provenance.ipynb #9139e4b5
@@ -42,7 +42,7 @@ def snapshot(root: Path) -> str | None: # None: no git here
     git(root, "update-ref", f"refs/mlkit/{commit}", commit)
     return commit
 
-# %% ../nbs/34_provenance.ipynb #0f09dbcb
+# %% ../nbs/34_provenance.ipynb #cef2a784
 def machine() -> dict[str, str]:
     "What else may change bits: the interpreter, the kind of CPU."
     try: cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
@@ -60,10 +60,8 @@ def record(
 ) -> str | None: # The commit; None: no git here
     "Write what the outputs that are there were made from."
     out.mkdir(parents=True)
-    for name in RECORDED:
-        if (root / name).is_file(): shutil.copyfile(root / name, out / name)
-    commit = snapshot(root)
-    write_json(out / "made.json", {"commit": commit, "machine": machine(), "packages": packages()})
+    files = {name: (root / name).read_text() for name in RECORDED if (root / name).is_file()} # in one file: DVC would take a dvc.yaml below the project for its own
+    write_json(out / "made.json", {"commit": (commit := snapshot(root)), "machine": machine(), "packages": packages(), "files": files})
     return commit
 
 def differences(
@@ -73,14 +71,14 @@ def differences(
     now, was = machine() | packages(), made["machine"] | made["packages"]
     return [f"{k}: was {was.get(k, 'not there')}, is {now.get(k, 'not there')}" for k in [*was, *(k for k in now if k not in was)] if was.get(k) != now.get(k)]
 
-# %% ../nbs/34_provenance.ipynb #31e4b405
+# %% ../nbs/34_provenance.ipynb #64c1df0e
 def check_out(
     root: Path, # The project, in git
-    folder: Path, # Of the record
+    made: dict, # As `record` writes it
     into: Path, # Made; must not exist
 ) -> Path: # The project as it was
     "Raises `RegistryError` where the commit, or data, are not here as they were."
-    commit = read_json(folder / "made.json")["commit"]
+    commit = made["commit"]
     if not commit: raise RegistryError("this version was published outside git, so its code is not known; publish from a git repository")
     if into.exists() and (not into.is_dir() or any(into.iterdir())): raise RegistryError(f"{into}: exists already; name a folder that does not")
     top, inside = git(root, "rev-parse", "--show-toplevel"), git(root, "rev-parse", "--show-prefix")
@@ -90,26 +88,25 @@ def check_out(
     if (git(into, "rev-parse", "--git-dir") and subprocess.run(["git", "cat-file", "-e", commit], cwd=into, capture_output=True).returncode): git(into, "fetch", "-q", top, f"refs/mlkit/{commit}")
     git(into, "checkout", "-q", commit)
     project = into / inside
-    for name in RECORDED:
-        if (folder / name).is_file(): shutil.copyfile(folder / name, project / name)
-    stages = locked(folder / "dvc.lock")
-    made = {o["path"] for e in stages.values() for o in e.get("outs", ())}
-    for path in sorted({d["path"] for e in stages.values() for d in e.get("deps", ())} - made):
+    for name, text in made["files"].items(): write_atomic(project / name, text)
+    stages = locked(project / "dvc.lock")
+    outputs = {o["path"] for e in stages.values() for o in e.get("outs", ())}
+    for path in sorted({d["path"] for e in stages.values() for d in e.get("deps", ())} - outputs):
         if not (project / path).exists():
             if not (root / path).exists(): raise RegistryError(f"{path}: this version was made from it, and it is not here; bring it back, then try again")
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).symlink_to((root / path).resolve())
-    if changed := changed_inputs(project, made): raise RegistryError(f"{changed[0]}: is not what this version was made from; bring that back, then try again")
+    if changed := changed_inputs(project, outputs): raise RegistryError(f"{changed[0]}: is not what this version was made from; bring that back, then try again")
     return project
 
 def changed_inputs(
     project: Path,
-    made: set[str], # Paths that the stages make
+    outputs: set[str], # Paths that the stages make
 ) -> list[str]: # Paths
     "Inputs that are not what `dvc.lock` says, by DVC's own hashes."
     from dvc.repo import Repo
     with Repo(str(project)) as repo:
-        deps = {d.def_path: d for s in repo.index.stages for d in s.deps if d.def_path not in made and d.hash_info.name == "md5"}
+        deps = {d.def_path: d for s in repo.index.stages for d in s.deps if d.def_path not in outputs and d.hash_info.name == "md5"}
         return sorted(p for p, d in deps.items() if d.changed_checksum())
 
 def compare(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import read_json, write_atomic
 
-# %% ../nbs/06_report.ipynb #9829caa7
+# %% ../nbs/06_report.ipynb #89835b4e
 CSS = """
 :root { --ink:#1b1f24; --soft:#5b6470; --line:#e3e7ec; --paper:#fff; --ground:#f5f7f9; --brand:#4f7d00; --good:#2f7d32; --bad:#b3261e; --warn:#9a6700; }
 * { box-sizing:border-box } html { -webkit-text-size-adjust:100% }
@@ -20,7 +20,7 @@ main { max-width:62rem; margin:0 auto; padding:2rem 1.25rem 4rem }
 h1 { font-size:1.9rem; line-height:1.2; margin:.4rem 0 } h2 { font-size:1.25rem; margin:2.2rem 0 .6rem } h3 { font-size:1.05rem }
 a { color:var(--brand) } a.anchor-link { display:none } code, pre { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; font-size:.86em }
 blockquote { margin:.2rem 0 1.2rem; color:var(--soft); font-size:1.05rem } blockquote p { margin:0 } img { max-width:100%; height:auto }
-table { border-collapse:collapse; margin:.8rem 0; font-size:.92rem; font-variant-numeric:tabular-nums }
+table { display:block; width:max-content; max-width:100%; overflow-x:auto; border-collapse:collapse; margin:.8rem 0; font-size:.92rem; font-variant-numeric:tabular-nums }
 th { text-align:left; color:var(--soft); font-weight:600 } th, td { padding:.32rem .9rem .32rem 0; border-bottom:1px solid var(--line); vertical-align:top }
 pre { background:var(--paper); border:1px solid var(--line); border-radius:6px; padding:.7rem .9rem; overflow:auto; margin:.6rem 0 }
 .crumb { color:var(--soft); font-size:.9rem; text-decoration:none } .crumb:hover { text-decoration:underline }

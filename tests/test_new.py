@@ -1,0 +1,100 @@
+"`mlkit new`: a folder of photos and a messy table become projects that reach a verdict, untouched."
+import subprocess
+
+import cv2, numpy as np
+import pytest
+from conftest import ROOT, Project, one_line, ran, sha256
+from ruamel.yaml import YAML
+
+class Made(Project):
+    "A project outside the checkout: its mlkit is the installed one."
+    @property
+    def env(self): return super().env | {"PYTHONPATH": str(ROOT)}
+
+def new(folder, *args, rc=0):
+    done = Made(folder.parent).run("mlkit", "new", folder, *args, rc=rc, timeout=120)
+    return Made(folder), done
+
+def verdict(project):
+    done = project.mlkit("repro", timeout=400, rc=None)
+    assert "Traceback" not in done.stdout + done.stderr and "Report: " in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+    assert (project / "reports/index.html").is_file() and "up to date" in project.mlkit("repro", rc=None).stdout
+    return project.json("reports/metrics/verdict.json")
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "Sizes, depths and folders of all kinds; a torn file, a copy, and files that are no images."
+    random, folder = np.random.default_rng(3), tmp_path_factory.mktemp("data") / "photos"
+    def photo(label, grey):
+        h, w = random.integers(40, 120, 2)
+        x = np.clip(random.normal(random.integers(60, 180), 20, (h, w, 3)), 0, 255).astype(np.uint8)
+        color, at, s = tuple(int(v) for v in random.integers(0, 255, 3)), (int(w * random.uniform(.3, .7)), int(h * random.uniform(.3, .7))), int(min(h, w) * random.uniform(.2, .35))
+        if label == "Circles": cv2.circle(x, at, s, color, -1)
+        elif label == "cross es": cv2.line(x, (at[0] - s, at[1] - s), (at[0] + s, at[1] + s), color, s // 3 + 1); cv2.line(x, (at[0] + s, at[1] - s), (at[0] - s, at[1] + s), color, s // 3 + 1)
+        else: x[:, ::6] = color
+        return cv2.imencode(".jpg", cv2.cvtColor(x, cv2.COLOR_BGR2GRAY) if grey else x)[1].tobytes()
+    for label, n in (("Circles", 50), ("cross es", 40), ("stripes", 9)):
+        for i in range(n):
+            (f := folder / label / ("second batch" if i % 2 else "") / f"IMG_{i:04d}.{'JPG' if i % 5 else 'jpeg'}").parent.mkdir(parents=True, exist_ok=True)
+            f.write_bytes(photo(label, i % 11 == 0))
+    (folder / "stripes/torn.jpg").write_bytes(f.read_bytes()[:200]); (folder / "Circles/copy.jpg").write_bytes((folder / "Circles/IMG_0002.JPG").read_bytes())
+    (folder / "notes.txt").write_text("hello"); (folder / "Circles/Thumbs.db").write_bytes(b"x")
+    return folder
+
+def test_photos(photos, tmp_path):
+    project, done = new(tmp_path / "shapes", "--from", photos)
+    assert "100 images in 3 classes" not in done.stdout or "1 unreadable" in done.stdout
+    v = verdict(project)
+    assert v["model"] == "shapes" and v["released"]
+    assert project.json("reports/metrics/audit.json")["unreadable"] == 1
+    # one's own network and metric, by name
+    project.param(train__model="contrast_cnn", train__n_epochs=1)
+    assert set(ran(project.mlkit("repro", "evaluate", timeout=200).stdout)) == {"train", "evaluate"}
+    assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
+    # a photo more: no other sample changes its split
+    import polars as pl
+    before = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    (photos / "Circles/IMG_9000.jpg").write_bytes(cv2.imencode(".jpg", np.random.default_rng(9).integers(0, 255, (50, 60, 3), dtype=np.uint8))[1].tobytes())
+    project.mlkit("repro", "prepare", timeout=200)
+    after = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+
+def messy(path):
+    "As somebody's export looks: semicolons, a byte order mark, missing values in three spellings, a date, an id, notes with quotes, a copied row."
+    random, lines = np.random.default_rng(5), ["Customer ID;Signed up;Age;City;Income (EUR);Plan;Complaints;Active;Notes;Left"]
+    for i in range(500):
+        age, complaints, plan = int(random.integers(18, 90)), int(random.poisson(1)), str(random.choice(["basic", "plus", "Pro"]))
+        left = random.random() < 1 / (1 + np.exp(-(-1.5 + 1.2 * complaints - 1.0 * (plan == "Pro") + 0.02 * (45 - age))))
+        row = [f"C{100000 + i}", f"{random.integers(2018, 2026)}-{random.integers(1, 13):02d}-{random.integers(1, 29):02d}", "" if i % 17 == 0 else "unknown" if i == 300 else age,
+               random.choice(["Köln", "São Paulo", "", "N/A", *(f"Town {k}" for k in range(30))]), "" if i % 9 == 0 else f"{random.lognormal(10, 0.6):.2f}", plan, complaints,
+               random.choice(["TRUE", "FALSE"]), '"said ""maybe""; call back"' if i % 10 == 0 else "", "" if i % 97 == 0 else ("yes" if left else "no")]
+        lines += [";".join(map(str, row))] * (2 if i == 40 else 1)
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    return path
+
+def test_messy_table(tmp_path):
+    project, done = new(tmp_path / "churn", "--from", messy(tmp_path / "customers.csv"), "--target", "Left")
+    assert "Customer ID: text" in done.stdout or "Customer ID: id" in done.stdout
+    v = verdict(project)
+    assert v["model"] == "churn" and v["released"] and v["compare"] == "evaluate.accuracy"
+    assert project.json("reports/metrics/serve.json")["agreement"] == 1 and project.json("reports/metrics/monitor.json")["calm_is_calm"]
+    # broken data are stopped by the contract that one owns, in one line
+    project.mlkit("contract", "accept")
+    text = (tmp_path / "customers.csv").read_text(encoding="utf-8-sig").splitlines()
+    (tmp_path / "customers.csv").write_text("\n".join([text[0].replace("Age;", ""), *text[1:]]) + "\n")
+    one_line(project.mlkit("repro", rc=1), "ingest")
+
+def test_a_value(tmp_path):
+    "Regression, on a bundled table."
+    project, _ = new(tmp_path / "dia", "--from", "diabetes")
+    v = verdict(project)
+    assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
+    assert project.json("reports/metrics/export.json")["feature_difference"] < 1e-5
+
+def test_refusals(photos, tmp_path):
+    "One line, and nothing is left."
+    (tmp_path / "full").mkdir(); (tmp_path / "full/x").touch(); (tmp_path / "one.csv").write_text("a,b\n1,2\n"); (tmp_path / "empty").mkdir()
+    for folder, args, says in (("full", ["--from", photos], "not empty"), ("a", ["--from", "nowhere"], "neither"), ("a", ["--from", photos, "--target", "x"], "tables"),
+                               ("a", ["--from", tmp_path / "one.csv"], ""), ("a", ["--from", tmp_path / "empty"], "is empty"), ("a", ["--from", "breast_cancer", "--target", "diagnose"], "diagnosis")):
+        one_line(new(tmp_path / folder, *args, rc=1)[1], says)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full", "one.csv"]
