@@ -265,11 +265,11 @@ def _(found, precision="auto"):
     need(found, "torch")
     return "", {"precision": _precision(None, precision)}
 
-# %% ../nbs/02_device.ipynb #9696f249
+# %% ../nbs/02_device.ipynb #f047e572
 @engine("images", "dali-gpu")
 def _(found): gpu = need_gpu(found); need(found, "DALI"); return f"decodes on {gpu.name}", {}
 
-@engine("images", "dali-cpu")
+@engine("images", "dali-cpu", auto=False)
 def _(found): need(found, "DALI"); return "", {}
 
 @engine("images", "opencv")
