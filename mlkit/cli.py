@@ -292,7 +292,7 @@ def doctor():
     click.echo(doctor_table(rows))
     if failing(rows): sys.exit(1)
 
-# %% ../nbs/09_cli.ipynb #1e0948af
+# %% ../nbs/09_cli.ipynb #093352d9
 def _owned(root: Path) -> Path | None:
     "The contract that params.yaml names, if it names one."
     from ruamel.yaml import YAML
@@ -322,16 +322,15 @@ def _look(source, contract, target): # -> Contract, [Breach]
     import tempfile
     from mlkit.contract import Breach, breaches, infer_contract
     from mlkit.table import scan_table
-    if getattr(source, "kind", "images") == "table":
+    if source.kind == "table":
         if contract and contract.task == "image_classification": raise MlkitError(f"{source.name}: a table, but the contract is one of images")
         return scan_table(source, contract, target)[:2]
-    from mlkit.audit import unreadable
     from mlkit.shards import write_shards
     if contract and contract.task != "image_classification": raise MlkitError("these are images, but the contract is one of a table")
-    with tempfile.TemporaryDirectory(prefix="mlkit-check-") as d: index = write_shards(source.images() if hasattr(source, "images") else source, Path(d))
+    with tempfile.TemporaryDirectory(prefix="mlkit-check-") as d: index = write_shards(source.images(), Path(d))
     agreed = contract or infer_contract(index)
-    bad = unreadable(index, 0)
-    return agreed, ([Breach("stop", "unreadable", f"{bad.text}: {', '.join(bad.samples)}; {bad.action.split(';')[0]}")] if bad else []) + [Breach("stop", "contract", b) for b in breaches(agreed, index)]
+    torn = index.filter(index["content"].is_null())["name"]
+    return agreed, ([Breach("stop", "unreadable", f"{len(torn)} of {len(index)} images cannot be decoded: {', '.join(torn.head(10))}; remove or replace them")] if len(torn) else []) + [Breach("stop", "contract", b) for b in breaches(agreed, index)]
 
 # %% ../nbs/09_cli.ipynb #b336a8a5
 @main.group()
