@@ -9,10 +9,12 @@ import argparse, json, os, random, shutil, signal, statistics, subprocess, sys, 
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import psutil
 from pipeline import HERE, machine
 
 sys.path.insert(0, str(HERE / "tests"))
 from conftest import Project, checkout
+from mlkit.core import write_json
 
 MODEL = "models/model.safetensors"
 KEPT = ".git/", ".dvc/", "mlartifacts/", "mlflow.db", ".mlkit/dvc.lock.broken" # changes with every run, or is set aside on purpose
@@ -47,9 +49,8 @@ def uninterrupted(folder: Path) -> tuple[dict, float]: # What is left, seconds
 def kill(project: Project, moment: float) -> tuple[str, list[str]] | None: # The stage it hit, the processes that outlive it; None: the run was over
     "A run, and its end after `moment` seconds."
     with project.started("mlkit", "repro") as p:
-        time.sleep(moment)
-        if p.poll() is not None: return None
-        os.killpg(p.pid, signal.SIGKILL)
+        try: p.wait(moment); return None
+        except psutil.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
         outliving = [" ".join(q.cmdline())[:80] for q in project.wait_idle(10)]
         return (at_work(p.out.read_text()), outliving) if p.wait(10) == -signal.SIGKILL else None
 
@@ -68,9 +69,10 @@ def faults_after(project: Project, done: subprocess.CompletedProcess, wanted: di
 
 def once(folder: Path, seed: int, i: int, length: float, wanted: dict) -> dict:
     "Kill number `i`, and the run after it."
-    for draw in range(20): # a run may be quicker than the one that was measured; then another moment is drawn
-        project, moment = checkout(folder / f"{i}.{draw}"), random.Random(f"{seed}/{i}/{draw}").uniform(0, length)
+    for draw in range(20): # a run may be quicker than the one that was measured; then its length counts, and another moment is drawn
+        project, moment, start = checkout(folder / f"{i}.{draw}"), random.Random(f"{seed}/{i}/{draw}").uniform(0, length), time.monotonic()
         if hit := kill(project, moment): break
+        length = time.monotonic() - start
         shutil.rmtree(project.root)
     else: sys.exit(f"kill {i}: every run was over before its moment")
     stage, outliving = hit
@@ -114,7 +116,7 @@ def main():
             state["kills"].append(k := job.result())
             print(f"{len(state['kills']):3d} of {a.moments}: kill {k['kill']} at {k['moment']:5.1f} s in {k['stage']}; {'; '.join(k['healed']) or 'nothing to heal'}; "
                   f"next run {k['seconds']:.1f} s, {'same bytes' if not k['faults'] else 'FAILED, see ' + k['folder'] + ': ' + '; '.join(k['faults'])}", flush=True)
-            if a.resume: a.resume.write_text(json.dumps(state))
+            if a.resume: write_json(a.resume, state)
     kills = [k for k in state["kills"] if k["kill"] < a.moments]
     failed = [k for k in kills if k["faults"]]
     print(f"\n{machine('dvc', 'papermill', 'torch', 'mlflow')}; seed {a.seed}, {a.jobs} projects at once, an uninterrupted run {state['length']:.1f} s\n")
