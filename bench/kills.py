@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import psutil
-from pipeline import HERE, machine
+from peers import HERE, machine
 
 sys.path.insert(0, str(HERE / "tests"))
 from conftest import Project, checkout
