@@ -6,7 +6,7 @@ __all__ = ['VERDICT', 'BUNDLE', 'Cli', 'main', 'conclude', 'Progress', 'Lines', 
            'doctor', 'contract', 'show', 'diff', 'accept', 'name_contract', 'check']
 
 # %% ../nbs/09_cli.ipynb #a3088f8e
-import os, sys, time
+import gc, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Cli(click.Group):
             click.echo(f"mlkit: {text}", err=True); ctx.exit(1)
         except (Interrupted, KeyboardInterrupt):
             click.echo("mlkit: interrupted; nothing is half-written, the next run goes on from the last finished stage", err=True); ctx.exit(130)
+        finally: gc.freeze() # else Python ends by looking for garbage among all that was imported: 0.3 s
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlkit")
@@ -111,10 +112,10 @@ def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> li
     os.chdir(root)
     nodes, params = runner.load_project(root)
     progress = Progress()
-    def work(name, env):
+    def work(name, env, turn):
         if name == "index": return runner.write_index(root)
         out = progress.stream(name)
-        runner.run_node(root, nodes[name], params[name], out, out, env)
+        runner.run_node(root, nodes[name], params[name], out, out, env, turn)
     with Live(progress, console=progress.console, transient=True) if progress.console.is_terminal else nullcontext(), redirect_stderr(NoTerminal(sys.stderr)):
         stages = {n: x.stage for n, x in nodes.items()}
         return runner.reproduce(root, work, targets, force, runner.machine_slots(n_jobs, list(stages.values())), stages, progress)
