@@ -434,7 +434,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.runner.Record.__enter__': ('runner.html#record.__enter__', 'mlkit/runner.py'),
                               'mlkit.runner.Record.__exit__': ('runner.html#record.__exit__', 'mlkit/runner.py'),
                               'mlkit.runner.Record.__init__': ('runner.html#record.__init__', 'mlkit/runner.py'),
-                              'mlkit.runner.Record.add': ('runner.html#record.add', 'mlkit/runner.py'),
                               'mlkit.runner.Record.write': ('runner.html#record.write', 'mlkit/runner.py'),
                               'mlkit.runner.Slots': ('runner.html#slots', 'mlkit/runner.py'),
                               'mlkit.runner.Slots.__init__': ('runner.html#slots.__init__', 'mlkit/runner.py'),

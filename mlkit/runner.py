@@ -261,15 +261,13 @@ def _finish(stage, ran: bool):
 
 # %% ../nbs/08_runner.ipynb #2f22113d
 class Record:
-    "Writes stages to `dvc.lock`: at once where the last time is a second ago, else with the next ones. At the end of the context all are written."
+    "Writes stages to `dvc.lock`, once a second at most. At the end of the context all are written."
     def __init__(self, repo): self.repo, self.stages, self.last = repo, [], -math.inf
     def __enter__(self): return self
     def __exit__(self, *_): self.write()
-    def add(self, stage):
-        self.stages.append(stage)
-        if time.monotonic() - self.last > 1: self.write()
-    def write(self):
+    def write(self, every: float = 0): # Seconds since the last time that must have passed
         from dvc.dvcfile import LOCK_FILE, Lockfile
+        if not self.stages or time.monotonic() - self.last < every: return
         with self.repo.lock: Lockfile(self.repo, LOCK_FILE).dump_stages(self.stages)
         self.stages, self.last = [], time.monotonic()
 
@@ -376,17 +374,18 @@ def reproduce(
                         what = _ready(repo, stage, force)
                         if what != "same": changed.append(name); say(name, what)
                         if what == "run": running[stage] = ahead.begin(name, env); continue
-                        if what == "restored": record.add(stage)
+                        if what == "restored": record.stages.append(stage)
                         ahead.skip(name); done.add(stage); slots.give(name)
                     starting = [w.ready for w in running.values() if not w.ready.done()]
                     if running and not starting and not slots.quiet: ahead.prepare([stages[s.addressing] for s in waiting if s.addressing in stages], slots)
                     if running: wait([*starting, *(w.job for w in running.values())], timeout=0.2, return_when=FIRST_COMPLETED) # a signal is seen between two waits
+                    record.write(every=1)
                     for stage in [s for s, w in running.items() if w.job.done()]:
                         slots.give(stage.addressing)
                         try:
                             running.pop(stage).job.result()
                             with repo.lock: _finish(stage, ran=True)
-                            record.add(stage); done.add(stage); say(stage.addressing, "done")
+                            record.stages.append(stage); done.add(stage); say(stage.addressing, "done")
                         except (MlkitError, DvcException, OSError) as e: error = error or e # the others may finish
             if error: raise error
             return changed

@@ -32,7 +32,9 @@ def socket_path() -> Path: # In a folder that only this user may enter
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"mlkit-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077: raise PermissionError(f"{folder}: belongs to another user, or is open to others; remove it")
-    return folder / f"warm-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}-{fingerprint()}.sock"
+    path = folder / f"warm-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}-{fingerprint()}.sock"
+    if len(os.fsencode(path)) > 96: raise OSError(f"{path}: too long for a socket") # Linux takes 107 bytes, and `_listen` adds some
+    return path
 
 # %% ../nbs/07_warm.ipynb #78f8a22d
 def parent(path: str):
