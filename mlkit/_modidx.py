@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mlkit.serve.Triton.__enter__': ('serve.html#triton.__enter__', 'mlkit/serve.py'),
                              'mlkit.serve.Triton.__exit__': ('serve.html#triton.__exit__', 'mlkit/serve.py'),
                              'mlkit.serve.Triton.__init__': ('serve.html#triton.__init__', 'mlkit/serve.py'),
+                             'mlkit.serve.Triton._launch': ('serve.html#triton._launch', 'mlkit/serve.py'),
                              'mlkit.serve.Triton.alive': ('serve.html#triton.alive', 'mlkit/serve.py'),
                              'mlkit.serve.Triton.client': ('serve.html#triton.client', 'mlkit/serve.py'),
                              'mlkit.serve.Triton.start': ('serve.html#triton.start', 'mlkit/serve.py'),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -302,7 +303,7 @@ def _command(server, shm): # (command, environment, who serves)
     path, backend = find_triton()
     if not path: raise SetupError(backend)
     env = dict(os.environ)
-    command = [path, f"--model-repository={_no_blanks(server, 'repository', server.repository)}", "--model-control-mode=explicit", "--load-model=*",
+    command = [path, f"--id={server.id}", f"--model-repository={_no_blanks(server, 'repository', server.repository)}", "--model-control-mode=explicit", "--load-model=*",
         f"--http-address={server.host}", f"--http-port={server.port}", f"--metrics-address={server.host}", f"--metrics-port={server.metrics_port}",
         f"--allow-grpc={str(server.grpc_port is not None).lower()}", f"--exit-timeout-secs={server.grace - 1}", "--log-info=false"]
     if server.grpc_port is not None: command += [f"--grpc-address={server.host}", f"--grpc-port={server.grpc_port}"]
@@ -325,7 +326,7 @@ def _wait_ready(server):
         if not server.alive: raise ServeError(f"{server.repository}: Triton ended at its start: {decisive(server.log_path.read_text())}")
         try:
             with _control(server, 1) as control:
-                if control.is_server_ready(): return
+                if control.get_server_metadata()["name"] == server.id and control.is_server_ready(): return
         except (HTTPException, OSError): pass
         time.sleep(0.03)
     raise ServeError(f"{server.repository}: Triton was not ready after {server.timeout:g} s: {decisive(server.log_path.read_text())}")
@@ -362,22 +363,27 @@ class Triton:
 
     def start(self) -> "Triton": # `self`, ready
         "Raises `ServeError` where a port is taken or a model does not load, `SetupError` where there is no Triton."
-        self.port, self.metrics_port = free_port(self.host, self.port), free_port(self.host, self.metrics_port)
-        if self.grpc_port is not None: self.grpc_port = free_port(self.host, self.grpc_port)
-        shm = f"mlkit-{os.getpid()}-{self.port}-"
+        wanted = self.port, self.metrics_port, self.grpc_port
+        for tries_left in (2, 1, 0):
+            self.port, self.metrics_port, self.grpc_port = (p if p is None else free_port(self.host, p) for p in wanted)
+            try: self._launch(); return self
+            except BaseException as e:
+                self.stop()
+                if not tries_left or 0 not in wanted or "already in use" not in str(e): raise
+
+    def _launch(self):
+        self.id = f"mlkit-{os.getpid()}-{uuid4().hex[:8]}"
         self.folder = tempfile.TemporaryDirectory(prefix="mlkit-triton-")
-        command, env, self.backend = _command(self, shm)
+        command, env, self.backend = _command(self, f"{self.id}-")
         self.log_path = Path(self.log or Path(self.folder.name) / "log")
-        with open(self.log_path, "ab") as log: self.guard = _start_guarded(command, env, log, self.grace, shm)
-        try: _wait_ready(self)
-        except BaseException: self.stop(); raise
-        return self
+        with open(self.log_path, "ab") as log: self.guard = _start_guarded(command, env, log, self.grace, f"{self.id}-")
+        _wait_ready(self)
 
     def stop(self):
         "End the server and all its processes, within `grace` seconds: it finishes what it was asked. Harmless where there is none."
         if self.guard is None: return
         self.guard.terminate()
-        self.guard.wait(self.grace + 5)
+        self.guard.wait(self.grace + 60)
         self.folder.cleanup()
         self.guard = None
 

@@ -28,6 +28,7 @@ class Project:
     "A copy of the checkout, with its own git, its own DVC cache and its own `mlkit`."
     root: Path
     log: str = field(default="", repr=False) # What its first run printed
+    seconds: float = 0.0 # That it took
 
     def __truediv__(self, path): return self.root / path
 
@@ -36,7 +37,7 @@ class Project:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_", "JPY_", "MLKIT_OUTPUTS", "PYTEST"))}
         return own | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.root), "COLUMNS": "200"}
 
-    def run(self, *command, timeout=120, rc=0):
+    def run(self, *command, timeout=900, rc=0): # every bound is there against a hang only: a busy machine may be many times slower
         "Raises `AssertionError` with both outputs where the exit code is not `rc` (None: any)."
         done = subprocess.run(list(map(str, command)), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
         assert rc is None or done.returncode == rc, f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -99,7 +100,7 @@ class Project:
             except psutil.Error: pass
         return found
 
-    def wait_idle(self, timeout=15):
+    def wait_idle(self, timeout=60):
         "The processes that are still there after `timeout` seconds."
         psutil.wait_procs(self.processes(), timeout=timeout)
         return self.processes()
@@ -116,11 +117,11 @@ class Project:
             for q in {p, *self.processes()}:
                 try: q.kill()
                 except psutil.NoSuchProcess: pass
-            p.wait(20)
+            p.wait(60)
 
     def clone(self, root):
         "A second one in the same state, as cheap as the file system allows."
-        subprocess.run(["cp", "-a", "--reflink=auto", self.root, root], check=True, timeout=60)
+        subprocess.run(["cp", "-a", "--reflink=auto", self.root, root], check=True, timeout=300)
         shutil.rmtree(root / ".dvc/tmp", ignore_errors=True)
         return Project(root, self.log)
 
@@ -137,7 +138,7 @@ def one_line(done, *words):
     assert lines[0].startswith("mlkit: ") and all(w in lines[0] for w in words), f"{words} are not all in: {lines[0]}"
     return lines[0]
 
-def wait_for(condition, timeout, what):
+def wait_for(condition, what, timeout=300):
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if value := condition(): return value
@@ -153,6 +154,7 @@ def checkout(root):
             shutil.copy2(ROOT / name, root / name)
     (root / "champion.json").unlink(missing_ok=True) # nobody to beat
     project = Project(root)
+    project.replace("params.yaml", "serve.p99_ms: {max: 50}", "serve.p99_ms: {max: 5000}") # no test hangs on the speed of a machine
     project.git("init", "-q")
     project.commit()
     return project
@@ -170,14 +172,16 @@ def quick(project):
 def uninterrupted(fresh, tmp_path_factory):
     "The quick pipeline after `mlkit repro`. For reading only."
     project = quick(fresh.clone(tmp_path_factory.mktemp("uninterrupted") / "project"))
-    project.mlkit("repro", timeout=300)
+    start = time.monotonic()
+    project.mlkit("repro")
+    project.seconds = time.monotonic() - start
     return project
 
 @pytest.fixture(scope="session")
 def finished(fresh, tmp_path_factory):
     "After `mlkit repro`. For reading only: take `project` to change something."
     project = fresh.clone(tmp_path_factory.mktemp("finished") / "project")
-    done = project.mlkit("repro", timeout=400, rc=None)
+    done = project.mlkit("repro", rc=None)
     assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     project.log = done.stdout
     project.commit()

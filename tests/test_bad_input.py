@@ -1,5 +1,5 @@
 "What goes wrong at a user's: one line that says what, where and what to do; nothing half-written; the next run goes on."
-import json, os, shutil, signal, socket, subprocess, time
+import json, os, shutil, signal, socket, subprocess
 
 import cv2, numpy as np, polars as pl
 import pytest
@@ -173,15 +173,13 @@ def stopped(finished, tmp_path_factory):
 def stop(project, stage, wait, send, group=True):
     "Run until `stage` has begun and `wait()` holds, then `send(process)`. Returns the exit code, both outputs."
     with project.started("mlkit", "repro") as p:
-        wait_for(lambda: p.poll() is not None or f"▸ {stage}\n" in p.out.read_text(), 120, f"{stage} begins")
+        wait_for(lambda: p.poll() is not None or f"▸ {stage}\n" in p.out.read_text(), f"{stage} begins")
         assert p.poll() is None, p.err.read_text()[-2000:]
-        wait_for(lambda: p.poll() is not None or wait(project, p), 60, f"{stage} is under way")
+        wait_for(lambda: p.poll() is not None or wait(project, p), f"{stage} is under way")
         assert f"✓ {stage}" not in p.out.read_text(), f"{stage} was over before it could be stopped"
-        begin = time.monotonic()
         send(p)
-        rc = p.wait(30)
-        assert time.monotonic() - begin < 20
-        left = project.wait_idle(10)
+        rc = p.wait(300)
+        left = project.wait_idle()
         assert left == [], [q.cmdline() for q in left if q.is_running()]
         return subprocess.CompletedProcess("mlkit repro", rc, p.out.read_text(), p.err.read_text())
 

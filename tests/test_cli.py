@@ -7,12 +7,12 @@ from conftest import one_line, sha256, wait_for
 def test_serve_answers_and_ends(project):
     "`mlkit serve` serves the released bundle, as its own example asks, until it is told to end."
     with project.started("mlkit", "serve", "--port", "0", "--metrics-port", "0") as p:
-        line = wait_for(lambda: next((l for l in p.out.read_text().splitlines() if l.startswith("Try: ")), None), 60, "the server")
+        line = wait_for(lambda: next((l for l in p.out.read_text().splitlines() if l.startswith("Try: ")), None), "the server")
         url, body = line.split()[3], line.split("@")[1]
-        with urllib.request.urlopen(urllib.request.Request(url, open(body, "rb").read()), timeout=10) as answer: outputs = json.load(answer)["outputs"]
+        with urllib.request.urlopen(urllib.request.Request(url, open(body, "rb").read())) as answer: outputs = json.load(answer)["outputs"]
         assert outputs[0]["name"] == "probabilities" and abs(sum(outputs[0]["data"][:10]) - 1) < 1e-4
         p.send_signal(signal.SIGINT)
-        assert p.wait(20) == 0 and "stopped" in p.out.read_text()
+        assert p.wait(300) == 0 and "stopped" in p.out.read_text()
     assert not project.wait_idle()
 
 def test_serve_refuses(project):
@@ -51,7 +51,7 @@ def test_verify(project):
     assert project.mlkit("verify").stdout.startswith("All ")
     before = project.outputs()
     (project / "models/model.safetensors").write_bytes(b"x")
-    done = project.mlkit("verify", "--repair", timeout=200)
+    done = project.mlkit("verify", "--repair")
     assert "To run again: train" in done.stdout and project.outputs() == before
 
 def test_terminal_shows_lines_only(project):
@@ -68,7 +68,7 @@ def test_terminal_shows_lines_only(project):
         if not piece: break
     os.close(ours)
     text = seen.decode()
-    assert p.wait(60) == 0 and "✓ audit" in text and "audit 0 s" in text # the live line
+    assert p.wait(300) == 0 and "✓ audit" in text and "audit 0 s" in text # the live line
     assert "Collecting" not in text and "Checking" not in text and len(text) < 5000, text[:2000]
 
 def test_reproduce(project, tmp_path):
@@ -76,7 +76,7 @@ def test_reproduce(project, tmp_path):
     project.param(train__n_epochs=1)
     (info := project / "captum-0.0.1.dist-info").mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: captum\nVersion: 0.0.1\n")
-    done = project.mlkit("reproduce", "1", "--into", tmp_path / "again", timeout=240)
+    done = project.mlkit("reproduce", "1", "--into", tmp_path / "again")
     assert "The same: all " in done.stdout and "byte for byte" in done.stdout
     assert [l.split(",")[-1] for l in done.stdout.splitlines() if l.startswith("differs: ")] == [" is 0.0.1"]
     assert sha256(tmp_path / "again/models/model.safetensors") == sha256(project / "models/model.safetensors")

@@ -9,25 +9,25 @@ def test_ten_kills(fresh, uninterrupted, tmp_path):
     project, moment, seen = quick(fresh.clone(tmp_path / "project")), random.Random(0), set()
     for i in range(10):
         with project.started("mlkit", "repro") as p:
-            time.sleep(moment.uniform(1, 12))
+            time.sleep(moment.uniform(0.05, 0.5) * uninterrupted.seconds)
             seen |= {l.split()[1] for l in p.out.read_text().splitlines() if l.startswith("▸ ")}
             assert p.is_running(), p.err.read_text()
             os.killpg(p.pid, signal.SIGKILL)
-        assert not project.wait_idle(10), "a process has outlived its run"
-    done = project.mlkit("repro", timeout=300)
+        assert not project.wait_idle(), "a process has outlived its run"
+    done = project.mlkit("repro")
     assert len(seen) >= 4, f"the kills hit only {seen}"
     assert "Released" in done.stdout and "Traceback" not in done.stderr
     assert project.same == uninterrupted.same
     assert "up to date" in project.mlkit("repro").stdout and not project.strays()
 
-def test_a_killed_dvc_leaves_nobody(fresh, tmp_path):
+def test_a_killed_dvc_leaves_nobody(fresh, uninterrupted, tmp_path):
     "Plain `dvc repro`, killed alone: what it had started ends by itself."
     project = quick(fresh.clone(tmp_path / "project"))
     with project.started("dvc", "repro") as p:
-        wait_for(lambda: any("mlkit" in " ".join(q.cmdline()) and "run" in q.cmdline() for q in project.processes()), 20, "a stage")
-        time.sleep(2)
+        wait_for(lambda: any("mlkit" in " ".join(q.cmdline()) and "run" in q.cmdline() for q in project.processes()), "a stage")
+        time.sleep(0.1 * uninterrupted.seconds)
         p.send_signal(signal.SIGKILL)
-        assert not project.wait_idle(10)
+        assert not project.wait_idle()
     assert not [s for s in project.strays() if not s.startswith(".mlkit")]
 
 @pytest.mark.parametrize("file, content", [(".dvc/tmp/rwlock", '{"read": {"/x'), (".dvc/tmp/rwlock", ""), ("dvc.lock", ""), ("dvc.lock", "schema: '2.0'\nstages:\n  ingest:\n    cmd")])
@@ -44,23 +44,21 @@ def test_half_made_database(fresh, tmp_path):
     (tmp_path / "tmp").mkdir()
     client = ["env", f"TMPDIR={tmp_path / 'tmp'}", sys.executable, "-c", f"from mlkit.track import mlflow_client; print(mlflow_client('sqlite:///{tmp_path}/mlflow.db').search_experiments()[0].name)"]
     with fresh.started(*client) as p:
-        wait_for(lambda: p.poll() is not None or any(f.stat().st_size > 200_000 for f in tmp_path.rglob("mlflow.db")), 60, "half of the tables")
+        wait_for(lambda: p.poll() is not None or any(f.stat().st_size > 200_000 for f in tmp_path.rglob("mlflow.db")), "half of the tables")
         assert p.poll() is None
         os.killpg(p.pid, signal.SIGKILL)
     assert fresh.run(*client).stdout == "Default\n"
 
 def test_two_at_once(fresh, tmp_path):
-    "The second says who holds the project, within five seconds; the first is not disturbed."
+    "The second says who holds the project; the first is not disturbed."
     project = quick(fresh.clone(tmp_path / "project"))
     with project.started("mlkit", "repro", "prepare") as p:
-        wait_for(lambda: "▸" in p.out.read_text(), 20, "a stage")
-        start = time.monotonic()
-        one_line(project.mlkit("repro", rc=1, timeout=10), "another 'mlkit repro'", str(p.pid))
-        assert time.monotonic() - start < 5
-        assert p.wait(120) == 0, p.err.read_text()
+        wait_for(lambda: "▸" in p.out.read_text(), "a stage")
+        one_line(project.mlkit("repro", rc=1), "another 'mlkit repro'", str(p.pid))
+        assert p.wait(300) == 0, p.err.read_text()
 
 def test_several_at_once(fresh, uninterrupted, tmp_path):
     "`-j 3` gives what a serial run gives."
     project = quick(fresh.clone(tmp_path / "project"))
-    project.mlkit("repro", "-j", "3", timeout=300)
+    project.mlkit("repro", "-j", "3")
     assert project.same == uninterrupted.same

@@ -12,11 +12,11 @@ class Made(Project):
     def env(self): return super().env | {"PYTHONPATH": str(ROOT)}
 
 def new(folder, *args, rc=0):
-    done = Made(folder.parent).run("mlkit", "new", folder, *args, rc=rc, timeout=120)
+    done = Made(folder.parent).run("mlkit", "new", folder, *args, rc=rc)
     return Made(folder), done
 
 def verdict(project):
-    done = project.mlkit("repro", timeout=400, rc=None)
+    done = project.mlkit("repro", rc=None)
     assert "Traceback" not in done.stdout + done.stderr and "Report: " in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
     assert (project / "reports/index.html").is_file() and "up to date" in project.mlkit("repro", rc=None).stdout
     return project.json("reports/metrics/verdict.json")
@@ -49,13 +49,13 @@ def test_photos(photos, tmp_path):
     assert project.json("reports/metrics/audit.json")["unreadable"] == 1
     # one's own network and metric, by name
     project.param(train__model="contrast_cnn", train__n_epochs=1)
-    assert set(ran(project.mlkit("repro", "evaluate", timeout=200).stdout)) == {"train", "evaluate"}
+    assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"train", "evaluate"}
     assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
     # a photo more: no other sample changes its split
     import polars as pl
     before = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
     (photos / "Circles/IMG_9000.jpg").write_bytes(cv2.imencode(".jpg", np.random.default_rng(9).integers(0, 255, (50, 60, 3), dtype=np.uint8))[1].tobytes())
-    project.mlkit("repro", "prepare", timeout=200)
+    project.mlkit("repro", "prepare")
     after = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
     assert len(after) == len(before) + 1 and before.items() <= after.items()
 

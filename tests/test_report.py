@@ -19,7 +19,7 @@ def browse(tmp_path_factory):
         net = home / "net.json"
         done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync", "--disable-background-networking",
             "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", f"--log-net-log={net}", "--virtual-time-budget=4000",
-            f"--user-data-dir={profile}", "--dump-dom", path.resolve().as_uri()], capture_output=True, text=True, timeout=90)
+            f"--user-data-dir={profile}", "--dump-dom", path.resolve().as_uri()], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
         console = [l for l in done.stderr.splitlines() if "CONSOLE" in l]
         asked = {u for u in re.findall(r'"url":"([^"]*)"', net.read_text()) if u.startswith(("http", "ws", "ftp")) and urlsplit(u).hostname not in OWN}

@@ -38,11 +38,11 @@ def kernels(project): # Process ids
 
 def test_the_next_two_kernels_wait_and_end_with_the_run(small):
     with small.started("mlkit", "repro") as p:
-        wait_for(lambda: "▸ s3" in p.out.read_text(), 60, "the third stage")
-        wait_for(lambda: len(kernels(small)) == 3, 30, "the kernels of s3, s4 and s5")
+        wait_for(lambda: "▸ s3" in p.out.read_text(), "the third stage")
+        wait_for(lambda: len(kernels(small)) == 3, "the kernels of s3, s4 and s5")
         assert not (small / ".mlkit/aside/s4").exists() # they have not begun
         p.send_signal(signal.SIGKILL)
-        wait_for(lambda: not kernels(small), 30, "the end of the kernels")
+        wait_for(lambda: not kernels(small), "the end of the kernels")
     (small / "gos3").touch()
     done = small.mlkit("repro")
     assert ran(done.stdout) == ["s3", "s4", "s5"] and "healed: the last run ended in s3: " in done.stdout # s1 and s2 were in dvc.lock, or in the cache
@@ -54,9 +54,9 @@ def test_a_kernel_whose_stage_need_not_run_ends(small):
     (small / "gos1").unlink()
     small.param(s1__label="another", s4__add=2)
     with small.started("mlkit", "repro") as p:
-        wait_for(lambda: len(kernels(small)) == 3, 60, "the kernels of s1, s2 and s3")
+        wait_for(lambda: len(kernels(small)) == 3, "the kernels of s1, s2 and s3")
         (small / "gos1").touch()
-        assert p.wait(60) == 0, p.err.read_text()
+        assert p.wait(300) == 0, p.err.read_text()
         assert ran(p.out.read_text()) == ["s1", "s4", "s5"] and not kernels(small)
     assert small.json("data/s5.json") == 6
 
@@ -64,13 +64,13 @@ def test_nobody_starts_beside_a_stage_that_wants_to_be_alone(tmp_path):
     project = chain(tmp_path / "project", 4, alone=["s2"])
     (project / "gos2").unlink()
     with project.started("mlkit", "repro") as p:
-        wait_for(lambda: "▸ s2" in p.out.read_text(), 60, "the second stage")
-        wait_for(lambda: (project / ".mlkit/aside/s2").exists(), 60, "its beginning")
+        wait_for(lambda: "▸ s2" in p.out.read_text(), "the second stage")
+        wait_for(lambda: (project / ".mlkit/aside/s2").exists(), "its beginning")
         for _ in range(10): # s3 waited already, s4 must not come
             assert len(kernels(project)) <= 2
             with pytest.raises(psutil.TimeoutExpired): p.wait(0.1)
         (project / "gos2").touch()
-        assert p.wait(60) == 0, p.err.read_text()
+        assert p.wait(300) == 0, p.err.read_text()
     assert project.json("data/s4.json") == 4
 
 def test_a_failure_ends_those_who_wait(small):
@@ -108,5 +108,5 @@ try:
 finally: socket_path().unlink(missing_ok=True)
 """
     with tempfile.TemporaryDirectory() as d: # the path of a socket is short
-        done = Project(tmp_path).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code, timeout=300)
+        done = Project(tmp_path).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
     assert done.stdout.split() == ["False", "True"], done.stderr

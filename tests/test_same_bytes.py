@@ -17,7 +17,7 @@ def test_plain_dvc_elsewhere(fresh, uninterrupted, tmp_path):
     elsewhere = ["env", f"HOME={home}", f"XDG_RUNTIME_DIR={no_folder}", "TZ=Asia/Kolkata", "LC_ALL=C", "PYTHONHASHSEED=1", "taskset", "-c", core, "sh", "-c", 'umask 077; exec "$@"', "-"]
     assert project.run(*elsewhere, sys.executable, "-c", "from mlkit.warm import start_parent; print(start_parent())").stdout.strip() == "None"
     project.mlkit("render") # as README.md asks for, before plain DVC
-    project.run(*elsewhere, "dvc", "repro", timeout=400)
+    project.run(*elsewhere, "dvc", "repro")
     assert oct((project / "models/model.safetensors").stat().st_mode)[-2:] == "00" and not (project / "champion.json").exists()
     assert {f for f in differing(project, uninterrupted) if not differs_by_right(f)} == set()
     assert project.same == uninterrupted.same and len(project.same) > 70
