@@ -104,7 +104,7 @@ def kernel(
     name = KERNEL if (Path(sys.prefix) / f"share/jupyter/kernels/{KERNEL}/kernel.json").is_file() else json.loads((root / node.notebook).read_bytes())["metadata"]["kernelspec"]["name"]
     with tempfile.TemporaryDirectory(prefix="mlkit-kernel-") as d: # a folder that only this user may enter
         sockets = Config(KernelManager={"transport": "ipc", "connection_file": f"{d}/k.json"})
-        client = NotebookClient(new_notebook(), kernel_name=name, kernel_manager_class=PromptManager, startup_timeout=60, config=sockets, extra_arguments=["--log-level=CRITICAL"])
+        client = NotebookClient(new_notebook(), kernel_name=name, kernel_manager_class=PromptManager, startup_timeout=120, config=sockets, extra_arguments=["--log-level=CRITICAL"])
         client.create_kernel_manager()
         client.start_new_kernel(env=os.environ | KERNEL_ENV | env, cwd=str(root))
         _papermill() # while the kernel starts
@@ -116,7 +116,7 @@ def _register_engine(papermill):
     class StageEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, started, stdout_file, stderr_file, **kwargs):
-            client = PapermillNotebookClient(nb_man, km=started.km, timeout=None, stdout_file=stdout_file, stderr_file=stderr_file)
+            client = PapermillNotebookClient(nb_man, km=started.km, timeout=None, iopub_timeout=60, stdout_file=stdout_file, stderr_file=stderr_file)
             client.kc = started.kc
             client.execute()
     papermill_engines.register("mlkit", StageEngine)
