@@ -5,8 +5,8 @@ __all__ = ['SOURCES', 'IMAGES', 'KINDS', 'PACKED', 'TABLES', 'ELSEWISE', 'TEXT',
            'Source', 'source', 'find_source', 'Digits', 'Bundled', 'BreastCancer', 'Diabetes', 'reading', 'kind_of',
            'walk', 'ImageFolder', 'flat', 'common_schema', 'Unpacked', 'opened', 'TableFiles', 'LabelledImages',
            'TarFiles', 'hf_features', 'HuggingFace', 'without_password', 'split_options', 'Sqlite', 'Postgres',
-           'kafka_settings', 'kafka_consumer', 'kafka_options', 'Kafka', 'mirror', 'Remote', 'open_path', 'open_source',
-           'detect']
+           'kafka_settings', 'kafka_consumer', 'kafka_options', 'Kafka', 'remote_files', 'mirror', 'Remote',
+           'open_path', 'open_source', 'look', 'detect']
 
 # %% ../nbs/11_source.ipynb #363af5eb
 import glob, io, json, os, re, sqlite3, tarfile, tempfile, time, zlib
@@ -33,6 +33,10 @@ class Source:
         root: Path | None = None, # What a relative path is relative to
     ):
         self.name, self.root, self.description, self.reasons = name, root, "", []
+
+    @classmethod
+    def look(cls, name: str, root: Path): # A value as JSON has it; None: nobody can tell, or DVC watches the files themselves
+        "What a cheap look tells: it changes when the data do. Nothing is fetched."
 
     def says(self, description: str, *reasons: str):
         "Keep what this is, and what was seen that makes it so. Returns the source."
@@ -546,6 +550,12 @@ class Postgres(Source):
             text = re.sub(r"fe_sendauth: no password supplied", "the server asks for a password, and there is none", text)
             raise DataError(f"{self.url}: {text}; " + ("check user and password (PGPASSWORD or ~/.pgpass)" if "password" in text else "check host, port, database and the network" if isinstance(e, dbapi.OperationalError) else "check the table and the query")) from None
 
+    @classmethod
+    def look(cls, name, root):
+        with (self := cls(name, root))._cursor() as cursor:
+            cursor.execute("SET LOCAL TIME ZONE 'UTC'")
+            return [str(x) for x in self._ask(cursor, f"SELECT unnest(ARRAY[count(*), sum(hashtextextended(q::text, 0))]) FROM ({self.base}) AS q")]
+
     def _ask(self, cursor, sql): cursor.execute(sql); return [r[0] for r in cursor.fetchall()]
 
     def _look(self, cursor):
@@ -558,7 +568,7 @@ class Postgres(Source):
             target = (f"{_quoted(schema)}." if schema else "") + _quoted(name)
             literal = "'" + target.replace("'", "''") + "'"
             keys = self._ask(cursor, f"SELECT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) WHERE i.indrelid = {literal}::regclass AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)")
-        query = self.query or f"SELECT * FROM {target}"
+        self.base = query = self.query or f"SELECT * FROM {target}"
         cursor.execute(f"SELECT * FROM ({query}) AS q LIMIT 0")
         schema = cursor.fetch_arrow_table().schema
         if twice := [c for i, c in enumerate(schema.names) if c in schema.names[:i]]: raise DataError(f"{self.url}: the query gives the column '{twice[0]}' twice; rename one with AS")
@@ -637,11 +647,16 @@ class Kafka(Source):
             self.held = tempfile.TemporaryDirectory(prefix="mlkit-kafka-")
             folder = Path(self.held.name)
         self.folder = folder / f"{self.topic}-{new_sha256(name.encode()).hexdigest()[:16]}"
-        with kafka_consumer(self.url, self.brokers) as c: self.bounds = self._look(c) # partition: first offset, the one behind the last
+        with kafka_consumer(self.url, self.brokers) as c: self.bounds = self._ends(c) # partition: first offset, the one behind the last
         n = sum(hi - lo for lo, hi in self.bounds.values())
         self.says(f"Kafka, topic {self.topic}", f"{_counted(len(self.bounds), 'partition')} with about {_counted(n, 'message')}, taken for one JSON object each", "no consumer group is joined; what was fetched is kept in .mlkit/kafka, and the next fetch goes on from there")
 
-    def _look(self, consumer):
+    @classmethod
+    def look(cls, name, root):
+        kept, todo = cls(name, root)._todo()
+        return {p: todo[int(p)][1] if int(p) in todo else at for p, at in kept["next"].items()}
+
+    def _ends(self, consumer):
         from confluent_kafka import TopicPartition
         found = consumer.list_topics(self.topic, timeout=WAIT).topics[self.topic]
         if found.error or not found.partitions: raise DataError(f"{self.url}: no topic '{self.topic}'{nearest(self.topic, (t for t in consumer.list_topics(timeout=WAIT).topics if t != self.topic and not t.startswith('__')))}")
@@ -716,11 +731,11 @@ class Kafka(Source):
         raise DataError(f"{self.url}: partition {m.partition()}, offset {m.offset()} is not one JSON object ({m.value()[:40]!r}); bad=skip behind the URL leaves such messages out")
 
 # %% ../nbs/11_source.ipynb #6f6c6bb4
-def mirror(
+@contextmanager
+def remote_files(
     url: str, # A file, a folder, or a pattern with *
-    into: Path, # Folder that holds the copy
-) -> Path: # What stands for `url` in it
-    "Bring a copy in step. Raises `DataError` with one line, `SetupError` where a package is missing."
+): # The file system; path relative to the folder: (path there, what is known of it); whether `url` is one file
+    "What is there. Errors of its protocol, in the context too, become a `DataError` of one line; a missing package a `SetupError`."
     import fsspec
     scheme = url.split("://")[0]
     try: fs, path = fsspec.core.url_to_fs(url)
@@ -732,15 +747,22 @@ def mirror(
         elif kind_of(PurePosixPath(urlsplit(path).path)) or (info := fs.info(path))["type"] == "file": found, base = {path: fs.info(path)}, path.rpartition("/")[0]
         else: found, base = fs.find(path, detail=True), path.rstrip("/")
         found = {p.removeprefix(base).strip("/"): (p, str(sorted(i.items(), key=str))) for p, i in found.items() if i["type"] == "file" and not p.endswith("/")}
+        one = "*" not in path and path.rpartition("/")[0] == base and len(found) == 1
         if not found: raise DataError(f"{url}: holds no files")
         if bad := [r for r in found if ".." in PurePosixPath(r).parts]: raise DataError(f"{url}: holds the file '{bad[0]}', which is no path to write to; rename it")
-        _fetch(fs, {r: f for r, f in found.items() if not any(map(_hidden, r.split("/")))}, into)
+        yield fs, {r: f for r, f in found.items() if one or not any(map(_hidden, r.split("/")))}, one
     except DataError: raise
     except FileNotFoundError: raise DataError(f"{url}: nothing there; check the name, and the network") from None
     except Exception as e: # each protocol has errors of its own
         if getattr(e, "errno", 0) == 28: raise
         raise DataError(f"{url}: cannot be read ({type(e).__name__}: {_first_line(e)}); check the name, the keys and the network") from None
-    return into / next(iter(found)) if "*" not in path and path.rpartition("/")[0] == base and len(found) == 1 else into
+def mirror(
+    url: str, # As in `remote_files`
+    into: Path, # Folder that holds the copy
+) -> Path: # What stands for `url` in it
+    "Bring a copy in step."
+    with remote_files(url) as (fs, found, one): _fetch(fs, found, into)
+    return into / next(iter(found)) if one else into
 
 def _fetch(fs, found, into, n=64):
     "Copy what changed, many files at a time, each complete or not at all."
@@ -762,8 +784,8 @@ def _fetch(fs, found, into, n=64):
 class Remote(Source):
     "Files that fsspec opens."
     def __init__(self, name: str, root: Path):
-        super().__init__(without_password(name))
-        self.url, options = split_options(name) if not name.startswith("http") else (name, {})
+        super().__init__(name)
+        self.url, options = self._url(name)
         folder = root / ".mlkit/cache/remote"
         if not (root / "params.yaml").is_file(): # no project: nothing is left there
             self.held = tempfile.TemporaryDirectory(prefix="mlkit-remote-")
@@ -772,6 +794,13 @@ class Remote(Source):
         with self._named(): self.inner = open_path(mirror(self.url, self.copy), name, options)
         self.kind = self.inner.kind
         self.says(self.inner.description, *self.inner.reasons, "a copy is kept in .mlkit/cache/remote; only what changed is fetched again")
+
+    @classmethod
+    def look(cls, name, root):
+        with remote_files(cls._url(name)[0]) as (_, found, _): return new_sha256(repr(sorted((r, key) for r, (_, key) in found.items())).encode()).hexdigest()
+
+    @staticmethod
+    def _url(name): return split_options(without_password(name)) if not name.startswith("http") else (without_password(name), {})
 
     @contextmanager
     def _named(self): # errors say where the file really is
@@ -873,6 +902,14 @@ def open_source(
     path, options = split_options(name)
     if not (root / path).exists() and "*" not in path: raise DataError(f"ingest.source '{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{nearest(name, SOURCES)}")
     return open_path(root / path, name, options)
+
+def look(
+    name: str, root: Path, # See `open_source`
+): # See `Source.look`
+    "The state of a source that DVC cannot watch. Raises what `open_source` raises."
+    if "://" not in name: known = find_source(name)
+    else: known = find_source(without_password(name).split("://")[0]) or Remote
+    return known.look(name, root) if hasattr(known, "look") else None
 
 def detect(
     name: str, root: Path, # See `open_source`
