@@ -329,11 +329,8 @@ def _contract(path: str | None, target: str | None = None): # -> Contract, and w
     return _look(_data(str(path)), None, target)[0], str(path)
 
 def _data(name: str):
-    "A source: a file of a table, or what `open_source` knows."
+    "A source, opened as the stage 'ingest' opens it."
     from mlkit.source import open_source
-    from mlkit.table import TableFile
-    path, endings = Path(name), (".csv", ".tsv", ".txt", ".gz", ".parquet", ".pq")
-    if path.is_file() and path.suffix.lower() in endings or not path.exists() and path.suffix.lower() in endings and "://" not in name: return TableFile(path)
     return open_source(name, Path.cwd())
 
 def _look(source, contract, target): # -> Contract, [Breach]
