@@ -229,7 +229,7 @@ def severity(check: str, owned: bool) -> str:
 def is_named_id(name: str) -> bool:
     "Whether a column is called as ids are."
     import re
-    return bool(re.search(r"(?:^|[_\W])(?:id|key|uuid|guid|index|pk|nr|rownum)$|[a-z](?:Id|ID|UUID|Key)$|^(?:id|uuid|index|unnamed|column_\d+)\b", name))
+    return bool(re.search(r"(?:^|[_\W])(?i:id|key|uuid|guid|index|pk|nr|rownum)\W*$|[a-z](?:Id|ID|UUID|Key)$|^(?i:id|uuid|index|unnamed|column_\d+)\b", name))
 
 def is_id(c: Column, rows: int) -> bool:
     "Whether a column numbers or names the rows."

@@ -900,7 +900,10 @@ def open_source(
     if known := find_source(name): return known(name, root)
     if (root / name).exists(): return open_path(root / name, name)
     path, options = split_options(name)
-    if not (root / path).exists() and "*" not in path: raise DataError(f"ingest.source '{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{nearest(name, SOURCES)}")
+    if not (root / path).exists() and "*" not in path:
+        beside = (root / path).parent
+        close = nearest(Path(path).name, (p.name for p in beside.iterdir())) if beside.is_dir() else ""
+        raise DataError(f"'{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{close if 'did you mean' in close else nearest(name, SOURCES)}")
     return open_path(root / path, name, options)
 
 def look(
