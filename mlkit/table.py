@@ -252,6 +252,7 @@ def guess(
     say = lambda dtype, why, **kw: Feature(name=name, dtype=dtype, why=why, **kw)
     t, n, first = s.dtype, len(s), f"the first {len(s):,} rows" if len(s) > 1 else "the first row"
     if t.is_nested() or t in (pl.Binary, pl.Object): raise DataError(f"column '{name}': holds {t}, which is no single value; leave it out or spread it over columns")
+    if s.null_count() == n: return say("text", f"no value at all in {first}, kept aside")
     if t == pl.Boolean: return say("bool", "stored as true or false")
     if t in (pl.Date, pl.Datetime): return say("datetime", "stored as a date")
     if t in (pl.Categorical, pl.Enum): return say("category", "stored as categories")
