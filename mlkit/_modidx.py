@@ -546,6 +546,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.source.Kafka': ('source.html#kafka', 'mlkit/source.py'),
                               'mlkit.source.Kafka.__init__': ('source.html#kafka.__init__', 'mlkit/source.py'),
                               'mlkit.source.Kafka._ends': ('source.html#kafka._ends', 'mlkit/source.py'),
+                              'mlkit.source.Kafka._fetch': ('source.html#kafka._fetch', 'mlkit/source.py'),
                               'mlkit.source.Kafka._messages': ('source.html#kafka._messages', 'mlkit/source.py'),
                               'mlkit.source.Kafka._row': ('source.html#kafka._row', 'mlkit/source.py'),
                               'mlkit.source.Kafka._todo': ('source.html#kafka._todo', 'mlkit/source.py'),

@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'IMAGES', 'KINDS', 'PACKED', 'TABLES', 'ELSEWISE', 'TEXT',
            'open_path', 'open_source', 'look', 'detect']
 
 # %% ../nbs/11_source.ipynb #363af5eb
-import glob, io, json, os, re, sqlite3, tarfile, tempfile, time, zlib
+import glob, io, json, os, re, shutil, sqlite3, tarfile, tempfile, time, zlib
 from contextlib import contextmanager
 from hashlib import sha256 as new_sha256
 from datetime import datetime, timezone
@@ -674,11 +674,16 @@ class Kafka(Source):
 
     def fetch(self) -> dict: # 'next': partition: the offset to go on from; 'files': name: rows; 'left_out', 'lost': messages
         "Bring what is kept up to where the topic ended when it was opened. Raises `DataError`; then it stays as it was."
+        from filelock import FileLock
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "lock"): # 'contract check' may want the same at the same time
+            for left in self.folder.glob("tmp*/"): shutil.rmtree(left) # by one that was killed
+            return self._fetch(*self._todo())
+
+    def _fetch(self, kept, todo):
         import pyarrow as pa
-        kept, todo = self._todo()
         if not todo: return kept
         name, n = f"{len(kept['files']):06d}.jsonl.zst", 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         with kafka_consumer(self.url, self.brokers) as c, tempfile.TemporaryDirectory(dir=self.folder) as d:
             with pa.output_stream(f"{d}/{name}", compression="zstd") as out:
                 for p, (at, end) in todo.items():
@@ -692,6 +697,8 @@ class Kafka(Source):
     def _todo(self): # what is kept, and partition: (offset to go on from, offset to end before)
         path = self.folder / "kept.json"
         kept, todo = read_json(path) if path.is_file() else {"next": {}, "files": {}, "left_out": 0, "lost": 0}, {}
+        if any(kept["next"].get(str(p), 0) > hi for p, (_, hi) in self.bounds.items()): # another has fetched since, or
+            with kafka_consumer(self.url, self.brokers) as c: self.bounds = self._ends(c)
         for p, (lo, hi) in self.bounds.items():
             at = kept["next"].get(str(p), lo)
             if at > hi: raise DataError(f"{self.url}: partition {p} ends at {hi}, but {at} was fetched: the topic was made anew; to begin anew too, remove {self.folder}")

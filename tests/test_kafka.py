@@ -1,5 +1,6 @@
 "A Kafka topic as a source: librdkafka's mock broker in a process of its own, reached over TCP; no broker from elsewhere runs on a small machine."
 import json, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 
 import polars as pl
@@ -48,7 +49,7 @@ def says(f, *words, never=()):
     with pytest.raises(DataError) as e: f()
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words) and not any(w in str(e.value) for w in never), str(e.value)
 
-def kept(project): return {p.name: p.read_bytes() for p in (project / ".mlkit/kafka").rglob("*") if p.is_file()}
+def kept(project): return {p.name: p.read_bytes() for p in (project / ".mlkit/kafka").rglob("*") if p.is_file() and p.name != "lock"}
 
 def test_a_topic_grows(broker, project):
     name = f"{broker.url}/grows"
@@ -71,6 +72,16 @@ def test_no_end_is_waited_for(broker, project):
     found = open_source(f"{broker.url}/bounded", project)
     broker.send("bounded", {"n": 2}, {"n": 3})
     assert pl.concat(found.rows())["n"].to_list() == [1] and rows(f"{broker.url}/bounded", project)["n"].to_list() == [1, 2, 3]
+
+def test_two_at_a_time(broker, project):
+    "One opened it before the other, and fetches after it."
+    broker.send("two", *({"n": i} for i in range(4)))
+    early = open_source(f"{broker.url}/two", project)
+    broker.send("two", {"n": 4})
+    (project / ".mlkit/kafka").mkdir(parents=True); (early.folder / "tmpleft").mkdir(parents=True) # of one that was killed
+    late = open_source(f"{broker.url}/two", project)
+    with ThreadPoolExecutor(2) as pool: a, b = pool.map(lambda s: sorted(pl.concat(s.rows())["n"]), (late, late))
+    assert a == b == sorted(pl.concat(early.rows())["n"]) == [0, 1, 2, 3, 4] and not list(early.folder.glob("tmp*"))
 
 def test_limit(broker, project):
     broker.send("many", *({"n": i} for i in range(16)))
