@@ -30,5 +30,6 @@ install:
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay
-	@rm -rf .mlkit data models serving reports scratch .pytest_cache
+	@find .mlkit -mindepth 1 -maxdepth 1 ! -name kafka -exec rm -rf {} + 2>/dev/null; : # kafka holds data
+	@rm -rf data models serving reports scratch .pytest_cache
 	@echo "removed the pipeline's outputs; 'make repro' restores them from DVC's cache"

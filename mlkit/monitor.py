@@ -152,10 +152,12 @@ def _need(
     columns, # Iterable of str
     name: str, # Of the table, for the message
 ):
-    "Raises `DataError` where `df` has no rows, lacks one of `columns`, or one of them has no value."
+    "Raises `DataError` where `df` has no rows, lacks one of `columns`, or has no value in any."
     if not len(df): raise DataError(f"{name}: no rows; nothing can be said about drift")
     if missing := sorted(set(columns) - set(df.columns)): raise DataError(f"{name}: no column {', '.join(missing)}; it has {', '.join(df.columns)}")
-    if void := sorted(c for c in columns if df[c].null_count() == len(df)): raise DataError(f"{name}: column {', '.join(void)} has no values; nothing can be said about its drift")
+    if df.columns and len(_void(df)) == len(df.columns): raise DataError(f"{name}: no column has a value; nothing can be said about drift")
+
+def _void(df): return {c for c in df.columns if df[c].null_count() == len(df)}
 
 # %% ../nbs/51_monitor.ipynb #1ef47796
 def summary(
@@ -165,6 +167,7 @@ def summary(
     def row(s):
         have = s.drop_nulls()
         out = {"column": s.name, "values": len(have)}
+        if not len(have): return out
         if s.dtype != pl.String: return out | {"smallest": have.min(), "median": have.median(), "largest": have.max()}
         top = have.value_counts(sort=True).sort("count", s.name, descending=[True, False]).row(0)
         return out | {"classes": f"{have.n_unique():,}", "most frequent": f"{top[0]} ({top[1] / len(have):.0%})"}
@@ -196,7 +199,7 @@ def _register_class_test():
     register_stattest(StatTest(CLASS_TEST, "chi-square of homogeneity, p_value", [ColumnType.Categorical]), default_impl=test)
 
 # %% ../nbs/51_monitor.ipynb #f97587fb
-def _evidently(reference, current, alpha, share):
+def _evidently(reference, current, threshold, share):
     "Evidently's snapshot of the comparison."
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
@@ -205,7 +208,6 @@ def _evidently(reference, current, alpha, share):
     classes = [c for c in reference.columns if reference[c].dtype == pl.String]
     columns = DataDefinition(numerical_columns=[c for c in reference.columns if c not in classes], categorical_columns=classes)
     sets = [Dataset.from_pandas(pd.DataFrame(df.to_dict(as_series=False)), data_definition=columns) for df in (current, reference)]
-    threshold = alpha / len(reference.columns)
     drift = DataDriftPreset(columns=reference.columns, drift_share=share, num_method="ks", cat_method=CLASS_TEST,
                             num_threshold=threshold, cat_threshold=threshold)
     return Report([drift], include_tests=True).run(*sets)
@@ -240,16 +242,24 @@ def compare(
     share: float = 0.2, # Share of drifted columns from which the whole is drifted, in (0, 1]
     page: str | Path | None = None, # Where Evidently's HTML page goes; None: no page
 ) -> dict: # {drifted: bool, share, share_limit, rows: {reference, current}, columns: {name: {method, score, threshold, drifted}}}
-    "Whether `current` has drifted from `reference`, by Evidently's `DataDriftPreset`. A score is a p-value: below its threshold is drift. Raises `DataError`, `ConfigError`."
+    "Whether `current` has drifted from `reference`, by Evidently's `DataDriftPreset`. A score is a p-value: below its threshold is drift. A column without any value on one side only has drifted, and is not on the page. Raises `DataError`, `ConfigError`."
     if not (0 < alpha < 1 and 0 < share <= 1): raise ConfigError(f"monitor: alpha {alpha} and share {share} must be above 0 and at most 1 (alpha below 1); mend them in params.yaml")
     if set(reference.columns) != set(current.columns):
         raise DataError(f"reference and current differ on {', '.join(sorted(set(reference.columns) ^ set(current.columns)))}; compute both with the same `features`")
     for name, df in (("reference", reference), ("current", current)): _need(df, df.columns, name)
+    threshold, void = alpha / len(reference.columns), {c: c in _void(reference) ^ _void(current) for c in reference.columns if c in _void(reference) | _void(current)}
+    rest = [c for c in reference.columns if c not in void]
+    if not rest: raise DataError("reference and current: no column has values in both; nothing can be compared")
     with warnings.catch_warnings(), np.errstate(all="ignore"): # of Evidently's histograms, where a column has one value
         warnings.simplefilter("ignore")
-        snapshot = _evidently(reference, current.select(reference.columns), alpha, share)
+        snapshot = _evidently(reference.select(rest), current.select(rest), threshold, share)
         if page is not None: write_atomic(page, _page(snapshot))
-    return {**_parse(snapshot.dict()), "rows": {"reference": len(reference), "current": len(current)}}
+    found = _parse(snapshot.dict())
+    if void:
+        all_ = found["columns"] | {c: {"method": "no values", "score": float(not one), "threshold": threshold, "drifted": one} for c, one in void.items()}
+        portion = sum(r["drifted"] for r in all_.values()) / len(all_)
+        found |= {"columns": {c: all_[c] for c in reference.columns}, "share": portion, "drifted": portion >= share}
+    return {**found, "rows": {"reference": len(reference), "current": len(current)}}
 
 # %% ../nbs/51_monitor.ipynb #7257df6f
 def _evidence(column: dict) -> float: # 0: none; 1: at the threshold

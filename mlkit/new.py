@@ -238,7 +238,7 @@ mlkit repro      # run what has changed, say the verdict, write reports/index.ht
 | write your own network or metric | `nbs/task.ipynb`, then name it in `params.yaml` |
 | change what a stage does or shows | `nbs/stages/<stage>.ipynb`, in JupyterLab |
 | make the data's contract yours | `mlkit contract show`, then `mlkit contract accept` |
-| add data | put it where the rest is, then `mlkit repro`: no old sample changes its split |
+| add data | put it where the rest is, then `mlkit repro`, which also looks at databases and URLs: no old sample changes its split |
 | keep it | `git add -A && git commit`; `dvc.lock` and `champion.json` belong to it |
 """
 

@@ -86,8 +86,9 @@ def _reads(node, root, params):
             elif (behind := _watched(value)) and (root / behind).exists(): yield behind
         else: yield path
 
-def _watched(value): # of 'photos/labels.csv?file=image' and of 'tables/*.csv': the folder
+def _watched(value): # of 'photos/labels.csv?file=image' and of 'tables/*.csv': the folder; of 'sqlite:///shop.db?table=orders': the file
     plain, _, option = value.partition("?")
+    if plain.startswith("sqlite://"): return re.sub("^sqlite://(/|$)", "", plain)
     if "*" in plain: return plain.partition("*")[0].rpartition("/")[0] or "."
     return os.path.dirname(plain) if "file=" in option else plain if option else ""
 

@@ -348,6 +348,7 @@ def reproduce(
     force: bool = False, # Run even if nothing has changed
     slots: Slots | None = None, # None: one stage at a time
     stages: dict[str, Stage] = {}, # The declarations of those that need more than a job
+    stale: Callable[[str], bool] = lambda stage: False, # Asked of a stage that need not run: whether it must, for what DVC cannot see
     say: Callable[[str, str], None] = lambda stage, what: None, # Told 'run', 'restored' and 'done'
 ) -> list[str]: # Names of the stages that ran or were restored
     "Run what has changed. Raises `MlkitError`; what had finished by then is kept."
@@ -372,6 +373,7 @@ def reproduce(
                         if (env := slots.take(stages.get(name) or Stage(name))) is None: continue
                         waiting.remove(stage)
                         what = _ready(repo, stage, force)
+                        if what != "run" and stale(name): what = _ready(repo, stage, True)
                         if what != "same": changed.append(name); say(name, what)
                         if what == "run": running[stage] = ahead.begin(name, env); continue
                         if what == "restored": record.stages.append(stage)

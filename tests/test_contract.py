@@ -3,7 +3,7 @@ import gzip, json, subprocess, time
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
-import cv2, numpy as np, polars as pl
+import cv2, numpy as np, polars as pl, pyarrow as pa
 import pytest
 from conftest import BIN, Project
 
@@ -13,7 +13,7 @@ def people(seed=0, n=N):
     "Patients, as a hospital might deliver them: all text, as CSV has it."
     r, start = np.random.default_rng(seed), datetime(2024, 1, 1, tzinfo=timezone.utc)
     age, sick = r.integers(18, 90, n), r.random(n) < 0.3
-    columns = {"id": 1000 + np.arange(n) + 10_000 * seed, "age": age, "height": r.normal(1.7, 0.1, n).round(3), "weight": (r.normal(75, 12, n)).round(1),
+    columns = {"id": 1000 + np.arange(n) + 10_000 * seed, "age": age, "height": r.normal(1.7, 0.1, n).round(3), "weight": (r.normal(75, 12, n)).round(1), "temp": np.random.default_rng(seed + 99).normal(15, 3, n).clip(2, 30).round(1),
                "income": r.lognormal(10, 0.4, n).round(2), "town": r.choice(["Bonn", "Köln", "Ulm"], n), "member": r.choice(["yes", "no"], n),
                "visit": [(start + timedelta(hours=int(h))).strftime("%Y-%m-%dT%H:%M:%SZ") for h in r.integers(0, 9000, n)], "sick": np.where(sick, "yes", "no")}
     frame = pl.DataFrame({k: [str(x) for x in v] for k, v in columns.items()})
@@ -82,7 +82,7 @@ WRONG = {
     "bad UTF-8": (csv(new).replace("Köln".encode(), b"K\xf6ln", 1), "new.csv", "stop", [f"line {new['town'].to_list().index('Köln') + 2}, column 'town'", "0xf6", "UTF-8"]),
     "BOM of UTF-16": (csv(new).decode().encode("utf-16"), "new.csv", "stop", ["new.csv", "UTF-16"]),
     "truncated gzip": (gzip.compress(csv(new))[:-2000], "new.csv.gz", "stop", ["new.csv.gz, line ", "gzip", "fetch it again"]),
-    "ragged CSV": (csv(new).replace(b",yes\n", b"\n", 1), "new.csv", "stop", ["line ", "8 fields where the header has 9", "column 'sick'"]),
+    "ragged CSV": (csv(new).replace(b",yes\n", b"\n", 1), "new.csv", "stop", ["line ", "9 fields where the header has 10", "column 'sick'"]),
     "1e308": (csv(put(new, "weight", 11, "1e308")), "new.csv", "stop", ["column 'weight', row 11", "1e308", "too large"]),
     "a negative age": (csv(put(new, "age", 12, "-5")), "new.csv", "stop", ["column 'age', row 12", "'-5' is outside 0 to"]),
     "a 10 MB string": (csv(put(new, "town", 13, "x" * 10_000_000)), "new.csv", "stop", ["row 13, column 'town'", "10,000,000 bytes"]),
@@ -155,6 +155,10 @@ HARMLESS = {
     "Parquet, single precision": (lambda t: parquet(typed(new).with_columns(pl.col("height", "weight", "income").cast(pl.Float32), pl.col("age").cast(pl.Int16)), t), "new.parquet"),
     "Parquet, categoricals": (lambda t: parquet(typed(new).with_columns(pl.col("town", "sick").cast(pl.Categorical)), t), "new.parquet"),
     "Parquet, all text": (lambda t: parquet(new, t), "new.parquet"),
+    "JSON lines": (lambda t: typed(new).with_columns(visit=new["visit"]).write_ndjson().encode(), "new.jsonl"),
+    "zstd": (lambda t: pa.compress(csv(new), codec="zstd", asbytes=True), "new.csv.zst"),
+    "a file called .txt": (lambda t: csv(new, separator="|"), "new.txt"),
+    "a temperature below zero": (lambda t: csv(put(new, "temp", 3, "-4")), "new.csv"),
 }
 
 @pytest.mark.parametrize("way", HARMLESS)
@@ -162,6 +166,13 @@ def test_variations_that_harm_nothing(place, tmp_path, way):
     make, name = HARMLESS[way]
     done = place.check(make(tmp_path), name)
     assert done.returncode == 0 and done.stderr == "" and done.stdout == f"{name}: keeps the contract contract.json\n"
+
+def test_decimal_commas(place):
+    "As a spreadsheet in much of Europe writes it: numbers stay numbers, and what is none is named."
+    german = new.with_columns(pl.col("height", "weight").str.replace(".", ",", literal=True), pl.col("income").map_elements(lambda v: f"{float(v):,.2f}".translate(str.maketrans(",.", ".,")) if v else "", pl.String))
+    (place.project / "german.csv").write_bytes(csv(german, separator=";"))
+    shown = place.project.mlkit("contract", "show", "german.csv", "--target", "sick").stdout
+    assert sum("decimal comma" in l and "float64" in l for l in shown.splitlines()) == 3, shown
 
 def test_the_lists_are_as_long_as_promised():
     assert len(WRONG) + 1 == 28 and len(HARMLESS) >= 20

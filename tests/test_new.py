@@ -60,13 +60,13 @@ def test_photos(photos, tmp_path):
     assert len(after) == len(before) + 1 and before.items() <= after.items()
 
 def messy(path):
-    "As somebody's export looks: semicolons, a byte order mark, missing values in three spellings, a date, an id, notes with quotes, a copied row."
-    random, lines = np.random.default_rng(5), ["Customer ID;Signed up;Age;City;Income (EUR);Plan;Complaints;Active;Notes;Left"]
+    "As somebody's export looks: semicolons, a byte order mark, missing values in three spellings, decimal commas, an empty column, a date, an id, notes with quotes, a copied row."
+    random, lines = np.random.default_rng(5), ["Customer ID;Signed up;Age;City;Fax;Income (EUR);Plan;Complaints;Active;Notes;Left"]
     for i in range(500):
         age, complaints, plan = int(random.integers(18, 90)), int(random.poisson(1)), str(random.choice(["basic", "plus", "Pro"]))
         left = random.random() < 1 / (1 + np.exp(-(-1.5 + 1.2 * complaints - 1.0 * (plan == "Pro") + 0.02 * (45 - age))))
         row = [f"C{100000 + i}", f"{random.integers(2018, 2026)}-{random.integers(1, 13):02d}-{random.integers(1, 29):02d}", "" if i % 17 == 0 else "unknown" if i == 300 else age,
-               random.choice(["Köln", "São Paulo", "", "N/A", *(f"Town {k}" for k in range(30))]), "" if i % 9 == 0 else f"{random.lognormal(10, 0.6):.2f}", plan, complaints,
+               random.choice(["Köln", "São Paulo", "", "N/A", *(f"Town {k}" for k in range(30))]), "", "" if i % 9 == 0 else f"{random.lognormal(10, 0.6):,.2f}".translate(str.maketrans(",.", ".,")), plan, complaints,
                random.choice(["TRUE", "FALSE"]), '"said ""maybe""; call back"' if i % 10 == 0 else "", "" if i % 97 == 0 else ("yes" if left else "no")]
         lines += [";".join(map(str, row))] * (2 if i == 40 else 1)
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
@@ -75,6 +75,7 @@ def messy(path):
 def test_messy_table(tmp_path):
     project, done = new(tmp_path / "churn", "--from", messy(tmp_path / "customers.csv"), "--target", "Left")
     assert "Customer ID: text" in done.stdout or "Customer ID: id" in done.stdout
+    assert "Income (EUR): float64; numbers with a decimal comma" in done.stdout and "Fax: text; no value at all" in done.stdout
     v = verdict(project)
     assert v["model"] == "churn" and v["released"] and v["compare"] == "evaluate.accuracy"
     assert project.json("reports/metrics/serve.json")["agreement"] == 1 and project.json("reports/metrics/monitor.json")["calm_is_calm"]

@@ -8,7 +8,7 @@ import pytest
 
 from mlkit.core import DataError, MlkitError, SetupError
 from mlkit.shards import write_shards
-from mlkit.source import SOURCES, detect, open_source
+from mlkit.source import SOURCES, detect, look, open_source
 
 def png(i): return cv2.imencode(".png", np.full((4, 4), i, np.uint8))[1].tobytes()
 def rows(name, root=Path("/")): return pl.concat(open_source(name, root).rows())
@@ -194,7 +194,13 @@ def test_postgres_stream(postgres):
     assert max(map(len, parts)) <= 50_000 and df["id"].to_list() == list(range(1, 300_001)) and len({tuple(p.schema.items()) for p in parts}) == 1
     ask(postgres, "UPDATE big SET x = x", "VACUUM FULL big") # rows lie elsewhere now
     assert rows(postgres + "?table=big").equals(df)
+    seen = look(postgres + "?table=big", Path("/"))
+    ask(postgres, "UPDATE big SET x = x") # the same rows
+    assert look(postgres + "?table=big", Path("/")) == seen
     ask(postgres, "INSERT INTO big VALUES (300001, 1, 'new')")
+    assert (more := look(postgres + "?table=big", Path("/"))) != seen
+    ask(postgres, "UPDATE big SET x = 2 WHERE id = 300001")
+    assert look(postgres + "?query=SELECT * FROM big", Path("/")) not in (seen, more)
     assert rows(postgres + "?table=big").head(300_000).equals(df) # a new row, the old ones as they were
 
 def test_postgres_wrong(postgres, monkeypatch):
@@ -247,8 +253,11 @@ def test_s3_images_grow(s3, project):
     def ingest(): return write_shards(open_source("s3://data/pets", project).images(), project / "shards", cache=project / ".mlkit/cache")
     assert ingest()["name"].to_list() == ["a/1.png", "a/2.png", "b/3.png"]
     copy, = (p for p in (project / ".mlkit/cache/remote").iterdir() if p.is_dir())
+    seen = look("s3://data/pets", project)
+    assert look("s3://data/pets", project) == seen
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*.png")}
     s3.put_object(Bucket="data", Key="pets/b/4.png", Body=png(4)); s3.put_object(Bucket="data", Key="pets/b/3.png", Body=png(33)); s3.delete_object(Bucket="data", Key="pets/a/1.png")
+    assert look("s3://data/pets", project) != seen and not (copy / "b/4.png").exists() # looked at, not fetched
     index = ingest()
     assert index["name"].to_list() == ["a/2.png", "b/3.png", "b/4.png"]
     after = {p: p.stat().st_mtime_ns for p in copy.rglob("*.png")}
@@ -289,6 +298,10 @@ def test_http(project):
         url = f"http://127.0.0.1:{server.server_port}"
         try:
             assert rows(f"{url}/a.csv", project).rows() == [("1",)]
+            seen = look(f"{url}/a.csv", project)
+            assert look(f"{url}/a.csv", project) == seen
+            put(project / "www/a.csv", "x\n2\n"); os.utime(project / "www/a.csv", (1, 1)) # of the same size
+            assert look(f"{url}/a.csv", project) != seen and rows(f"{url}/a.csv", project).rows() == [("2",)]
             says(lambda: open_source(f"{url}/b.csv", project), "b.csv: nothing there")
             says(lambda: open_source(f"{url}/a.csv?token=s3cret", project), "take it out", never=["s3cret"])
         finally: server.shutdown()

@@ -1,0 +1,54 @@
+"Data that grow: new files, new rows, new messages come in with the next `mlkit repro`, and no old row changes its split."
+import numpy as np, polars as pl
+import pytest
+from conftest import ran
+from test_kafka import Broker
+from test_new import new
+
+def people(n, first=0):
+    r = np.random.default_rng(first)
+    return pl.DataFrame({"age": r.integers(18, 90, n), "height": r.normal(1.7, 0.1, n).round(6), "town": r.choice(["Bonn", "Köln", "Ulm"], n), "sick": r.choice(["no", "yes"], n)})
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A table in a folder of files, ingested and split."
+    tmp = tmp_path_factory.mktemp("grow")
+    (tmp / "people").mkdir()
+    people(300).write_csv(tmp / "people/a.csv")
+    project, _ = new(tmp / "sick", "--from", tmp / "people", "--target", "sick")
+    project.mlkit("repro", "prepare")
+    return project
+
+def splits(project): return {n: s for s in ("train", "validation", "test") for n in pl.read_parquet(project / f"data/prepared/{s}.parquet", columns=["height", "age"]).rows()}
+def shards(project): return pl.read_parquet(project / "data/shards/*.parquet").drop("_row")
+
+def test_files_and_rows(project):
+    before, folder = splits(project), project.root.parent / "people"
+    pl.concat([people(300), people(30, 300)]).write_csv(folder / "a.csv") # it grew
+    people(50, 600).write_csv(folder / "A first.csv") # sorts before it
+    assert ran(project.mlkit("repro", "prepare").stdout) == ["ingest", "audit", "prepare"]
+    after = splits(project)
+    assert project.json("reports/metrics/ingest.json")["rows"] == 380 and len(after) == 380 and before.items() <= after.items()
+
+def test_a_topic(project):
+    "DVC cannot see it: `mlkit repro` looks. What breaks the contract stops every run: what was good before is not taken for what is there now."
+    pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit[kafka]')")
+    def repro(rc=0):
+        done = project.mlkit("repro", "ingest", rc=rc)
+        return ran(done.stdout), "has changed since" in done.stdout, done.stdout + done.stderr
+    broker, known = Broker(), shards(project)
+    try:
+        broker.send("people", *people(300).to_dicts())
+        project.param(ingest__source=f"{broker.url}/people")
+        project.mlkit("contract", "accept", "data/contract.json")
+        assert repro()[:2] == (["ingest"], False)
+        first = shards(project)
+        assert len(first) == 300 and len(first.join(known, on=first.columns)) == 300 # typed as from files, and drawn for the same splits
+        broker.send("people", *people(20, 900).to_dicts(), {"age": 30, "height": 1.7, "town": "Ulm", "sick": "no"})
+        assert repro()[:2] == (["ingest"], True) and len(shards(project)) == 321 and shards(project)[:300].equals(first)
+        assert repro()[:2] == ([], False)
+        broker.send("people", {"age": -70, "height": 1.7, "town": "Ulm", "sick": "no"})
+        for _ in range(2): assert "column 'age', row 322: -70 is outside" in repro(rc=1)[2]
+    finally: broker.stop()
+    steps, _, text = repro()
+    assert steps == [] and "could not be looked at, what was brought in before is taken" in text and "Connection refused" in text and len(shards(project)) == 321
