@@ -94,7 +94,7 @@ def choose_for_images(
         "train": {"model": Choice("small_cnn", "a network of mlkit.model, or your own in nbs/task.ipynb"), "width": Choice(24), "dropout": Choice(0.1),
                   "n_epochs": Choice(n_epochs, f"some minutes on one core for {n:,} images of {side} x {side}"), "batch_size": Choice(64 if n > 500 else 16, "" if n > 500 else "few images: more steps an epoch"),
                   "lr": Choice(0.005), "weight_decay": Choice(0.01), "label_smoothing": Choice(0.05), "shift": Choice(max(1, side // 16), "pixels by which training images are moved"),
-                  "device": Choice("auto", "a GPU when there is one"), "precision": Choice("auto"), "n_threads": Choice(1, "part of what makes the weights the same bytes"), "seed": Choice(0), "experiment": Choice(slug, "in MLflow")},
+                  "feed": Choice("auto", "from memory, unless the images fill more than half of it"), "device": Choice("auto", "a GPU when there is one"), "precision": Choice("auto"), "n_threads": Choice(1, "part of what makes the weights the same bytes"), "seed": Choice(0), "experiment": Choice(slug, "in MLflow")},
         "evaluate": {"confidence": Choice(0.95), "n_bins": Choice(10), "seed": Choice(0)},
         "explain": {"n_correct": Choice(6), "n_wrong": Choice(6), "n_steps": Choice(64)},
         **_tail(slug),
