@@ -34,6 +34,8 @@ class Whole:
         if (x := decode(data)) is None: raise DataError("an image cannot be decoded")
         out[:] = fit_image(x, self.shape)
 
+    def finish(self, X): return np.array(X) # DALI uses its buffer again
+
     def graph(self, fn, types, data, start, extent, flip, device): # of images that have their size
         return fn.decoders.image(data, device=device, output_type=types.RGB if self.shape[2] == 3 else types.GRAY)
 
@@ -76,18 +78,25 @@ class Recipe:
     def write(self, data, cut, flip, out):
         x = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR if self.channels == 3 else cv2.IMREAD_GRAYSCALE)
         if x is None: raise DataError("an image cannot be decoded")
-        (t, l, h, w), (scale, shift) = cut, self.affine
+        t, l, h, w = cut
         x = cv2.resize(x[t:t + h, l:l + w], (self.size,) * 2, interpolation=cv2.INTER_LINEAR)
         if flip: x = cv2.flip(x, 1)
-        if x.ndim == 2: x = x[..., None]
-        for i in range(self.channels): # BGR to RGB, and to planes
-            np.multiply(x[..., self.channels - 1 - i], scale[i], out=out[i]); out[i] += shift[i]
+        self.planes(x[..., None] if x.ndim == 2 else x[..., ::-1], out) # OpenCV has BGR
+
+    def planes(self, x, out): # (h, w, c) uint8 to (c, h, w) float32, normalised
+        for i, (scale, shift) in enumerate(zip(*self.affine)): np.multiply(x[..., i], scale, out=out[i]); out[i] += shift
+
+    def finish(self, X): # n of them, as DALI's CPU mode gives them
+        out = np.empty((len(X), *self.shape), self.dtype)
+        for x, o in zip(X, out): self.planes(x, o)
+        return out
 
     def graph(self, fn, types, data, start, extent, flip, device):
-        mean, std = (np.broadcast_to(np.float32(v) * 255, self.channels).tolist() for v in (self.mean, self.std))
         x = fn.decoders.image_slice(data, start, extent, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device=device,
                                     output_type=types.RGB if self.channels == 3 else types.GRAY)
-        x = fn.resize(x, resize_x=self.size, resize_y=self.size, interp_type=types.INTERP_LINEAR, antialias=False)
+        linear = {"resize_y": float(self.size), "interp_type": types.INTERP_LINEAR, "antialias": False}
+        if device == "cpu": return fn.resize(x, resize_x=fn.cast(self.size - 2 * self.size * flip, dtype=types.FLOAT), **linear) # a negative width flips; its planes cost three times what `finish` does
+        x, (mean, std) = fn.resize(x, resize_x=float(self.size), **linear), (np.broadcast_to(np.float32(v) * 255, self.channels).tolist() for v in (self.mean, self.std))
         return fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip)
 
 def _uniform(keys, epoch, seed, n):
@@ -126,7 +135,7 @@ class Dali:
             import nvidia.dali.types as types
             from nvidia.dali import Pipeline
         except ImportError as e: raise SetupError(f"DALI cannot be imported ({e}); 'mlkit doctor' says how to add it") from None
-        self.gpu, self.batches = device_id is not None, iter(())
+        self.recipe, self.gpu, self.batches = recipe, device_id is not None, iter(())
         self.pipe = Pipeline(batch_size=batch_size, num_threads=n_threads, device_id=device_id, prefetch_queue_depth=2)
         with self.pipe:
             fed = fn.external_source(source=self._next, num_outputs=4, batch=True)
@@ -143,7 +152,7 @@ class Dali:
             while True:
                 x, = self.pipe.run()
                 if self.gpu: import torch; yield torch.from_dlpack(x.as_tensor()).clone() # DALI uses its buffer again
-                else: yield np.array(x.as_tensor())
+                else: yield self.recipe.finish(np.asarray(x.as_tensor()))
         except StopIteration: pass
         except RuntimeError as e: raise DataError(f"an image cannot be decoded, says DALI ({str(e).strip().splitlines()[0]})") from None
 
