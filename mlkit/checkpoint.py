@@ -30,7 +30,8 @@ def sources(
     *objects, # Whose modules' text counts; torch's own stand for their version
 ) -> list[str]: # SHA-256 each
     "The code that these objects run."
-    files = {f for o in objects if not (m := inspect.getmodule(o if inspect.isroutine(o) else type(o))).__name__.startswith("torch.") and (f := getattr(m, "__file__", None))}
+    modules = {inspect.getmodule(o if inspect.isroutine(o) else type(o)) for o in objects}
+    files = {f for m in modules if (f := getattr(m, "__file__", None)) and not m.__name__.startswith("torch.")}
     return sorted(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files)
 
 # %% ../nbs/22_checkpoint.ipynb #04ab55bd

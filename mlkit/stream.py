@@ -263,7 +263,7 @@ def feeds(
     splits = tuple(load_split(prepared / f"{s}.safetensors") for s in names)
     if chosen.engine == "memory": return chosen, splits
     rows, shape = pl.read_parquet(index).select("key", "split").join(read_index(shards), on="key", maintain_order="left"), tuple(transform["shape"])
-    ready = rows.select(((pl.col("height") == shape[0]) & (pl.col("width") == shape[1])).all()).item()
+    ready = rows.select(((pl.col("height") == shape[0]) & (pl.col("width") == shape[1]) & (pl.col("channels") == shape[2])).all()).item()
     engine = choose("images", "auto" if ready else "opencv", found).engine
     def loader(name, y): return Loader(shards, rows.filter(pl.col("split") == name), y, Whole(shape), max(batch_size, 1024), rank=0, world=1, engine=engine, n_threads=max(1, found.cores - n_threads))
     return replace(chosen, reason=f"{chosen.reason}; decoded by {engine}"), tuple(loader(s, np.array(y)) for s, (_, y) in zip(names, splits))
