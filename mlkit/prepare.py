@@ -90,7 +90,7 @@ def fit_image(
     return x.reshape(shape)
 
 # %% ../nbs/14_prepare.ipynb #f6b1fc96
-BLOCK = 1 << 24 # Bytes of pixels that are looked at together
+BLOCK = 1 << 22 # Bytes of pixels that are looked at together
 
 def _blocks(X): step = max(1, BLOCK // max(1, X[:1].nbytes)); return (slice(i, i + step) for i in range(0, len(X), step))
 
