@@ -72,7 +72,7 @@ def main():
                 yield from loader.epoch(0)
                 loader.close()
             return run
-        contenders = {"torch DataLoader with Pillow": torch_loader(WithPillow), "torch DataLoader with OpenCV": torch_loader(WithOpenCV), "mlkit with OpenCV": ours("opencv"), "mlkit with DALI (CPU mode)": ours("dali")}
+        contenders = {"torch DataLoader with Pillow": torch_loader(WithPillow), "torch DataLoader with OpenCV": torch_loader(WithOpenCV), "mlkit with OpenCV": ours("opencv"), "mlkit with DALI (CPU mode)": ours("dali-cpu")}
         seen = {k: [] for k in contenders}
         for r in range(-1, a.repeats): # the first, of each, warms up
             for name, run in contenders.items():

@@ -26,7 +26,7 @@ def _broken_lock(path): # by DVC's own schema
 
 def _left_over(root):
     "Temporary files of `core.write_atomic` whose process is gone."
-    for folder in (root, root / "reports", root / "mlkit"):
+    for folder in (root, root / "reports", root / "mlkit", root / ".mlkit/training"):
         for f in folder.glob(".*.tmp"):
             if (m := re.search(r"\.(\d+)\.tmp$", f.name)) and not Path(f"/proc/{m[1]}").exists(): yield f
 

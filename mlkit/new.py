@@ -67,25 +67,24 @@ def choose_for_images(
     name: str, # Of the project
     index, # Of shards, see `shards.SCHEMA`
 ) -> dict[str, dict[str, Choice]]: # See `params_text`
-    "Raises `DataError` where there are fewer than two classes, or a class has too few images to be learned and tested."
+    "Raises `DataError` where there are fewer than two classes with enough images to be learned and tested; others are left out."
     import polars as pl
-    readable = index.drop_nulls("content").filter(pl.col("label").n_unique().over("content") == 1)
-    counts = dict(readable.unique(["content"]).group_by("label").len().sort("label").iter_rows())
-    if len(counts) < 2: raise DataError(f"{source}: {len(counts)} class with readable images; a classifier needs two or more")
-    small = min(counts, key=counts.get)
-    if counts[small] < 3: raise DataError(f"{source}: class '{small}' has {counts[small]} different readable images; it needs three, one a split, or remove the class")
-    n = len(readable)
+    from mlkit.prepare import few_samples, usable
+    try: readable, small = usable(index)
+    except DataError as e: raise DataError(f"{source}: {e}") from None
+    counts, n = dict(readable.unique(["content"]).group_by("label").len().sort("label").iter_rows()), len(readable)
     sides = readable.select(pl.min_horizontal("height", "width")).to_series()
     same = all(readable[c].n_unique() == 1 for c in ("height", "width")) and sides[0] <= 64
     size = None if same else int(max(8, min(64, sides.median() // 8 * 8)))
     side = size or int(sides[0])
     n_epochs = int(max(5, min(40, EFFORT // (0.7 * n * side * side))))
-    broken, conflicting = index["content"].null_count(), len(index.drop_nulls("content")) - len(readable)
+    broken = index["content"].null_count()
+    conflicting = len(index.drop_nulls("content").filter(pl.col("label").n_unique().over("content") > 1))
     block = [c for c, bad in (("unreadable", broken), ("conflict", conflicting)) if not bad]
     left_out = ", ".join(f"{k} {what}" for k, what in ((broken, "unreadable"), (conflicting, "under two labels")) if k)
     slug = _slug(name)
     return {
-        "ingest": {"source": Choice(source, f"{len(index):,} images in {index['label'].n_unique()} classes"), "contract": Choice(None, "inferred; 'mlkit contract accept' makes it yours"), "shard_size": Choice(1000)},
+        "ingest": {"source": Choice(source, f"{len(index):,} images in {index['label'].n_unique()} classes" + (f"; left out, with fewer than three different ones: {few_samples(small)}" if small else "")), "contract": Choice(None, "inferred; 'mlkit contract accept' makes it yours"), "shard_size": Choice(1000)},
         "audit": {"max_imbalance": Choice(10.0), "max_samples": Choice(10_000, "images that are looked at"), "block": Choice(block, f"left out for now, since your data have some: {left_out}" if left_out else "findings that stop the run")},
         "prepare": {"seed": Choice(0), "shares": Choice({"train": 0.7, "validation": 0.15, "test": 0.15}),
                     "size": Choice(size, f"pixels a side; {'all images are that small already' if same else f'the median of the short sides is {sides.median():.0f}; larger is slower and may be better'}")},
@@ -94,7 +93,7 @@ def choose_for_images(
         "train": {"model": Choice("small_cnn", "a network of mlkit.model, or your own in nbs/task.ipynb"), "width": Choice(24), "dropout": Choice(0.1),
                   "n_epochs": Choice(n_epochs, f"some minutes on one core for {n:,} images of {side} x {side}"), "batch_size": Choice(64 if n > 500 else 16, "" if n > 500 else "few images: more steps an epoch"),
                   "lr": Choice(0.005), "weight_decay": Choice(0.01), "label_smoothing": Choice(0.05), "shift": Choice(max(1, side // 16), "pixels by which training images are moved"),
-                  "device": Choice("auto", "a GPU when there is one"), "precision": Choice("auto"), "n_threads": Choice(1, "part of what makes the weights the same bytes"), "seed": Choice(0), "experiment": Choice(slug, "in MLflow")},
+                  "feed": Choice("auto", "from memory, unless the images fill more than half of it"), "device": Choice("auto", "a GPU when there is one"), "precision": Choice("auto"), "n_threads": Choice(1, "part of what makes the weights the same bytes"), "seed": Choice(0), "experiment": Choice(slug, "in MLflow")},
         "evaluate": {"confidence": Choice(0.95), "n_bins": Choice(10), "seed": Choice(0)},
         "explain": {"n_correct": Choice(6), "n_wrong": Choice(6), "n_steps": Choice(64)},
         **_tail(slug),

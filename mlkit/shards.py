@@ -24,13 +24,12 @@ class Sample:
     label: str
 
 def decode(
-    data: bytes, # An encoded image
+    data: bytes, # An encoded image, or a (bytes,) uint8 array of it
 ) -> np.ndarray | None: # (h, w, c) uint8, RGB or grey (c = 1); None where it cannot be decoded
-    "Pixels of an image, by OpenCV."
-    x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    "Pixels of an image, by OpenCV: upright, as its EXIF orientation says, and without alpha."
+    x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH) if len(data) else None
     if x is None or x.dtype != np.uint8: return None
-    if x.ndim == 2: return x[..., None]
-    return x[..., [2, 1, 0]] if x.shape[-1] >= 3 else x[..., :1] # OpenCV has BGR(A); alpha is dropped
+    return x[..., None] if x.ndim == 2 else x[..., ::-1] # OpenCV has BGR
 
 def content(x: np.ndarray) -> str: # 64 hex digits
     "SHA-256 of shape and pixels."

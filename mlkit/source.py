@@ -360,7 +360,8 @@ class TarFiles(Source):
     def __init__(self, name: str, files: list[Path]):
         super().__init__(name)
         self.files = files
-        self.says(f"images in {_counted(len(files), 'tar file')}", f"tar: {_some(f.name for f in files)}", "labels: the .cls beside an image, else the folder that it lies in")
+        self.says(f"images in {_counted(len(files), 'tar file')}", f"tar: {_some(f.name for f in files)}", "labels: the .cls beside an image, else the folder that it lies in",
+            "written again as shards: training reads at random, which packed tars do not allow, and DVC keeps the bytes that a model has seen, whatever becomes of the source")
 
     def images(self):
         for path in self.files:

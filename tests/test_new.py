@@ -38,15 +38,21 @@ def photos(tmp_path_factory):
             (f := folder / label / ("second batch" if i % 2 else "") / f"IMG_{i:04d}.{'JPG' if i % 5 else 'jpeg'}").parent.mkdir(parents=True, exist_ok=True)
             f.write_bytes(photo(label, i % 11 == 0))
     (folder / "stripes/torn.jpg").write_bytes(f.read_bytes()[:200]); (folder / "Circles/copy.jpg").write_bytes((folder / "Circles/IMG_0002.JPG").read_bytes())
+    for label, n in (("only one", 1), ("a pair", 2)): # and a copy of one of the pair
+        (folder / label).mkdir()
+        for i in range(n): (folder / label / f"{i}.jpg").write_bytes(x := photo("Circles", False))
+    (folder / "a pair/copy.jpg").write_bytes(x)
     (folder / "notes.txt").write_text("hello"); (folder / "Circles/Thumbs.db").write_bytes(b"x")
     return folder
 
 def test_photos(photos, tmp_path):
     project, done = new(tmp_path / "shapes", "--from", photos)
-    assert "100 images in 3 classes" not in done.stdout or "1 unreadable" in done.stdout
+    assert "105 images in 5 classes; left out, with fewer than three different ones: 'a pair' (2), 'only one' (1)" in " ".join(done.stdout.split()) and "1 unreadable" in done.stdout
     v = verdict(project)
     assert v["model"] == "shapes" and v["released"]
     assert project.json("reports/metrics/audit.json")["unreadable"] == 1
+    assert project.json("data/prepared/transform.json")["classes"] == ["Circles", "cross es", "stripes"] and project.json("reports/metrics/prepare.json")["left_out"] == 5
+    assert "Left out, with fewer than three different images, one a split: 'a pair' (2), 'only one' (1)" in "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", [])) for c in project.json("reports/prepare.ipynb")["cells"] for o in c.get("outputs", []))
     # one's own network and metric, by name
     project.param(train__model="contrast_cnn", train__n_epochs=1)
     assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"train", "evaluate"}
