@@ -46,8 +46,8 @@ def like(
     "For a join."
     engine = frame.implementation
     if engine.is_cudf(): return nw.from_arrow(small, backend=engine).lazy()
-    if engine.is_dask(): # from Polars, Narwhals would make columns without Arrow, which cannot be joined with those that have it
-        import dask.dataframe as dd
+    if engine.is_dask(): # by itself, Narwhals would make columns without Arrow, which cannot be joined with those that have it
+        dd = nw.get_native_namespace(frame) # no import: what serves a model does not depend on the version of Dask
         return nw.from_native(dd.from_pandas(small.to_pandas(use_pyarrow_extension_array=True), npartitions=1))
     return nw.from_native(small).lazy(engine, **({"session": frame.to_native().sparkSession} if engine.is_pyspark() else {}))
 

@@ -58,7 +58,7 @@ def expected(parts, tmp_path_factory):
 def test_no_cluster_there(parts, monkeypatch, engine, address):
     try: choose("tables", engine)
     except SetupError as e: pytest.skip(f"not run: {e}")
-    monkeypatch.setenv(CLUSTER, address)
+    monkeypatch.setenv(CLUSTER, address); monkeypatch.setattr("mlkit.engine.PATIENCE", 1)
     with pytest.raises(MlkitError) as e, open_parts(parts, engine): pass
     assert address in str(e.value) and CLUSTER in str(e.value) and "\n" not in str(e.value)
 
