@@ -6,6 +6,8 @@ __all__ = ['N_KNOTS', 'DATE_PARTS', 'GROUP', 'by_content', 'fit_features', 'raw_
 
 # %% ../nbs/18_features.ipynb #e3c1cb8f
 import json, math, re, shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,10 @@ def raw_matrix(
     transform: dict,
 ) -> np.ndarray: # (n, len(transform["columns"])) float64
     "The first step: what needs strings and dates. Raises `DataError` where a column is missing."
+    raw = _raw_columns(frame, transform)
+    return np.stack(raw, 1) if raw else np.zeros((len(frame), 0))
+
+def _raw_columns(frame, transform): # (n,) float64 each
     if lost := [c["name"] for c in transform["columns"] if c["name"] not in frame.columns]:
         raise DataError(f"column '{lost[0]}' is missing; the model reads {', '.join(c['name'] for c in transform['columns'])}")
     def numbers(c):
@@ -103,7 +109,7 @@ def raw_matrix(
         if c["kind"] == "date": return _seconds(s).fill_null(math.nan)
         if c["kind"] == "number": return s.cast(pl.Float64).fill_null(math.nan)
         return s.cast(pl.String).replace_strict(c["values"], range(1, len(c["values"]) + 1), default=0, return_dtype=pl.Float64) if c["values"] else pl.zeros(len(s), pl.Float64, eager=True)
-    return np.stack([numbers(c).to_numpy() for c in transform["columns"]], 1) if transform["columns"] else np.zeros((len(frame), 0))
+    return [numbers(c).to_numpy() for c in transform["columns"]]
 
 # %% ../nbs/18_features.ipynb #49e46747
 def _line(c):
@@ -151,36 +157,63 @@ class Encode(nn.Module):
         if len(self.codes): parts.append(raw[:, self.codes].float())
         return torch.cat(parts, 1)[:, self.order]
 
-@torch.no_grad()
+# %% ../nbs/18_features.ipynb #9280bc15
+def _encode_number(v, c):
+    "The features of a numeric column or a date, in the order of `_names`. `v`: (n,) float64, NaN where missing."
+    lost = np.isnan(v)
+    w = np.where(lost, c["fill"], v)
+    z = torch.from_numpy(np.clip((w - c["mean"]) / c["std"], -1e6, 1e6).astype(np.float32))
+    yield (z / torch.sqrt(1 + (z / 3) ** 2)).numpy() # NumPy's roots differ in the last bit
+    if c.get("knots"): yield np.interp(w, c["knots"], c["scores"])
+    for p in c.get("parts", ()):
+        turns = v / DATE_PARTS[p]
+        angle = torch.from_numpy((turns - np.floor(turns)).astype(np.float32) * np.float32(2 * math.pi))
+        for wave in (torch.sin, torch.cos): yield np.where(lost, 0, wave(angle).numpy())
+    if c.get("flag"): yield lost
+
 def encode(
     frame: pl.DataFrame, transform: dict, # See `raw_matrix`
     batch_size: int = 8192, # Rows at once
 ) -> np.ndarray: # (n, d) float32
     "Both steps."
-    second, first = Encode(transform), torch.from_numpy(raw_matrix(frame, transform))
-    return np.concatenate([second(raw).numpy() for raw in first.split(batch_size)])
+    raw = _raw_columns(frame, transform)
+    X = np.empty((len(frame), len(transform["features"])), np.float32)
+    for a in range(0, len(X), batch_size): # what is at hand stays in the processor's cache
+        b = slice(a, a + batch_size)
+        made = (f for c, v in zip(transform["columns"], raw) for f in ([v[b]] if c["kind"] == "category" else _encode_number(v[b], c)))
+        for j, f in enumerate(made): X[b, j] = f
+    return X
 
 # %% ../nbs/18_features.ipynb #5f6c63cf
 def save_features(
     path: Path,
     rows: Path, # Parquet of the split
     transform: dict,
-    batch_size: int = 8192,
+    n_threads: int | None = None, # None: as many as Polars has
 ) -> int: # n
-    "Write `X` (n, d) float32 and `y`, (n,) int64 classes or float32 values in the target's unit, as safetensors."
-    n, d = pl.scan_parquet(rows).select(pl.len()).collect().item(), len(transform["features"])
-    second, ys, kind = Encode(transform), [], "F32" if transform["task"] == "regression" else "I64"
+    "Write `X` (n, d) float32 and `y`, (n,) int64 classes or float32 values in the target's unit, as safetensors, a row group at a time."
+    meta, d = pq.read_metadata(rows), len(transform["features"])
+    n, kind = meta.num_rows, "F32" if transform["task"] == "regression" else "I64"
     header = json.dumps({"X": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, 4 * n * d]},
                          "y": {"dtype": kind, "shape": [n], "data_offsets": [4 * n * d, (4 * d + (4 if kind == "F32" else 8)) * n]}}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb") as f, torch.no_grad():
+    needed, ys = [*[c["name"] for c in transform["columns"]], transform["target"]["name"]], []
+    def made(i):
+        frame = pl.from_arrow(pq.ParquetFile(rows, metadata=meta).read_row_group(i, needed, use_threads=False))
+        return encode(frame, transform), targets(frame, transform)
+    with open(path, "wb") as f, ThreadPoolExecutor(n_threads or pl.thread_pool_size()) as pool:
         f.write(len(header).to_bytes(8, "little") + header)
-        for batch in pq.ParquetFile(rows).iter_batches(batch_size):
-            frame = pl.from_arrow(batch)
-            f.write(np.ascontiguousarray(second(torch.from_numpy(raw_matrix(frame, transform))).numpy()).tobytes())
-            ys.append(targets(frame, transform))
-        for y in ys: f.write(y.tobytes())
+        for X, y in _ahead(pool, made, range(meta.num_row_groups)): f.write(X); ys.append(y)
+        for y in ys: f.write(y)
     return n
+
+def _ahead(pool, work, items):
+    "Results in order; no more than two a thread are waiting, so that memory does not grow."
+    items, waiting = iter(items), deque()
+    for i in items:
+        waiting.append(pool.submit(work, i))
+        if len(waiting) > 2 * pool._max_workers: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
 
 def targets(
     frame: pl.DataFrame, # With the target, none missing
