@@ -258,7 +258,7 @@ def prepare_table(
     aside = out.with_name(f".{out.name}.rows")
     try:
         rows = ordered(nw.from_native(frame).lazy(), aside)
-        for s in SPLITS: rows.filter(pl.col("split") == s).drop("split").sink_parquet(out / f"{s}.parquet", row_group_size=GROUP)
+        pl.collect_all([rows.filter(pl.col("split") == s).drop("split").sink_parquet(out / f"{s}.parquet", row_group_size=GROUP, lazy=True) for s in SPLITS], engine="streaming") # read once
     finally: shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
     transform = fit_features(_train(parts, out / "train.parquet"), contract, min_count, max_values)
     write_json(out / "transform.json", transform)
