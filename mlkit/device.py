@@ -105,8 +105,8 @@ PACKAGES = {
     "DALI": Package("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "faster image decoding, on CPU and GPU", "[dali]"),
     "cuDF": Package("cudf", ("cudf-cu13", "cudf-cu12", "cudf"), "tables on the GPU", "cudf-cu13", gpu=True),
     "RAPIDS cuML": Package("cuml", ("cuml-cu13", "cuml-cu12", "cuml"), "scikit-learn's models on the GPU", "cuml-cu13", gpu=True),
-    "Dask": Package("dask", ("dask",), "tables on many cores or machines", "dask[dataframe]"),
-    "Spark": Package("pyspark", ("pyspark",), "tables on a cluster; needs Java", "pyspark"),
+    "Dask": Package("distributed", ("distributed",), "tables on many cores or machines", "[dask]"),
+    "Spark": Package("pyspark", ("pyspark",), "tables on a cluster; needs Java", "[spark]"),
 }
 
 # %% ../nbs/02_device.ipynb #87da24bf

@@ -123,7 +123,7 @@ def choose_for_table(
                    "contract": Choice(None, "inferred; 'mlkit contract accept' makes it yours"), "part_rows": Choice(1_000_000)},
         "audit": {"max_imbalance": Choice(10.0), "max_samples": Choice(2000, "rows that are looked at"), "block": Choice([], "nothing stops the first run; read its page, then name what should")},
         "prepare": {"seed": Choice(0), "shares": Choice({"train": 0.7, "validation": 0.15, "test": 0.15}), "method": Choice(*method), "golden": Choice(None, "a file of rows that are always in the test split"),
-                    "min_count": Choice(5, "rows from which a category counts"), "max_values": Choice(1000)},
+                    "min_count": Choice(5, "rows from which a category counts"), "max_values": Choice(1000), "engine": Choice("auto", "cuDF with a GPU, else Polars; dask or spark for many machines: the same result")},
         "tune": {"n_trials": Choice(0, "0: no search; 20 is a start"), "n_epochs": Choice(max(3, n_epochs // 3)), "space": Choice({"lr": [0.0005, 0.01], "weight_decay": [0.001, 1.0], "dropout": [0.0, 0.5]}),
                  "model": Choice("residual_mlp"), "width": Choice(64), "n_blocks": Choice(2), "batch_size": Choice(None), "device": Choice("auto"), "n_threads": Choice(1), "seed": Choice(0)},
         "train": {"model": Choice("residual_mlp", "a network of mlkit.model, or your own in nbs/task.ipynb"), "width": Choice(64), "n_blocks": Choice(2), "dropout": Choice(0.2),

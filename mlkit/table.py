@@ -4,7 +4,8 @@
 __all__ = ['BLOCK', 'MAX_FIELD', 'NULLS', 'YES', 'NO', 'TYPES', 'HUGE', 'GROUPED', 'TIME', 'DATES', 'READ', 'MIX', 'NULL',
            'MAX_VALUES', 'SAMPLE', 'TARGETS', 'GROUP', 'sniff', 'read_delimited', 'Frame', 'parse', 'guess',
            'hash_column', 'mix', 'row_hash', 'in_unit', 'Repeats', 'Widen', 'Profile', 'choose_target', 'choose_task',
-           'choose_content', 'scan_table', 'infer_table_contract', 'overlap', 'ingest_table', 'Parts', 'read_parts']
+           'choose_content', 'scan_table', 'infer_table_contract', 'overlap', 'ingest_table', 'Parts', 'part_files',
+           'read_parts']
 
 # %% ../nbs/16_table.ipynb #1a02fc08
 import csv, gzip, io, re, shutil, zlib
@@ -626,10 +627,13 @@ class Parts:
         if self.file: self.file.close()
         self.file = None
 
-def read_parts(
+def part_files(
     folder: Path, # As `ingest_table` wrote it
-) -> pl.LazyFrame: # The contract's columns, `_row`, `_draw`; in the order of the source
+) -> list[Path]: # In the order of the source
     "Raises `DataError` where the folder holds no parts."
-    files = sorted(folder.glob("part-*.parquet"))
-    if not files: raise DataError(f"{folder}: holds no parts; run 'mlkit repro ingest'")
-    return pl.scan_parquet(files)
+    if files := sorted(folder.glob("part-*.parquet")): return files
+    raise DataError(f"{folder}: holds no parts; run 'mlkit repro ingest'")
+
+def read_parts(folder: Path) -> pl.LazyFrame: # The contract's columns, `_row`, `_draw`; in the order of the source
+    "See `part_files`."
+    return pl.scan_parquet(part_files(folder))
