@@ -4,17 +4,21 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lab setup install clean
+.PHONY: repro test lab setup spark install clean
 
 repro: setup   ## run what has changed, say the verdict
 	@mlkit repro
 
-test: setup    ## every test: those in the notebooks, and those that cross them
+test: setup spark ## every test: those in the notebooks, and those that cross them
 	@nbdev-test nbs --skip-folder-re "^(stages|tables|[_.].*)$$" --n-workers 2
 	@pytest
 
 lab: setup     ## JupyterLab, on this machine only
 	@jupyter lab --ip 127.0.0.1 nbs
+
+spark:         # half a gigabyte that only tests need, and only where there is a Java to run it
+	@command -v java >/dev/null || { echo "no java: the tests of Spark are skipped"; exit 0; }; $(BIN)/python -c 'import pyspark' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[spark]'
 
 # What was installed is kept beside it, so only a change of these two files installs again.
 setup:
