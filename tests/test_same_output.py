@@ -267,8 +267,9 @@ def test_errors(tmp_path, as_mlkit_asks):
     assert {n for n, r in raised.items() if r is None} == {"exit 0", "quit"} and len(LAUNCHED) == as_mlkit_asks + len(ERRORS), raised
 
 IN_STATE = """
-import json, sys; from pathlib import Path
-sys.path[:0] = [{tests!r}]; from test_same_output import DRAW, OWN, STATE, run_both; from mlkit.warm import socket_path
+import json, os, sys; from pathlib import Path
+env = dict(os.environ); sys.path[:0] = [{tests!r}]; from test_same_output import DRAW, OWN, STATE, run_both; from mlkit.warm import socket_path
+os.environ.clear(); os.environ.update(env) # cv2 has changed it
 print(json.dumps([run_both(globals()[sys.argv[1]], Path.cwd()), str(socket_path())]))
 """
 DRAW = """
@@ -312,6 +313,7 @@ def test_state(state):
     def heir(): return max((p.memory_info().rss for p in psutil.process_iter(["cmdline"]) if socket in (p.info["cmdline"] or [])), default=0)
     wait_for(lambda: heir() > 3e8, 60, "the heir has imported most") # what it lacks a kernel imports
     assert same(both_in(state, "STATE", state / "own"))[0] is None
+    assert [str(p) for p in (state / "run").rglob("*.sock")] == [socket], "another parent took its place"
     project = state / "project"
     assert [("mlkit.warm" in f.read_text()) for f in project.glob("kernel-*")].count(True) == 1
     drawn = [f.read_text().splitlines() for f in project.glob("drawn-*")]
