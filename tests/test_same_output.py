@@ -118,7 +118,7 @@ print("no newline", end=""); sys.stdout.write("é☃"); None
 
 STATE = """
 import asyncio, atexit, decimal, gc, importlib, locale, logging, multiprocessing, os, random, resource, signal, sys, tempfile, threading, time, weakref
-os.umask(os.umask(0)), os.getcwd(), [resource.getrlimit(getattr(resource, n)) for n in sorted(dir(resource)) if n.startswith("RLIMIT_")], os.nice(0), os.sched_getaffinity(0)
+(mask := os.umask(0), os.umask(mask))[0], os.getcwd(), [resource.getrlimit(getattr(resource, n)) for n in sorted(dir(resource)) if n.startswith("RLIMIT_")], os.nice(0), os.sched_getaffinity(0)
 ---
 sorted(os.environ.items())
 ---
