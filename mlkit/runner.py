@@ -104,10 +104,14 @@ def kernel(
     name = KERNEL if (Path(sys.prefix) / f"share/jupyter/kernels/{KERNEL}/kernel.json").is_file() else json.loads((root / node.notebook).read_bytes())["metadata"]["kernelspec"]["name"]
     with tempfile.TemporaryDirectory(prefix="mlkit-kernel-") as d: # a folder that only this user may enter
         sockets = Config(KernelManager={"transport": "ipc", "connection_file": f"{d}/k.json"})
-        client = NotebookClient(new_notebook(), kernel_name=name, kernel_manager_class=PromptManager, startup_timeout=120, config=sockets, extra_arguments=["--log-level=CRITICAL"])
-        client.create_kernel_manager()
-        client.start_new_kernel(env=os.environ | KERNEL_ENV | env, cwd=str(root))
-        _papermill() # while the kernel starts
+        for another in (True, False): # one that dies before it has answered has done nothing yet
+            client = NotebookClient(new_notebook(), kernel_name=name, kernel_manager_class=PromptManager, startup_timeout=120, config=sockets, extra_arguments=["--log-level=CRITICAL"])
+            client.create_kernel_manager()
+            client.start_new_kernel(env=os.environ | KERNEL_ENV | env, cwd=str(root))
+            _papermill() # while the kernel starts
+            try: client.start_new_kernel_client(); break
+            except RuntimeError:
+                if not another: raise
         with client.setup_kernel(): yield client
 
 def _register_engine(papermill):
