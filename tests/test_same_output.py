@@ -138,7 +138,7 @@ import numpy as np, torch
 torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(), np.geterr(), np.get_printoptions()
 ---
 import threadpoolctl, polars, sklearn.metrics
-polars.thread_pool_size(), sorted((p["user_api"], p["num_threads"]) for p in threadpoolctl.threadpool_info())
+polars.thread_pool_size(), sorted({(p["user_api"], p["num_threads"]) for p in threadpoolctl.threadpool_info()}) # the warm one has more libraries
 ---
 # Each kernel has random states of its own: what it draws goes to a file.
 drawn = [random.random(), np.random.rand(), torch.rand(1).item(), np.random.default_rng().random(), tempfile.mktemp(), multiprocessing.current_process().authkey.hex()]
@@ -287,7 +287,7 @@ def elsewhere(folder, *code, umask="027", **env):
     own = {"XDG_RUNTIME_DIR": folder / "run", "TMPDIR": folder / "tmp", "TZ": "Asia/Kolkata", "LC_ALL": "C", "OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 3, "POLARS_MAX_THREADS": 3, "PYTHONHASHSEED": 0, "ANY_OTHER": "x"}
     for d in ("run", "tmp"): (folder / d).mkdir(exist_ok=True)
     shell = ["sh", "-c", f'umask {umask}; ulimit -S -n 5{umask};  ulimit -c 0; trap "" HUP; exec "$@"', "-", "nice", "-n", "3", "taskset", "-c", min(os.sched_getaffinity(0))]
-    done = subprocess.run(list(map(str, [*shell, sys.executable, "-P", "-c", *code])), cwd=folder / "project", env=os.environ | {k: str(v) for k, v in (own | env).items()}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, [*shell, sys.executable, "-P", "-c", *code])), cwd=folder / "project", env=os.environ | {k: str(v) for k, v in (own | env).items()}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -310,8 +310,8 @@ def both_in(state, notebook, *path):
 def test_state(state):
     "What code sees of its process; in a kernel that is warm."
     socket = elsewhere(state, "from mlkit.warm import start_parent; print(start_parent())", umask="000", PYTHONPATH=state / "only").strip()
-    def heir(): return max((p.memory_info().rss for p in psutil.process_iter(["cmdline"]) if socket in (p.info["cmdline"] or [])), default=0)
-    wait_for(lambda: heir() > 3e8, 60, "the heir has imported most") # what it lacks a kernel imports
+    def serving(): return [p.memory_info().rss for p in psutil.process_iter(["cmdline"]) if socket in (p.info["cmdline"] or [])]
+    wait_for(lambda: len(rss := serving()) == 1 and rss[0] > 3e8, "the heir, which has imported all, has taken over")
     assert same(both_in(state, "STATE", state / "own"))[0] is None
     assert [str(p) for p in (state / "run").rglob("*.sock")] == [socket], "another parent took its place"
     project = state / "project"
@@ -339,7 +339,7 @@ def test_end(tmp_path):
         if own: (folder / "safetensors.py").touch()
         nbformat.write(notebook(f"import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"), folder / "nb.ipynb")
         asker = subprocess.Popen([sys.executable, "-c", "import papermill; papermill.execute_notebook('nb.ipynb', 'out.ipynb', kernel_name='mlkit-warm', progress_bar=False)"], cwd=folder, stdin=subprocess.DEVNULL)
-        pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), 60, "a kernel")
+        pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), "a kernel")
         kernel = psutil.Process(int(pid))
         assert ("mlkit.warm" in " ".join(kernel.cmdline())) is not own
         asker.kill(); asker.wait(20)
