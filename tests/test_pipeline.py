@@ -30,7 +30,9 @@ def test_first_run_releases(finished):
     assert verdict["released"] and all(c["met"] for c in verdict["criteria"].values())
     assert finished.json("reports/metrics/evaluate.json")["accuracy"] >= 0.97
     assert finished.json("reports/metrics/serve.json")["agreement"] == finished.json("reports/metrics/export.json")["agreement"] == 1
-    assert finished.json("reports/measurements/train.json")["seconds"] > 0
+    trained = finished.json("reports/measurements/train.json")
+    assert trained["seconds"] > 0 and 0 < trained["waiting_share"] < 1 and "waiting for images" in (finished / "reports/train.html").read_text()
+    assert not {"seconds", "waiting_share"} & set(finished.json("reports/metrics/train.json"))
     assert {"calm_is_calm": True, "noise_is_flagged": True}.items() <= finished.json("reports/metrics/monitor.json").items()
     assert list(versions(finished).values()) == [(verdict["bundle"], {"champion", "challenger"})]
     assert finished.strays() == [] and finished.processes() == []

@@ -25,5 +25,6 @@ def test_plain_dvc_elsewhere(fresh, uninterrupted, tmp_path):
 
     assert {p for p in may_differ() if not any(fnmatch(f, p) for f in project.outputs())} == set(), "README.md excepts what no stage writes"
     always = {p for p, when in may_differ().items() if when == "always"}
-    lucky = len({p.json("reports/measurements/serve.json")["p99_ms"] for p in (project, uninterrupted)}) == 1
+    def equal(of): return of(project) == of(uninterrupted)
+    lucky = equal(lambda p: p.json("reports/measurements/serve.json")["p99_ms"]) or equal(lambda p: p.json("reports/measurements/train.json"))
     assert lucky or {p for p in always if not any(fnmatch(f, p) for f in differing(project, uninterrupted))} == set(), "README.md excepts what is the same"
