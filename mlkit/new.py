@@ -250,7 +250,8 @@ def new_project(
     from mlkit.source import find_source, open_source
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     out = out.absolute()
-    source = data if find_source(data) or "://" in data else _path_from(Path(data).absolute(), out)
+    lite = "sqlite:///" if data.startswith("sqlite:///") else "" # its path is seen from the project, like any file's
+    source = data if not lite and (find_source(data) or "://" in data) else lite + _path_from(Path(data.removeprefix(lite)).absolute(), out)
     found = open_source(data, Path.cwd())
     with tempfile.TemporaryDirectory(prefix="mlkit-new-") as d:
         if found.kind == "images":

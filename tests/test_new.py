@@ -1,5 +1,5 @@
 "`mlkit new`: a folder of photos and a messy table become projects that reach a verdict, untouched."
-import subprocess
+import sqlite3
 
 import cv2, numpy as np
 import pytest
@@ -97,6 +97,15 @@ def test_a_value(tmp_path):
     v = verdict(project)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
     assert project.json("reports/metrics/export.json")["feature_difference"] < 1e-5
+
+def test_a_database_beside_it(tmp_path):
+    "Its path is seen from the project, and DVC watches the file."
+    with sqlite3.connect(tmp_path / "shop.db") as db:
+        db.execute("CREATE TABLE people (age, sick)")
+        db.executemany("INSERT INTO people VALUES (?, ?)", [(20 + i % 50, ("no", "yes")[i % 3 == 0]) for i in range(60)])
+    db.close()
+    project, _ = new(tmp_path / "sick", "--from", "sqlite:///shop.db?table=people", "--target", "sick")
+    assert "source: sqlite:///../shop.db?table=people " in (project / "params.yaml").read_text() and "../shop.db" in project.stages["ingest"]["deps"]
 
 def test_refusals(photos, tmp_path):
     "One line, and nothing is left."
