@@ -9,7 +9,7 @@ import json, math, re, shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import narwhals as nw, numpy as np, polars as pl, pyarrow.parquet as pq, torch
 from torch import nn
@@ -190,6 +190,7 @@ def save_features(
     rows: Path, # Parquet of the split
     transform: dict,
     n_threads: int | None = None, # None: as many as Polars has
+    progress: Callable[[str], None] = print, # Gets a line every million rows
 ) -> int: # n
     "Write `X` (n, d) float32 and `y`, (n,) int64 classes or float32 values in the target's unit, as safetensors, a row group at a time."
     meta, d = pq.read_metadata(rows), len(transform["features"])
@@ -203,7 +204,11 @@ def save_features(
         return encode(frame, transform), targets(frame, transform)
     with open(path, "wb") as f, ThreadPoolExecutor(n_threads or pl.thread_pool_size()) as pool:
         f.write(len(header).to_bytes(8, "little") + header)
-        for X, y in _ahead(pool, made, range(meta.num_row_groups)): f.write(X); ys.append(y)
+        done = 0
+        for X, y in _ahead(pool, made, range(meta.num_row_groups)):
+            f.write(X); ys.append(y)
+            before, done = done // 1_000_000, done + len(y)
+            if done // 1_000_000 > before: progress(f"{path.stem}: features of {done:,} of {n:,} rows")
         for y in ys: f.write(y)
     return n
 
@@ -250,6 +255,7 @@ def prepare_table(
     out: Path, # Folder
     shares: dict[str, float], seed: int, method: str, golden: Path | None, # See `split.split_table`; a file of `split.freeze_golden`
     min_count: int = 5, max_values: int = 1000, # See `fit_features`
+    progress: Callable[[str], None] = print, # Gets a line every million rows
 ) -> dict: # Rows of each split, golden rows, rows left out
     "Split, fit on the training split, write rows, features and `transform.json`. Raises `DataError` and `ConfigError` as these do."
     classes, target, marks = contract.task == "classification", contract.target.name, read_golden(golden) if golden else []
@@ -262,7 +268,7 @@ def prepare_table(
     finally: shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
     transform = fit_features(_train(parts, out / "train.parquet"), contract, min_count, max_values)
     write_json(out / "transform.json", transform)
-    for s in SPLITS: save_features(out / f"{s}.safetensors", out / f"{s}.parquet", transform)
+    for s in SPLITS: save_features(out / f"{s}.safetensors", out / f"{s}.parquet", transform, progress=progress)
     n = collect(nw.from_native(parts).lazy().select(nw.len().alias("n"))).item()
     return sizes | {"features": len(transform["features"]), "golden": len(marks), "left_out": n - sum(sizes.values())}
 
