@@ -162,13 +162,13 @@ def _encode_number(v, c):
     "The features of a numeric column or a date, in the order of `_names`. `v`: (n,) float64, NaN where missing."
     lost = np.isnan(v)
     w = np.where(lost, c["fill"], v)
-    z = torch.from_numpy(np.clip((w - c["mean"]) / c["std"], -1e6, 1e6).astype(np.float32))
-    yield (z / torch.sqrt(1 + (z / 3) ** 2)).numpy() # NumPy's roots differ in the last bit
+    z = np.clip((w - c["mean"]) / c["std"], -1e6, 1e6).astype(np.float32)
+    yield z / np.sqrt(1 + (z / 3) ** 2) # a root of NumPy is rounded as IEEE 754 says, so it is the same on any CPU; torch's is MKL's
     if c.get("knots"): yield np.interp(w, c["knots"], c["scores"])
     for p in c.get("parts", ()):
         turns = v / DATE_PARTS[p]
-        angle = torch.from_numpy((turns - np.floor(turns)).astype(np.float32) * np.float32(2 * math.pi))
-        for wave in (torch.sin, torch.cos): yield np.where(lost, 0, wave(angle).numpy())
+        angle = (turns - np.floor(turns)).astype(np.float32) * np.float32(2 * math.pi)
+        for wave in (np.sin, np.cos): yield np.where(lost, 0, wave(angle.astype(np.float64)))
     if c.get("flag"): yield lost
 
 def encode(
