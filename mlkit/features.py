@@ -5,7 +5,7 @@ __all__ = ['N_KNOTS', 'DATE_PARTS', 'GROUP', 'by_content', 'fit_features', 'raw_
            'targets', 'ordered', 'prepare_table', 'feature_rows', 'shares_by_target', 'plot_target']
 
 # %% ../nbs/18_features.ipynb #e3c1cb8f
-import json, math, re, shutil
+import json, math, os, re, shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,18 +198,17 @@ def save_features(
     header = json.dumps({"X": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, 4 * n * d]},
                          "y": {"dtype": kind, "shape": [n], "data_offsets": [4 * n * d, (4 * d + (4 if kind == "F32" else 8)) * n]}}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    needed, ys = [*[c["name"] for c in transform["columns"]], transform["target"]["name"]], []
+    needed = [*[c["name"] for c in transform["columns"]], transform["target"]["name"]]
     def made(i):
         frame = pl.from_arrow(pq.ParquetFile(rows, metadata=meta).read_row_group(i, needed, use_threads=False))
         return encode(frame, transform), targets(frame, transform)
     with open(path, "wb") as f, ThreadPoolExecutor(n_threads or pl.thread_pool_size()) as pool:
         f.write(len(header).to_bytes(8, "little") + header)
-        done = 0
+        done, at = 0, f.tell() + 4 * n * d # of the next y, behind all of X
         for X, y in _ahead(pool, made, range(meta.num_row_groups)):
-            f.write(X); ys.append(y)
+            f.write(X); at += os.pwrite(f.fileno(), y, at)
             before, done = done // 1_000_000, done + len(y)
             if done // 1_000_000 > before: progress(f"{path.stem}: features of {done:,} of {n:,} rows")
-        for y in ys: f.write(y)
     return n
 
 def _ahead(pool, work, items):
