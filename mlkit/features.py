@@ -5,11 +5,11 @@ __all__ = ['N_KNOTS', 'DATE_PARTS', 'GROUP', 'by_content', 'fit_features', 'raw_
            'targets', 'ordered', 'prepare_table', 'feature_rows', 'shares_by_target', 'plot_target']
 
 # %% ../nbs/18_features.ipynb #e3c1cb8f
-import json, math, re, shutil
+import json, math, os, re, shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import narwhals as nw, numpy as np, polars as pl, pyarrow.parquet as pq, torch
 from torch import nn
@@ -162,13 +162,13 @@ def _encode_number(v, c):
     "The features of a numeric column or a date, in the order of `_names`. `v`: (n,) float64, NaN where missing."
     lost = np.isnan(v)
     w = np.where(lost, c["fill"], v)
-    z = torch.from_numpy(np.clip((w - c["mean"]) / c["std"], -1e6, 1e6).astype(np.float32))
-    yield (z / torch.sqrt(1 + (z / 3) ** 2)).numpy() # NumPy's roots differ in the last bit
+    z = np.clip((w - c["mean"]) / c["std"], -1e6, 1e6).astype(np.float32)
+    yield z / np.sqrt(1 + (z / 3) ** 2) # a root of NumPy is rounded as IEEE 754 says, so it is the same on any CPU; torch's is MKL's
     if c.get("knots"): yield np.interp(w, c["knots"], c["scores"])
     for p in c.get("parts", ()):
         turns = v / DATE_PARTS[p]
-        angle = torch.from_numpy((turns - np.floor(turns)).astype(np.float32) * np.float32(2 * math.pi))
-        for wave in (torch.sin, torch.cos): yield np.where(lost, 0, wave(angle).numpy())
+        angle = (turns - np.floor(turns)).astype(np.float32) * np.float32(2 * math.pi)
+        for wave in (np.sin, np.cos): yield np.where(lost, 0, wave(angle.astype(np.float64)))
     if c.get("flag"): yield lost
 
 def encode(
@@ -190,6 +190,7 @@ def save_features(
     rows: Path, # Parquet of the split
     transform: dict,
     n_threads: int | None = None, # None: as many as Polars has
+    progress: Callable[[str], None] = print, # Gets a line every million rows
 ) -> int: # n
     "Write `X` (n, d) float32 and `y`, (n,) int64 classes or float32 values in the target's unit, as safetensors, a row group at a time."
     meta, d = pq.read_metadata(rows), len(transform["features"])
@@ -197,14 +198,17 @@ def save_features(
     header = json.dumps({"X": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, 4 * n * d]},
                          "y": {"dtype": kind, "shape": [n], "data_offsets": [4 * n * d, (4 * d + (4 if kind == "F32" else 8)) * n]}}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    needed, ys = [*[c["name"] for c in transform["columns"]], transform["target"]["name"]], []
+    needed = [*[c["name"] for c in transform["columns"]], transform["target"]["name"]]
     def made(i):
         frame = pl.from_arrow(pq.ParquetFile(rows, metadata=meta).read_row_group(i, needed, use_threads=False))
         return encode(frame, transform), targets(frame, transform)
     with open(path, "wb") as f, ThreadPoolExecutor(n_threads or pl.thread_pool_size()) as pool:
         f.write(len(header).to_bytes(8, "little") + header)
-        for X, y in _ahead(pool, made, range(meta.num_row_groups)): f.write(X); ys.append(y)
-        for y in ys: f.write(y)
+        done, at = 0, f.tell() + 4 * n * d # of the next y, behind all of X
+        for X, y in _ahead(pool, made, range(meta.num_row_groups)):
+            f.write(X); at += os.pwrite(f.fileno(), y, at)
+            before, done = done // 1_000_000, done + len(y)
+            if done // 1_000_000 > before: progress(f"{path.stem}: features of {done:,} of {n:,} rows")
     return n
 
 def _ahead(pool, work, items):
@@ -250,6 +254,7 @@ def prepare_table(
     out: Path, # Folder
     shares: dict[str, float], seed: int, method: str, golden: Path | None, # See `split.split_table`; a file of `split.freeze_golden`
     min_count: int = 5, max_values: int = 1000, # See `fit_features`
+    progress: Callable[[str], None] = print, # Gets a line every million rows
 ) -> dict: # Rows of each split, golden rows, rows left out
     "Split, fit on the training split, write rows, features and `transform.json`. Raises `DataError` and `ConfigError` as these do."
     classes, target, marks = contract.task == "classification", contract.target.name, read_golden(golden) if golden else []
@@ -262,7 +267,7 @@ def prepare_table(
     finally: shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
     transform = fit_features(_train(parts, out / "train.parquet"), contract, min_count, max_values)
     write_json(out / "transform.json", transform)
-    for s in SPLITS: save_features(out / f"{s}.safetensors", out / f"{s}.parquet", transform)
+    for s in SPLITS: save_features(out / f"{s}.safetensors", out / f"{s}.parquet", transform, progress=progress)
     n = collect(nw.from_native(parts).lazy().select(nw.len().alias("n"))).item()
     return sizes | {"features": len(transform["features"]), "golden": len(marks), "left_out": n - sum(sizes.values())}
 

@@ -1,10 +1,9 @@
 "A table is prepared to the same bytes by Polars, by a Dask cluster and a Spark cluster of two workers each, and by cuDF where there is a GPU."
-import os
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
-import numpy as np, polars as pl, pytest
+import numpy as np, polars as pl, pyarrow.parquet as pq, pytest
 
 from mlkit import features
 from mlkit.core import MlkitError, SetupError, sha256
@@ -45,6 +44,7 @@ CASES = {"random": ("kind", "random"), "stratified": ("kind", "stratified"), "ti
 def prepare(frame, parts, out, target, method, group=None, golden=None):
     sizes = prepare_table(frame, contract(target, group), out, SHARES, 3, method, parts / golden if golden else None)
     assert not list(out.parent.glob(".*")), "what the engine wrote aside is gone"
+    assert pq.read_metadata(out / "train.parquet").row_group(0).num_rows == features.GROUP, "as if the rows had come in one piece"
     return sizes, {f.name: sha256(f) for f in sorted(out.iterdir())}
 
 @pytest.fixture(scope="module")
