@@ -910,8 +910,9 @@ def open_source(
     path, options = split_options(name)
     if not (root / path).exists() and "*" not in path:
         beside = (root / path).parent
-        close = nearest(Path(path).name, (p.name for p in beside.iterdir())) if beside.is_dir() else ""
-        raise DataError(f"'{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{close if 'did you mean' in close else nearest(name, SOURCES)}")
+        known = nearest(name, SOURCES)
+        close = nearest(Path(path).name, (p.name for p in beside.iterdir() if not _hidden(p.name))) if beside.is_dir() and "did you mean" not in known else ""
+        raise DataError(f"'{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{close if 'did you mean' in close else known}")
     return open_path(root / path, name, options)
 
 def look(
