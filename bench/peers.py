@@ -23,7 +23,7 @@ from conftest import checkout
 from mlkit.config import code_cells
 from mlkit.core import read_json, sha256, write_json
 from mlkit.runner import load_project
-from mlkit.warm import socket_path, start_parent
+from mlkit.warm import socket_path
 from cells import script
 
 BIN = Path(sys.executable).parent
@@ -200,19 +200,21 @@ def execute(command: list, cwd: Path, env: dict) -> float:
 
 
 def parents() -> list[psutil.Process]:
-    "The warm parent of this benchmark: its socket lies in a folder of ours."
+    "The warm parents of this benchmark, and kernels that they have forked: their sockets lie in a folder of ours."
     return [p for p in psutil.process_iter(["cmdline"]) if str(socket_path().parent) in " ".join(p.info["cmdline"] or []) and "mlkit.warm" in " ".join(p.info["cmdline"])]
 
 
-def set_parent(state: str | None):
-    "Bring the warm parent into this state, and wait until it is idle."
+def set_parent(state: str | None, env: dict[str, str]):
+    "Bring the warm parent of an environment into this state: gone, or alone with all that it imports."
     if state == "cold":
-        socket_path().unlink(missing_ok=True)
+        for socket in socket_path().parent.glob("*.sock"): socket.unlink()
         for p in psutil.wait_procs(parents(), timeout=60)[1]: p.kill()
-    if state == "warm": start_parent()
+    if state == "warm":
+        there = subprocess.run([sys.executable, "-c", "from mlkit.runner import KERNEL_ENV; from mlkit.warm import start_parent; import os; print(start_parent(os.environ | KERNEL_ENV))"], env=env, capture_output=True, text=True, check=True).stdout
+        if not there.strip().endswith(".sock"): raise RuntimeError(f"no warm parent: {there}")
     busy = lambda: sum(sum(p.cpu_times()[:2]) for p in parents())
     before, after = -1, 0
-    while after - before > 0.02: before = busy(); time.sleep(0.5 if parents() else 0); after = busy()
+    while after - before > 0.02 or state == "warm" and len(parents()) != 1: before = busy(); time.sleep(0.5 if parents() else 0); after = busy()
 
 
 def once(contender: Contender, workload: Workload, template: Path, root: Path, envs: Path) -> dict: # 'seconds', of a run from nothing; 'again', of one with nothing to do; 'result'
@@ -223,7 +225,7 @@ def once(contender: Contender, workload: Workload, template: Path, root: Path, e
     program, *args = contender.command.split()
     command = [shutil.which(program, path=env["PATH"]), *args]
     patterns = [p for n in nodes.values() for p in n.stage.outputs.values()] + [p.format(n) for n in nodes for p in contender.leaves]
-    set_parent(contender.parent)
+    set_parent(contender.parent, env)
     found = {"seconds": execute(command, root, env)}
     made = {p: [f.stat().st_mtime_ns for f in root.glob(p)] for p in patterns}
     if missing := [p for p, files in made.items() if not files]: raise ValueError(f"{missing[0]} is missing")
@@ -316,7 +318,7 @@ def main():
         folder = Path(d)
         try:
             for w in workloads: measure(w, args, state, folder, envs)
-        finally: set_parent("cold")
+        finally: set_parent("cold", {})
     print(f"{here}; {args.repeats} repeats, in turn")
     for w in workloads: print("", table(w, taking_part(w), state[w.key]), sep="\n")
 
