@@ -34,7 +34,8 @@ class Cli(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def main(debug):
     "From a notebook to a production server, reproducibly. Start with 'mlkit doctor', then 'mlkit repro'."
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    here, paths = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
+    if paths[0] != here: os.environ["PATH"] = os.pathsep.join([here, *paths])
 
 # %% ../nbs/09_cli.ipynb #a3cec137
 VERDICT, BUNDLE = "reports/metrics/verdict.json", "models/bundle" # what the stage 'release' writes
