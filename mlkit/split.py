@@ -45,7 +45,7 @@ def like(
 ) -> nw.LazyFrame: # `small`, in the engine of `frame`
     "For a join."
     engine = frame.implementation
-    if engine.is_cudf(): return nw.from_arrow(small, backend=engine).lazy()
+    if engine.is_pandas_like(): return nw.from_arrow(small, backend=engine).lazy() # cuDF
     if engine.is_dask(): # by itself, Narwhals would make columns without Arrow, which cannot be joined with those that have it
         dd = nw.get_native_namespace(frame) # no import: what serves a model does not depend on the version of Dask
         return nw.from_native(dd.from_pandas(small.to_pandas(use_pyarrow_extension_array=True), npartitions=1))

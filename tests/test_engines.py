@@ -3,7 +3,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
-import numpy as np, polars as pl, pyarrow.parquet as pq, pytest
+import numpy as np, pandas as pd, polars as pl, pyarrow.parquet as pq, pytest
 
 from mlkit import features
 from mlkit.core import MlkitError, SetupError, sha256
@@ -11,7 +11,7 @@ from mlkit.device import choose
 from mlkit.engine import CLUSTER, open_parts
 from mlkit.features import fit_features, prepare_table
 from mlkit.split import freeze_golden
-from mlkit.table import hash_column, in_unit, read_parts
+from mlkit.table import hash_column, in_unit, part_files, read_parts
 
 N, SHARES = 3000, {"train": .7, "validation": .15, "test": .15}
 INPUTS = {"age": "float64", "big": "int64", "old": "bool", "city": "category", "seen": "datetime"}
@@ -85,8 +85,11 @@ def cluster(engine):
         from distributed import LocalCluster
         with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as made: yield made.scheduler_address
 
-@pytest.fixture(scope="module", params=["dask", "spark", pytest.param("cudf", marks=pytest.mark.cuda)])
+@pytest.fixture(scope="module", params=["pandas", "dask", "spark", pytest.param("cudf", marks=pytest.mark.cuda)])
 def frame(request, parts, expected):
+    if request.param == "pandas": # no engine of mlkit's, but the way through Narwhals that cuDF takes, which needs a GPU
+        yield pd.concat([pd.read_parquet(f, dtype_backend="pyarrow") for f in part_files(parts)], ignore_index=True)
+        return
     with cluster(request.param) as address, pytest.MonkeyPatch.context() as env:
         env.setenv(CLUSTER, address) if address else env.delenv(CLUSTER, raising=False)
         with open_parts(parts, request.param) as frame: yield frame
