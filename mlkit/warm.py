@@ -6,7 +6,7 @@ __all__ = ['FIRST', 'PRELOAD', 'IDLE', 'FREE', 'LAUNCHED', 'KERNEL', 'fixed', 'b
            'install_kernel']
 
 # %% ../nbs/07_warm.ipynb #197bc83a
-import asyncio, atexit, hashlib, json, logging, os, re, resource, select, signal, socket, subprocess, sys, sysconfig, tempfile, threading, time, traceback
+import asyncio, atexit, gc, hashlib, json, logging, os, re, resource, select, signal, socket, subprocess, sys, sysconfig, tempfile, threading, time, traceback
 from pathlib import Path
 from queue import Empty
 
@@ -70,6 +70,7 @@ def _import(names):
     for name in names:
         try: importlib.import_module(name)
         except Exception: pass # a kernel that needs it will say why
+    gc.freeze() # a kernel's collector need not look through all this, and so copy it: half a second at its end
 
 def _serve(listener, path, heard=None): # `heard`: where the heir says that it takes over; one that ends without a word never does
     kernels, asked, listening = set(), time.monotonic(), [listener] if heard is None else [listener, heard]
@@ -128,6 +129,7 @@ def _child(request, stderr):
     app.initialize(request["argv"])
     for h in handlers: h.stream = sys.stderr # that of the kernel, as if their packages had been imported in it
     app.start()
+    app.control_thread.stop(); app.control_thread.join() # it may wait for IOPub, which `close` ends before it: seconds
     threading._shutdown(); atexit._run_exitfuncs()
     for stream in (sys.__stdout__, sys.__stderr__): stream.flush()
     os._exit(0)
@@ -202,7 +204,6 @@ def _exec(request, command):
         if os.fork() == 0: _end(request["owner"], kernel)
         os._exit(0)
     os.execve(sys.executable, command, os.environ | {"JPY_PARENT_PID": "1"})
-
 
 # %% ../nbs/07_warm.ipynb #8f7f731c
 def start_parent(env: dict = os.environ) -> Path | None: # Its socket; None: it cannot be
