@@ -184,12 +184,12 @@ def stop(project, stage, wait, send, group=True):
         return subprocess.CompletedProcess("mlkit repro", rc, p.out.read_text(), p.err.read_text())
 
 def to_group(signum): return lambda p: os.killpg(p.pid, signum)
-def kernel_runs(project, p): return any(w in " ".join(q.cmdline()) for q in project.processes() for w in ("ipykernel_launcher", "mlkit.warm")) # cold, warm
+def begun(project, p): return (project / ".mlkit/aside/ingest").exists()
 def training(project, p): return "epoch   " in p.out.read_text()
 def serving(project, p): return any("tritonserver" in q.name() for q in project.processes())
 
 @pytest.mark.parametrize("stage, when, signum", [
-    ("ingest", kernel_runs, signal.SIGINT),
+    ("ingest", begun, signal.SIGINT),
     ("train", training, signal.SIGINT),
     ("train", training, signal.SIGTERM),
     ("serve", serving, signal.SIGINT),
