@@ -886,6 +886,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.warm.fixed': ('warm.html#fixed', 'mlkit/warm.py'),
                             'mlkit.warm.inherited': ('warm.html#inherited', 'mlkit/warm.py'),
                             'mlkit.warm.install_kernel': ('warm.html#install_kernel', 'mlkit/warm.py'),
+                            'mlkit.warm.packages': ('warm.html#packages', 'mlkit/warm.py'),
                             'mlkit.warm.parent': ('warm.html#parent', 'mlkit/warm.py'),
                             'mlkit.warm.socket_path': ('warm.html#socket_path', 'mlkit/warm.py'),
                             'mlkit.warm.start_parent': ('warm.html#start_parent', 'mlkit/warm.py')},

@@ -110,3 +110,15 @@ finally: socket_path().unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as d: # the path of a socket is short
         done = Project(tmp_path).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+def test_two_parents_stay_a_third_replaces_the_one_that_waited_longest():
+    code = "from mlkit.warm import ask; import os, sys; os.environ['TZ'] = sys.argv[1]; assert ask(['-f', '/dev/null'], dict(os.environ), '/'); print(__import__('mlkit.warm').warm.socket_path())"
+    with tempfile.TemporaryDirectory() as d:
+        def asked(zone): return ROOT.__class__(Project(ROOT).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code, zone).stdout.strip())
+        try:
+            first, second = asked("UTC"), asked("Asia/Tokyo")
+            assert first != second and first.exists() and second.exists()
+            assert asked("UTC") == first and second.exists()
+            assert asked("Asia/Kolkata").exists() and first.exists() and not second.exists()
+        finally:
+            for f in first.parent.glob("*.sock"): f.unlink() # a parent without its socket ends
