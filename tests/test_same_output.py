@@ -213,7 +213,7 @@ def run_both(text, folder, parameters={}):
     from papermill.exceptions import PapermillExecutionError
     def one(kernel):
         path = folder / f"{kernel}.ipynb"
-        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, cwd=str(folder), progress_bar=False, execution_timeout=60) and None
+        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, cwd=str(folder), progress_bar=False, execution_timeout=600, start_timeout=300) and None
         except Exception as e: raised = [type(e).__name__, plain(str(e)), *(map(repr, (e.cell_index, e.exec_count, e.ename, e.evalue)) if isinstance(e, PapermillExecutionError) else [])]
         return raised, comparable(nbformat.read(path, 4))
     with ThreadPoolExecutor(2) as pool: return list(pool.map(one, KERNELS))
@@ -343,5 +343,5 @@ def test_end(tmp_path):
         pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), "a kernel")
         kernel = psutil.Process(int(pid))
         assert ("mlkit.warm" in " ".join(kernel.cmdline())) is not own
-        asker.kill(); asker.wait(20)
-        kernel.wait(20)
+        asker.kill(); asker.wait(300)
+        kernel.wait(300)

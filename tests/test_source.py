@@ -145,7 +145,7 @@ def postgres():
     if user: os.chown(folder, 65534, 65534)
     put(folder / "pw", "s3cret\n").chmod(0o644)
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    def run(tool, *args): subprocess.run([tools[tool], "-D", str(folder / "data"), *args], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60, **user)
+    def run(tool, *args): subprocess.run([tools[tool], "-D", str(folder / "data"), *args], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=600, **user)
     old = os.environ.get("PGPASSWORD")
     os.environ["PGPASSWORD"] = "s3cret"
     try:
