@@ -277,6 +277,15 @@ def table(workload: Workload, contenders: list[Contender], repeats: list[dict]) 
     return "\n".join(lines)
 
 
+def further(fewer: Workload, more: Workload, state: dict) -> str:
+    "What one more notebook costs: the start of Python and of its packages is in it no more."
+    lines = ["### A further trivial notebook\n", f"| | s a notebook, from {fewer.n} to {more.n} | {fewer.n} take, median s | {more.n} take, median s |", "|---|---|---|---|"]
+    for c in taking_part(more):
+        few, many = (statistics.median(t) if (t := [r[c.name]["seconds"] for r in state.get(w.key, []) if c.name in r]) else None for w in (fewer, more))
+        if few and many: lines.append(f"| {c.name} | {(many - few) / (more.n - fewer.n):.2f} | {few:.2f} | {many:.2f} |")
+    return "\n".join(lines)
+
+
 def taking_part(workload): return [c for c in CONTENDERS if workload.key.startswith(c.only)]
 
 
@@ -321,6 +330,7 @@ def main():
         finally: set_parent("cold", {})
     print(f"{here}; {args.repeats} repeats, in turn")
     for w in workloads: print("", table(w, taking_part(w), state[w.key]), sep="\n")
+    if args.only != "default": print("", further(*WORKLOADS[:2], state), sep="\n")
 
 
 if __name__ == "__main__": main()

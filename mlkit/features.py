@@ -37,9 +37,8 @@ def _knots(v):
     knots, at = np.unique(np.quantile(v, np.linspace(0, 1, N_KNOTS)), return_inverse=True)
     return {"knots": knots.tolist(), "scores": [float(np.mean([s for s, j in zip(scores, at) if j == i])) for i in range(len(knots))]} if len(knots) > 2 else {}
 
-def _number(name, v, missing):
-    "The record of a numeric column. `v`: its values in the sample, no missing ones."
-    if not len(v): raise DataError(f"column '{name}' has no value in the training split; leave it out of the contract (dtype 'text'), or mend the source")
+def _number(v, missing):
+    "The record of a numeric column. `v`: its values in the sample, one or more, no missing ones."
     std = float(v.std())
     return {"fill": float(np.median(v)), "mean": float(v.mean()), "std": std if std > 0 and math.isfinite(std) else 1.0, "flag": bool(missing), **_knots(v)}
 
@@ -56,7 +55,7 @@ def fit_features(
     max_values: int = 1000, # Codes of a column, at most: the most frequent ones
     n_sample: int = 200_000, # Rows that moments are taken from
 ) -> dict: # As above
-    "What a model needs to know of the training split. Raises `DataError` where a column has no value there."
+    "What a model needs to know of the training split. A number or date that has no value there is left out. Raises `DataError` where nothing is left."
     frame, features = nw.from_native(train).lazy(), list(contract.features)
     if not features: raise DataError("the contract has no column that a model may use: every input is text or an id; give one another dtype")
     numbers = [f.name for f in features if f.dtype in ("int64", "float64", "bool")]
@@ -75,8 +74,10 @@ def fit_features(
         else:
             v = _seconds(sample[f.name]) if f.dtype == "datetime" else sample[f.name].cast(pl.Float64)
             gaps = v.is_nan().sum() + missing[f.name]
-            c |= {"kind": "date" if f.dtype == "datetime" else "number"} | _number(f.name, v := v.drop_nulls().drop_nans().to_numpy(), gaps)
+            if not len(v := v.drop_nulls().drop_nans().to_numpy()): continue # nothing can be learned from it
+            c |= {"kind": "date" if f.dtype == "datetime" else "number"} | _number(v, gaps)
             columns.append(c | ({"parts": _date(v)} if f.dtype == "datetime" else {}))
+    if not columns: raise DataError(f"column '{features[0].name}' has no value in the training split, like every other; mend the source")
     made = [(name, i) for i, c in enumerate(columns) for name in _names(c)]
     out = {"task": contract.task, "columns": columns, "features": [m for m, _ in made], "sources": [i for _, i in made],
            "cards": {str(j): len(columns[i]["values"]) + 1 for j, (_, i) in enumerate(made) if columns[i]["kind"] == "category"}}
@@ -277,14 +278,19 @@ def _train(parts, file): # the file, in the engine of `parts`
     return nw.scan_parquet(str(file), backend=engine, **session)
 
 # %% ../nbs/18_features.ipynb #fc10c047
-def feature_rows(transform: dict) -> list[dict]:
-    "A row a column, for people."
+def feature_rows(
+    transform: dict,
+    contract, # See `contract.Contract`
+) -> list[dict]:
+    "A row a column, for people: those that the model reads, then those that it does not."
     def row(i, c):
         made = [f for f, j in zip(transform["features"], transform["sources"]) if j == i]
         how = (f"{len(c['values'])} values have a code" if c["kind"] == "category" else f"mean {c['mean']:.4g}, standard deviation {c['std']:.4g}, missing taken for {c['fill']:.4g}" if c["kind"] == "number"
                else f"around {np.datetime64(int(c['fill']), 's')}, with " + (", ".join(c["parts"]) or "no cycle"))
         return {"column": c["name"], "type": c["dtype"], "fitted": how, "features": ", ".join(made)}
-    return [row(i, c) for i, c in enumerate(transform["columns"])]
+    read = {c["name"] for c in transform["columns"]}
+    left = [{"column": f.name, "type": f.dtype, "fitted": "left out: no value in the training split", "features": ""} for f in contract.features if f.name not in read]
+    return [row(i, c) for i, c in enumerate(transform["columns"])] + left
 
 def shares_by_target(
     prepared: Path, # As `prepare_table` wrote it

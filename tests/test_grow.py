@@ -4,6 +4,7 @@ import pytest
 from conftest import ran
 from test_kafka import Broker
 from test_new import new
+from test_source import ask, postgres, s3 # two are fixtures
 
 def people(n, first=0):
     r = np.random.default_rng(first)
@@ -29,6 +30,30 @@ def test_files_and_rows(project):
     assert ran(project.mlkit("repro", "prepare").stdout) == ["ingest", "audit", "prepare"]
     after = splits(project)
     assert project.json("reports/metrics/ingest.json")["rows"] == 380 and len(after) == 380 and before.items() <= after.items()
+
+def grows(project, source, add):
+    "DVC cannot see it: `mlkit repro` looks. What is there comes in, then the 50 rows that `add` adds; then nothing."
+    def repro(): done = project.mlkit("repro", "prepare"); return ran(done.stdout), "has changed since" in done.stdout
+    project.param(ingest__source=source)
+    project.mlkit("contract", "accept", "data/contract.json")
+    assert "ingest" in repro()[0]
+    before = splits(project)
+    add(people(50, 2000))
+    assert repro() == (["ingest", "audit", "prepare"], True)
+    after = splits(project)
+    assert len(before) == 300 and len(after) == 350 and before.items() <= after.items()
+    assert repro() == ([], False)
+
+def test_a_database(project, postgres):
+    def insert(rows): ask(postgres, f"INSERT INTO people VALUES {', '.join(map(str, rows.rows()))}")
+    ask(postgres, "CREATE TABLE people (age int, height float8, town text, sick text)")
+    insert(people(300))
+    grows(project, f"{postgres}?table=people", insert)
+
+def test_a_bucket(project, s3):
+    def put(rows, key="people/a.csv"): s3.put_object(Bucket="data", Key=key, Body=rows.write_csv())
+    put(people(300))
+    grows(project, "s3://data/people", lambda rows: put(rows, "people/b.csv"))
 
 def test_a_topic(project):
     "DVC cannot see it: `mlkit repro` looks. What breaks the contract stops every run: what was good before is not taken for what is there now."

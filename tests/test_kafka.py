@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from filelock import FileLock
 
-from mlkit import source as sources
+from mlkit import source_kafka as sources
 from mlkit.core import DataError, SetupError
 from mlkit.source import open_source
 
