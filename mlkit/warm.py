@@ -168,13 +168,12 @@ def _python_path(env): return [os.path.abspath(p) for p in env.get("PYTHONPATH",
 
 def _own_state(env):
     "What a Python does not share with its parent."
-    import itertools, multiprocessing.process, random, site, warnings
+    import itertools, multiprocessing.process, site, warnings
     for m in [m for m in sys.modules if m.partition(".")[0] == "mlkit"]: del sys.modules[m]
     sys.path[:] = dict.fromkeys([*_python_path(env), *(p for p in sys.path if p)]) # the kernel adds the folder
     site.execsitecustomize()
     os.environ["PYDEVD_USE_FRAME_EVAL"] = "NO" # ipykernel sets it when it is imported
     tempfile.tempdir, threading._counter = None, itertools.count(1).__next__
-    random.seed()
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()
     multiprocessing.current_process().authkey = os.urandom(32)
     if np := sys.modules.get("numpy"): np.random.seed()
