@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mlkit.cli._print': ('cli.html#_print', 'mlkit/cli.py'),
                            'mlkit.cli.accept': ('cli.html#accept', 'mlkit/cli.py'),
                            'mlkit.cli.check': ('cli.html#check', 'mlkit/cli.py'),
+                           'mlkit.cli.column_changes': ('cli.html#column_changes', 'mlkit/cli.py'),
                            'mlkit.cli.conclude': ('cli.html#conclude', 'mlkit/cli.py'),
                            'mlkit.cli.contract': ('cli.html#contract', 'mlkit/cli.py'),
                            'mlkit.cli.diff': ('cli.html#diff', 'mlkit/cli.py'),

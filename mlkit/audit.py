@@ -340,7 +340,7 @@ def findings_table(findings: list[Finding], kind: str): # IPython's HTML
     "Show findings."
     from mlkit.plot import table
     none = [{"severity": "none", "check": "", "finding": f"nothing found by {', '.join(CHECKS[kind])}", "evidence": "", "what to do": "nothing"}]
-    return table([{"severity": f.severity, "check": f.check, "finding": f.text, "evidence": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in f.evidence.items()), "what to do": f.action} for f in findings] or none)
+    return table([{"severity": f.severity, "check": f.check, "finding": f.text, "for example": ", ".join(f.samples[:3]), "evidence": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in f.evidence.items()), "what to do": f.action} for f in findings] or none)
 
 def plot_balance(data: Data):
     "Samples a class, or how the targets are distributed."
@@ -348,7 +348,8 @@ def plot_balance(data: Data):
     ax = axes(width=8, height=2.8)
     if data.classes is None:
         ax.hist(data.y, bins=40, color=GREEN)
-        return ax.set(title=f"Targets of {data.of}", xlabel="target", ylabel="samples")
-    ax.bar(words(data.classes), np.bincount(data.y, minlength=len(data.classes)), color=GREEN, width=0.7)
-    ax.set(title=f"{data.of} in {len(data.classes)} classes", ylabel="samples")
-    if len(data.classes) > 15: ax.tick_params(axis="x", rotation=90)
+        ax.set(title=f"Targets of {data.of}", xlabel="target", ylabel="samples")
+    else:
+        ax.bar(words(data.classes), np.bincount(data.y, minlength=len(data.classes)), color=GREEN, width=0.7)
+        ax.set(title=f"{data.of} in {len(data.classes)} classes", ylabel="samples")
+        if len(data.classes) > 15: ax.tick_params(axis="x", rotation=90)

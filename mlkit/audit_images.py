@@ -174,4 +174,4 @@ def plot_samples(data: ImageData, finding: Finding, folder: Path):
     from mlkit.plot import image_grid
     place = {n: i for i, n in enumerate(data.index["name"])}
     rows = data.index[[place[s] for s in finding.samples]].drop_nulls("content")
-    if len(rows): return image_grid(list(read_images(folder, rows)), [f"{finding.check} {l}" for l in rows["label"]])
+    if len(rows): return image_grid(list(read_images(folder, rows)), rows["label"].to_list())

@@ -244,7 +244,7 @@ def shortcut(data):
     position = ranks(data.rows["_row"].to_numpy().astype(float))
     for j, n in enumerate(data.columns):
         v = data.X[:, j]
-        if data.category[j] or len(data) < 30 or np.isnan(v).any() or len(np.unique(v)) < len(v) or (v != np.round(v)).any(): continue
+        if n == data.contract.time or data.category[j] or len(data) < 30 or np.isnan(v).any() or len(np.unique(v)) < len(v) or (v != np.round(v)).any(): continue
         if abs(r := np.corrcoef(ranks(v), position)[0, 1]) < 0.99: continue
         s = skill(codes(v), data.y, data.classes is None)
         yield Finding("shortcut", "warning", len(data), f"column '{n}' counts the rows (rank correlation {r:.2f} with their position){f', and tells the target (skill {s:.2f})' if s >= 0.2 else ''}",

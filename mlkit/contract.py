@@ -323,7 +323,7 @@ def contract_rows(contract: Contract) -> list[dict]:
         r = f"{f.range[0]:g} to {f.range[1]:g}" if f.range and f.dtype != "datetime" else " to ".join(f.range or ())
         c = ", ".join(f.categories[:12]) + (f", … ({len(f.categories)})" if len(f.categories) > 12 else "")
         missing = f"up to {f.max_null:.0%}" if f.nullable and f.max_null < 1 else "may be" if f.nullable else "no"
-        return {"column": f.name, "role": "target" if f is contract.target else "input" if f in contract.features else "kept aside", "type": f.dtype, "shape": " x ".join("any" if s is None else str(s) for s in f.shape),
+        return {"column": f.name, "role": ", ".join(["target" if f is contract.target else "input" if f in contract.features else "kept aside", *(k for k in ("group", "time") if f.name == getattr(contract, k))]), "type": f.dtype, "shape": " x ".join("any" if s is None else str(s) for s in f.shape),
                 "range": r, "unit": f.unit, "categories": c, "missing": missing, "unique": "yes" if f.unique else "", "why": f.why}
     rows = [row(f) for f in contract.columns]
     used = [k for k in rows[0] if k in ("column", "role", "type") or any(r[k] not in ("", "no") for r in rows)]

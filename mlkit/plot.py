@@ -42,10 +42,15 @@ def image_grid(
     room = 0.22 if titles is not None else 0.04
     _, axs = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + room)), layout="constrained", squeeze=False)
     for ax in axs.flat: ax.axis("off")
+    if titles is not None:
+        titles, fit = list(map(str, titles)), 15 * size # so many characters stand above an image
+        font = max(5, min(8, 8 * fit / max(map(len, titles), default=1)))
+        most = int(fit * 8 / font)
+        titles = words(t if len(t) <= most else f"{t[:most - 1]}…" for t in titles)
     for i, (ax, x) in enumerate(zip(axs.flat, images)):
         x = np.asarray(x)
         ax.imshow(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x, **({"cmap": "gray"} | imshow))
-        if titles is not None: ax.set_title(words(titles)[i], fontsize=8, pad=2)
+        if titles is not None: ax.set_title(titles[i], fontsize=font, pad=2)
     return axs
 
 # %% ../nbs/05_plot.ipynb #477edecc

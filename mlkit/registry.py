@@ -102,7 +102,9 @@ def find_version(
     "Raises `RegistryError` where there is none."
     from mlflow.exceptions import MlflowException
     try: return client.get_model_version(name, wanted) if wanted.isdigit() else client.get_model_version_by_alias(name, wanted)
-    except MlflowException as e: raise RegistryError(f"the registry has no '{wanted}' of model '{name}' ({str(e).split(chr(10))[0]}); publish one with 'mlkit release'") from None
+    except MlflowException as e:
+        there = sorted((int(v.version) for v in client.search_model_versions(f"name='{name}'")), reverse=True)[:10]
+        raise RegistryError(f"the registry has no '{wanted}' of model '{name}' ({str(e).split(chr(10))[0]}); " + (f"there is {', '.join(map(str, there))}" if there else "publish one with 'mlkit release'")) from None
 
 def fetch(
     name: str, wanted: str, # 'digits'; a version, or an alias

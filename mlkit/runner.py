@@ -160,6 +160,7 @@ def run_node(
             write_pages(nb, report, name)
             move_in_place(aside, root, [*node.stage.outputs.values(), *node.reports])
         except Exception as e: raise StageError(failure(name, e) + _keep(report, root / ".mlkit/failed", name)) from e
+    for f in (root / ".mlkit/failed").glob(f"{name}.*"): f.unlink(missing_ok=True) # of a run before this one
     return time.monotonic() - start
 
 def load_project(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # stage: its node; stage: its checked parameters

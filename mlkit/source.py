@@ -68,7 +68,8 @@ def open_source(
         beside = (root / path).parent
         known = nearest(name, SOURCES)
         close = nearest(Path(path).name, (p.name for p in beside.iterdir() if not hidden(p.name))) if beside.is_dir() and "did you mean" not in known else ""
-        raise DataError(f"'{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{close if 'did you mean' in close else known}")
+        mend = "; put it back, or change ingest.source in params.yaml" if (root / "params.yaml").is_file() else ""
+        raise DataError(f"'{name}' is neither a file nor a folder ({root / path}) nor a source that mlkit knows{close if 'did you mean' in close else known}{mend}")
     return open_path(root / path, name, options)
 
 def look(

@@ -96,13 +96,17 @@ def split_table(
     target: str | None = None, # Its column
     classes: bool = False, # Whether the target is a class
     group: str | None = None, # Column of the groups; needed by 'group'
-    time: str | None = None, # Column of the time; needed by 'time'
+    time: str | None = None, # Column of the time, for 'time'; None: the only date
     golden: list[int] = (), # See `read_golden`
 ): # Lazy frame of the same engine, with a column `split`, and the rows of each split
     "Raises `ConfigError` on an unknown method or a missing column, `DataError` where a split, or a class in it, would be empty, or golden rows are lost."
     edges, frame = check_shares(shares), nw.from_native(frame).lazy()
     if method not in METHODS: raise ConfigError(f"prepare.method: '{method}' is none of {', '.join(METHODS)}")
-    if (needed := {"group": group, "time": time}.get(method, "")) is None: raise ConfigError(f"prepare.method: {method} needs a column; name it as '{method}' in the contract")
+    dates = [c for c, t in frame.collect_schema().items() if t.is_temporal()] if method == "time" else []
+    time = time or (dates[0] if len(dates) == 1 else None)
+    if (needed := {"group": group, "time": time}.get(method, "")) is None:
+        which = f" ({', '.join(dates) or 'there is no date'})" if method == "time" else ""
+        raise ConfigError(f"prepare.method: {method} needs a column{which}: 'mlkit contract accept' makes the contract yours, then write \"{method}\": \"COLUMN\" into it")
     if method == "stratified" and not classes: raise ConfigError("prepare.method: 'stratified' needs classes, and the target is a number; use random, group or time")
     for c in filter(None, (target, needed)): frame = frame.filter(~nw.col(c).is_null())
     label, counts = target if classes else None, None

@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'MAX_FIELD', 'NULLS', 'YES', 'NO', 'TYPES', 'HUGE', 'GROUPED
 import csv, gzip, io, re, shutil, zlib
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
 
@@ -47,7 +48,8 @@ def sniff(
         agree = sum(len(r) == len(rows[0]) for r in rows) / len(rows)
         best = max(best, (agree > 0.5 and len(rows[0]) > 1, round(agree, 1), d, rows[0]), key=lambda b: (*b[:2], len(b[3])))
     delimiter, names = best[2], [n.strip() for n in best[3]]
-    names = [n or f"column_{i}" for i, n in enumerate(names, 1)]
+    nameless = count(1) # not by place, which a column that is gone would change
+    names = [n or f"unnamed_{next(nameless)}" for n in names]
     for n in names:
         if names.count(n) > 1: raise DataError(f"{name}: column '{n}' is there twice: columns {names.index(n) + 1} and {len(names) - names[::-1].index(n)}; rename one")
     if all(re.fullmatch(r"[-+]?\d+([.,]\d*)?(e[-+]?\d+)?", n, re.I) for n in names): raise DataError(f"{name}, line 1: holds numbers instead of the columns' names; add a header")

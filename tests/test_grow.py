@@ -31,6 +31,16 @@ def test_files_and_rows(project):
     after = splits(project)
     assert project.json("reports/metrics/ingest.json")["rows"] == 380 and len(after) == 380 and before.items() <= after.items()
 
+def test_a_column_is_gone(project):
+    "The contract is inferred, so it does not stop the run; it is said."
+    files = sorted((project.root.parent / "people").glob("*.csv"))
+    whole = [f.read_bytes() for f in files]
+    for f in files: pl.read_csv(f).drop("town").write_csv(f)
+    said = project.mlkit("repro", "ingest").stdout
+    for f, data in zip(files, whole): f.write_bytes(data)
+    assert "not what they were: column 'town' is gone." in said and "'mlkit contract accept'" in said
+    assert "column 'town' is new" in project.mlkit("repro", "ingest").stdout
+
 def grows(project, source, add):
     "DVC cannot see it: `mlkit repro` looks. What is there comes in, then the 50 rows that `add` adds; then nothing."
     def repro(): done = project.mlkit("repro", "prepare"); return ran(done.stdout), "has changed since" in done.stdout
