@@ -244,11 +244,12 @@ def shortcut(data):
     position = ranks(data.rows["_row"].to_numpy().astype(float))
     for j, n in enumerate(data.columns):
         v = data.X[:, j]
-        if n == data.contract.time or data.category[j] or len(data) < 30 or np.isnan(v).any() or len(np.unique(v)) < len(v) or (v != np.round(v)).any(): continue
+        if data.category[j] or len(data) < 30 or np.isnan(v).any() or len(np.unique(v)) < len(v) or (v != np.round(v)).any(): continue
         if abs(r := np.corrcoef(ranks(v), position)[0, 1]) < 0.99: continue
-        s = skill(codes(v), data.y, data.classes is None)
+        s, date = skill(codes(v), data.y, data.classes is None), data.rows[n].dtype.is_temporal()
+        if date and (n == data.contract.time or s < 0.2): continue # rows in the order of time are nothing odd
         yield Finding("shortcut", "warning", len(data), f"column '{n}' counts the rows (rank correlation {r:.2f} with their position){f', and tells the target (skill {s:.2f})' if s >= 0.2 else ''}",
-                      f"leave '{n}' out: dtype 'id' in the contract", (), numbers(correlation=r, skill=s))
+                      "split by it, prepare.method: time, so that the latest rows test" if date else f"leave '{n}' out: dtype 'id' in the contract", (), numbers(correlation=r, skill=s))
 
 @check("table")
 def extreme(data):
@@ -271,8 +272,9 @@ def worst_labels(data: TableData, n: int = 20) -> pl.DataFrame: # `_row`, the ta
     name = data.contract.target.name
     if data.labels is None: return data.rows[:0]
     worst = data.labels.ranking[:n]
-    said = [pl.Series("rather", data.labels.suggestion[worst].astype(str)), pl.Series("believed", data.labels.quality[worst].astype(float))]
-    return data.rows[worst.tolist()].with_columns(said).select("_row", name, "rather", "believed", *[c for c in data.rows.columns if c not in ("_row", "_draw", name)])
+    rather = data.labels.suggestion[worst]
+    how = pl.Series("believed", data.labels.quality[worst].astype(float)) if data.classes else pl.Series("apart", data.y[worst] - rather.astype(float))
+    return data.rows[worst.tolist()].with_columns(pl.Series("rather", rather.astype(str)), how).select("_row", name, "rather", how.name, *[c for c in data.rows.columns if c not in ("_row", "_draw", name, "rather", how.name)])
 
 def rows_of(data: TableData, finding: Finding) -> pl.DataFrame:
     "The rows that a finding names, in its order, and its check as the first column."

@@ -152,13 +152,13 @@ def repro(targets, force, jobs):
     from mlkit.pipeline import INDEX, export_stale, render
     root = project_root()
     inferred = root / "data/contract.json"
-    was = inferred.read_bytes() if inferred.is_file() and not _owned(root) else None
+    was = inferred.read_bytes() if inferred.is_file() else None
     with only_one(root):
         for line in heal(root): click.echo(f"healed: {line}")
         export_stale(root)
         if render(root): click.echo("dvc.yaml is rendered anew")
         if not run_pipeline(root, list(targets), force, jobs): click.echo("Everything is up to date: nothing to run.")
-        if was and inferred.is_file() and (found := column_changes(was, inferred.read_bytes())):
+        if was and inferred.is_file() and not _owned(root) and (found := column_changes(was, inferred.read_bytes())):
             click.echo(f"The data are not what they were: {found}. To stop the run at that from now on: 'mlkit contract accept'")
         if targets: return
         released = conclude(root)

@@ -62,6 +62,9 @@ def table(
     import pandas as pd
     from IPython.display import HTML
     frame = pd.DataFrame(rows.to_dicts() if hasattr(rows, "to_dicts") else rows)
+    for c in frame.columns:
+        if pd.api.types.is_datetime64_any_dtype(frame[c]): frame[c] = frame[c].dt.strftime("%Y-%m-%d" if (frame[c].dropna().dt.normalize() == frame[c].dropna()).all() else "%Y-%m-%d %H:%M:%S")
+        elif frame[c].dtype == object: frame[c] = frame[c].map(lambda v: "" if v is None else v)
     return HTML(frame.to_html(index=False, border=0, float_format=f"{{:.{digits}f}}".format, na_rep="", justify="left"))
 
 # %% ../nbs/05_plot.ipynb #cd8fe29b
