@@ -81,14 +81,14 @@ class Recipe:
         t, l, h, w = cut
         x = cv2.resize(x[t:t + h, l:l + w], (self.size,) * 2, interpolation=cv2.INTER_LINEAR)
         if flip: x = cv2.flip(x, 1)
-        self.planes(x[..., None] if x.ndim == 2 else x[..., ::-1], out) # OpenCV has BGR
+        self.planes([x] if x.ndim == 2 else cv2.split(x)[::-1], out) # OpenCV has BGR
 
-    def planes(self, x, out): # (h, w, c) uint8 to (c, h, w) float32, normalised
-        for i, (scale, shift) in enumerate(zip(*self.affine)): np.multiply(x[..., i], scale, out=out[i]); out[i] += shift
+    def planes(self, channels, out): # c of (h, w) uint8 to (c, h, w) float32, normalised
+        for x, o, scale, shift in zip(channels, out, *self.affine): np.multiply(x, scale, out=o); o += shift
 
     def finish(self, X): # n of them, as DALI's CPU mode gives them
         out = np.empty((len(X), *self.shape), self.dtype)
-        for x, o in zip(X, out): self.planes(x, o)
+        for x, o in zip(X, out): self.planes(cv2.split(x), o)
         return out
 
     def graph(self, fn, types, data, start, extent, flip, device):
