@@ -69,6 +69,7 @@ def check(
         *outer, last = [str(p) for p in first["loc"]]
         if first["type"] in ("missing", "extra_forbidden"): first["msg"] = "is missing" if first["type"] == "missing" else "is not known here"
         got = f" (got {first['input']!r})" if first["type"] not in ("missing", "extra_forbidden") else ""
+        if isinstance(first["input"], str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", first["input"], re.I): got += "; write it without quotes"
         raise ConfigError(f"{where}: {'.'.join([name, *outer, last])}: {first['msg']}{got}") from None
 
 # %% ../nbs/01_config.ipynb #651447ac
