@@ -156,7 +156,7 @@ class Dali:
 
     def _next(self): # DALI asks for a batch or two ahead
         data, cuts, flips = next(self.batches)
-        return [np.asarray(d) for d in data], [*np.float32(cuts[:, :2])], [*np.float32(cuts[:, 2:])], [*np.int32(flips)]
+        return [np.asarray(d) for d in data], np.float32(cuts[:, :2]), np.float32(cuts[:, 2:]), np.int32(flips)
 
     def __call__(self, batches): # as in `OpenCV`; torch tensors on the GPU, if it decodes there
         self.batches = iter(batches)
