@@ -174,4 +174,7 @@ def plot_samples(data: ImageData, finding: Finding, folder: Path):
     from mlkit.plot import image_grid
     place = {n: i for i, n in enumerate(data.index["name"])}
     rows = data.index[[place[s] for s in finding.samples]].drop_nulls("content")
-    if len(rows): return image_grid(list(read_images(folder, rows)), rows["label"].to_list())
+    if not len(rows): return
+    axs = image_grid(list(read_images(folder, rows)), rows["label"].to_list())
+    axs.flat[0].figure.suptitle(finding.check, x=0.01, ha="left", fontsize=10)
+    return axs

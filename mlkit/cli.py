@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['VERDICT', 'BUNDLE', 'LOOK', 'Cli', 'main', 'conclude', 'Progress', 'Lines', 'NoTerminal', 'only_one', 'run_pipeline',
            'source_changed', 'repro', 'run', 'why', 'verify', 'render', 'index', 'release', 'serve', 'setup', 'new',
-           'reproduce', 'merge_lock', 'doctor', 'column_changes', 'contract', 'show', 'diff', 'accept', 'name_contract',
-           'check']
+           'reproduce', 'merge_lock', 'doctor', 'changed_columns', 'contract', 'show', 'diff', 'accept',
+           'name_contract', 'check']
 
 # %% ../nbs/09_cli.ipynb #a3088f8e
-import gc, os, re, sys, time
+import gc, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def repro(targets, force, jobs):
         export_stale(root)
         if render(root): click.echo("dvc.yaml is rendered anew")
         if not run_pipeline(root, list(targets), force, jobs): click.echo("Everything is up to date: nothing to run.")
-        if was and inferred.is_file() and not _owned(root) and (found := column_changes(was, inferred.read_bytes())):
+        if was and inferred.is_file() and not _owned(root) and (found := changed_columns(was, inferred.read_bytes())):
             click.echo(f"The data are not what they were: {found}. To stop the run at that from now on: 'mlkit contract accept'")
         if targets: return
         released = conclude(root)
@@ -325,12 +325,11 @@ def _owned(root: Path) -> Path | None:
     named = ((YAML(typ="safe", pure=True).load(root / "params.yaml") or {}).get("ingest") or {}).get("contract")
     return root / named if named else None
 
-def column_changes(was: bytes, now: bytes) -> str: # Two contracts; empty: none
-    "Columns that are gone, new, or of another type."
-    from mlkit.contract import Contract, differences
-    if was == now: return ""
-    found = [d for d in differences(*map(Contract.model_validate_json, (was, now))) if re.search("is gone$|is new \\(|: dtype was ", d) and ": category" not in d]
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+def changed_columns(was: bytes, now: bytes) -> str: # Two contracts; empty: none
+    "What a person should hear of who has not made the contract theirs."
+    from mlkit.contract import Contract, column_changes
+    from mlkit.source_base import listed
+    return listed(column_changes(*map(Contract.model_validate_json, (was, now)))) if was != now else ""
 
 def _contract(path: str | None, target: str | None = None): # -> Contract, and where it is from
     "The contract in a JSON file, of a data file, or without either that of the project."

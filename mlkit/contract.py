@@ -4,7 +4,7 @@
 __all__ = ['MAX_CATEGORIES', 'SIGNED', 'HARMLESS', 'TOLERABLE', 'FATAL', 'WHAT', 'Strict', 'Feature', 'Contract', 'save_contract',
            'load_contract', 'infer_contract', 'breaches', 'enforce', 'Fault', 'Column', 'Seen', 'may_be_negative',
            'settle', 'infer_table', 'Breach', 'severity', 'is_named_id', 'is_id', 'judge_column', 'judge',
-           'stop_breaches', 'contract_rows', 'breach_rows', 'differences']
+           'stop_breaches', 'contract_rows', 'breach_rows', 'column_changes', 'differences']
 
 # %% ../nbs/12_contract.ipynb #b3e94394
 from dataclasses import dataclass, field
@@ -334,15 +334,20 @@ def breach_rows(found: list[Breach]) -> list[dict]:
     return [{"severity": b.severity, "check": b.check, "column": b.column or "", "row": "" if b.row is None else f"{b.row:,}", "finding": b.text} for b in found] or [
         {"severity": "none", "check": "", "column": "", "row": "", "finding": "the data keep the contract"}]
 
+def column_changes(a: Contract, b: Contract) -> list[str]: # Empty: none
+    "Columns that are gone, new, or of another type."
+    was, now = ({f.name: f.dtype for f in c.columns} for c in (a, b))
+    return [*(f"column '{n}' is gone" for n in was if n not in now), *(f"column '{n}' is new ({now[n]})" for n in now if n not in was),
+            *(f"column '{n}': dtype was {was[n]}, is {now[n]}" for n in was if n in now and was[n] != now[n])]
+
 def differences(a: Contract, b: Contract) -> list[str]: # Empty: they say the same
     "What changed from `a` to `b`, in words; reasons do not count."
     def show(v): return "nothing" if v in (None, "", ()) else " to ".join(map(str, v)) if isinstance(v, tuple) and len(v) == 2 and not isinstance(v[0], str) else ", ".join(map(str, v)) if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else "yes" if v is True else "no" if v is False else str(v)
-    out, was, now = [], {f.name: f for f in a.columns}, {f.name: f for f in b.columns}
-    out += [f"column '{n}' is gone" for n in was if n not in now] + [f"column '{n}' is new ({now[n].dtype})" for n in now if n not in was]
+    out, was, now = column_changes(a, b), {f.name: f for f in a.columns}, {f.name: f for f in b.columns}
     for n in (n for n in was if n in now):
         for k in Feature.model_fields:
             x, y = getattr(was[n], k), getattr(now[n], k)
-            if k == "why" or x == y: continue
+            if k in ("why", "dtype") or x == y: continue
             if k == "categories" and x and y and set(x) != set(y):
                 out += [f"column '{n}': category '{v}' is gone" for v in x if v not in y] + [f"column '{n}': category '{v}' is new" for v in y if v not in x]
             else: out.append(f"column '{n}': {k} was {show(x)}, is {show(y)}")
