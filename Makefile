@@ -30,6 +30,7 @@ install:
 	  { echo "mlkit needs Python 3.11 or 3.12, '$(PYTHON)' is another; try: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV): some minutes, once"
+	@rm -rf mlkit.egg-info; $(BIN)/python -m pip uninstall --quiet -y mlkit 2>/dev/null; : # of a checkout from before the name was ours
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 

@@ -22,7 +22,7 @@ def draw():
 
 
 def script(
-    cells: list[dict], # Code cells, from `mlkit.config.code_cells`
+    cells: list[dict], # Code cells, from `mlkit.flow.config.code_cells`
     values: dict, # Parameters: replace those of the cell tagged so
 ) -> str:
     "The cells as one module."

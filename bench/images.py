@@ -9,8 +9,8 @@ from pathlib import Path
 
 import cv2, numpy as np, torch
 from mlkit.core import SetupError
-from mlkit.shards import Sample, write_shards
-from mlkit.stream import Loader, Recipe
+from mlkit.data.shards import Sample, write_shards
+from mlkit.data.stream import Loader, Recipe
 from PIL import Image
 
 SIZE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

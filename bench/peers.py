@@ -20,10 +20,10 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from conftest import checkout
-from mlkit.config import code_cells
+from mlkit.flow.config import code_cells
 from mlkit.core import read_json, sha256, write_json
-from mlkit.runner import load_project
-from mlkit.warm import socket_path
+from mlkit.flow.runner import load_project
+from mlkit.flow.warm import socket_path
 from cells import script
 
 BIN = Path(sys.executable).parent
@@ -54,7 +54,7 @@ def trivial(n: int) -> Workload:
             cells = [new_markdown_cell(f"# {name}"), new_code_cell("add: int = 2", metadata={"tags": ["parameters"]}),
                      new_code_cell(f"""import numpy as np
 from mlkit.core import read_json, write_json
-from mlkit.stage import Stage
+from mlkit.flow.stage import Stage
 
 stage = Stage("{name}", reads={{"before": "data/{before}.json"}}, writes={{"after": "data/{name}.json"}})"""),
                      new_code_cell('value = read_json(stage.input("before"))["value"] + int(np.ones(add).sum())\nwrite_json(stage.output("after"), {"value": value});'),
@@ -210,7 +210,7 @@ def set_parent(state: str | None, env: dict[str, str]):
         for socket in socket_path().parent.glob("*.sock"): socket.unlink()
         for p in psutil.wait_procs(parents(), timeout=60)[1]: p.kill()
     if state == "warm":
-        there = subprocess.run([sys.executable, "-c", "from mlkit.runner import KERNEL_ENV; from mlkit.warm import start_parent; import os; print(start_parent(os.environ | KERNEL_ENV))"], env=env, capture_output=True, text=True, check=True).stdout
+        there = subprocess.run([sys.executable, "-c", "from mlkit.flow.kernels import KERNEL_ENV; from mlkit.flow.warm import start_parent; import os; print(start_parent(os.environ | KERNEL_ENV))"], env=env, capture_output=True, text=True, check=True).stdout
         if not there.strip().endswith(".sock"): raise RuntimeError(f"no warm parent: {there}")
     busy = lambda: sum(sum(p.cpu_times()[:2]) for p in parents())
     before, after = -1, 0

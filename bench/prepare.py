@@ -38,8 +38,8 @@ def moments(v): # of a number, its missing values left out
     return float(np.median(v)), float(v.mean()), float(v.std()), *line(v)
 
 def with_mlkit(data, out):
-    from mlkit.engine import open_parts
-    from mlkit.features import prepare_table
+    from mlkit.data.engines import open_parts
+    from mlkit.inputs.rows import prepare_table
     columns = [*(SimpleNamespace(name=n, dtype="int64" if n == "k" else "float64") for n in NUMBERS), *(SimpleNamespace(name=n, dtype="category") for n in CATEGORIES)]
     contract = SimpleNamespace(task="regression", features=columns, target=SimpleNamespace(name="y", categories=()), group=None, time=None)
     with open_parts(data, "polars") as parts: prepare_table(parts, contract, out, dict(zip(SPLITS, (0.7, 0.15, 0.15))), 0, "random", None)
@@ -131,7 +131,7 @@ def one(name, data, out):
     "In its own process. Its packages are imported before the clock starts."
     import numpy, pandas, polars, pyarrow.parquet
     if name == "DuckDB": import duckdb
-    if name == "mlkit": import mlkit.features, mlkit.engine
+    if name == "mlkit": import mlkit.inputs.rows, mlkit.data.engines
     begin = time.perf_counter(), time.process_time()
     CONTENDERS[name](data, out)
     print(json.dumps({"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))

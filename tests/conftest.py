@@ -96,7 +96,7 @@ class Project:
         for p in psutil.process_iter():
             try:
                 here = Path(p.cwd()).is_relative_to(self.root)
-                if p.status() != psutil.STATUS_ZOMBIE and (here or p.environ().get("PYTHONPATH") == str(self.root) and "mlkit.warm" not in " ".join(p.cmdline())): found.append(p)
+                if p.status() != psutil.STATUS_ZOMBIE and (here or p.environ().get("PYTHONPATH") == str(self.root) and "mlkit.flow.warm" not in " ".join(p.cmdline())): found.append(p)
             except psutil.Error: pass
         return found
 

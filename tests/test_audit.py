@@ -5,13 +5,14 @@ from pathlib import Path
 import cv2, numpy as np, polars as pl
 import pytest
 
-from mlkit.audit import audit, stop_on
-from mlkit.audit_images import image_data
-from mlkit.audit_tables import table_data
+from mlkit.audit.base import audit, stop_on
+from mlkit.audit.images import image_data
+from mlkit.audit.tables import table_data
 from mlkit.core import DataError
-from mlkit.shards import Sample, write_shards
-from mlkit.source import open_source
-from mlkit.table import Frame, ingest_table, read_parts
+from mlkit.data.shards import Sample, write_shards
+from mlkit.sources.registry import open_source
+from mlkit.data.scan import Frame
+from mlkit.data.parts import ingest_table, read_parts
 
 BLOCK = {"images": ["unreadable", "conflict"], "table": ["leakage"]} # as the stage notebooks have them
 TASKS = {"breast_cancer": "classification", "diabetes": "regression"}

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, polars as pl, pyarrow.parquet as pq, pytest
 
-from mlkit import features
+from mlkit.inputs import rows as features
 from mlkit.core import MlkitError, SetupError, sha256
-from mlkit.device import choose
-from mlkit.engine import CLUSTER, open_parts
-from mlkit.features import fit_features, prepare_table
-from mlkit.split import freeze_golden
-from mlkit.table import hash_column, in_unit, part_files, read_parts
+from mlkit.jobs import choose
+from mlkit.data.engines import CLUSTER, open_parts
+from mlkit.inputs.rows import fit_features, prepare_table
+from mlkit.data.split import freeze_golden
+from mlkit.data.hashing import hash_column, in_unit
+from mlkit.data.parts import part_files, read_parts
 
 N, SHARES = 3000, {"train": .7, "validation": .15, "test": .15}
 INPUTS = {"age": "float64", "big": "int64", "old": "bool", "city": "category", "seen": "datetime"}
@@ -58,7 +59,7 @@ def expected(parts, tmp_path_factory):
 def test_no_cluster_there(parts, monkeypatch, engine, address):
     try: choose("tables", engine)
     except SetupError as e: pytest.skip(f"not run: {e}")
-    monkeypatch.setenv(CLUSTER, address); monkeypatch.setattr("mlkit.engine.PATIENCE", 1)
+    monkeypatch.setenv(CLUSTER, address); monkeypatch.setattr("mlkit.data.engines.PATIENCE", 1)
     with pytest.raises(MlkitError) as e, open_parts(parts, engine): pass
     assert address in str(e.value) and CLUSTER in str(e.value) and "\n" not in str(e.value)
 

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from filelock import FileLock
 
-from mlkit import source_kafka as sources
+from mlkit.sources import kafka as sources
 from mlkit.core import DataError, SetupError
-from mlkit.source import open_source
+from mlkit.sources.registry import open_source
 
 kafka = pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit[kafka]')")
 BROKER = """

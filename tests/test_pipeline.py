@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, ran, sha256
+from mlkit.flow.pipeline import library_notebooks
 from ruamel.yaml import YAML
 
 STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"]
@@ -83,40 +84,41 @@ def edit(project, nb, old, new, kind="code"):
     project.run("nbdev-export")
 
 def test_prose_and_tests_rerun_nothing(project):
-    for path in sorted(project.root.glob("nbs/[0-9]*.ipynb")): # in every library notebook
+    for path in library_notebooks(project.root):
         doc = json.loads(path.read_text())
         prose = next(c for c in doc["cells"] if c["cell_type"] == "markdown")
         prose["source"] = ["".join(prose["source"]) + "\nMore prose."]
         doc["cells"].append({"cell_type": "code", "execution_count": None, "id": "0badcafe", "metadata": {}, "outputs": [], "source": ["assert 1 + 1 == 2"]})
         path.write_text(json.dumps(doc, indent=1, ensure_ascii=False) + "\n")
     project.run("nbdev-export")
-    assert project.git("status", "--short", "mlkit").stdout == "" and len(project.git("status", "--short", "nbs").stdout.splitlines()) > 20
+    assert project.git("status", "--short", "mlkit").stdout == "" and len(project.git("status", "--short", "nbs").stdout.splitlines()) > 60
     assert stale(project) == {}
 
 def test_changed_function_reruns_who_uses_it(project):
     "`train` and `tune`, which trains in its trials; then what is downstream of them, as far as what they write has changed."
-    edit(project, "nbs/22_train.ipynb", 'mode="replicate"', 'mode="constant"')
-    assert stale(project) == {"train": ["mlkit/train.py"], "tune": ["mlkit/train.py"]}
-    assert project.git("status", "--short", "mlkit").stdout.split() == ["M", "mlkit/train.py"]
+    edit(project, "nbs/training/02_fit.ipynb", 'mode="replicate"', 'mode="constant"')
+    assert stale(project) == {"train": ["mlkit/training/fit.py"], "tune": ["mlkit/training/fit.py"]}
+    assert project.git("status", "--short", "mlkit").stdout.split() == ["M", "mlkit/training/fit.py"]
 
 def test_what_depends_on_what(finished):
     "A module stands in dvc.yaml under just the stages that import it, directly or through another."
     deps = {n: {d for d in s["deps"] if d.startswith("mlkit/")} for n, s in finished.stages.items()}
     def users(module): return {n for n, d in deps.items() if f"mlkit/{module}.py" in d}
-    assert users("train") == users("tune") | {"train"} == {"tune", "train"} and users("track") == {"train"} and users("explain") == {"explain"}
-    assert users("evaluate") == {"evaluate"} and users("source") == {"ingest"} and users("audit") == {"audit"} and users("load_test") == {"serve"}
-    assert users("stage") == set(STAGES) and not users("cli") | users("runner") | users("pipeline") | users("_modidx")
+    assert users("training/fit") == users("training/tune") | {"train"} == {"tune", "train"} and users("training/track") == {"train"}
+    assert users("evaluation/explain") == {"explain"} and users("evaluation/evaluate") == {"evaluate"} and users("sources/registry") == {"ingest"}
+    assert users("audit/base") == {"audit"} and users("serving/load") == {"serve"} and users("flow/stage") == set(STAGES)
+    assert not users("cli") | users("flow/runner") | users("flow/pipeline") | users("_modidx") | users("commands/repro")
     # and the same from Python itself: no module of mlkit is loaded that is not declared
     code = """
 import json, sys
-from mlkit.config import code_cells
+from mlkit.flow.config import code_cells
 done = set(sys.modules)
 for c in code_cells(sys.argv[1]):
     for line in c["source"].splitlines():
         if line.lstrip().startswith(("import ", "from ")): exec(line.strip())
 print(json.dumps(sorted(m.replace(".", "/") + ".py" for m in sys.modules if m.startswith("mlkit."))))"""
     for s in ("ingest", "tune", "train", "export"):
-        loaded = set(json.loads(finished.run(sys.executable, "-c", code, f"nbs/stages/{s}.ipynb").stdout)) - {"mlkit/config.py"}
+        loaded = set(json.loads(finished.run(sys.executable, "-c", code, f"nbs/stages/{s}.ipynb").stdout)) - {"mlkit/flow/config.py"}
         assert loaded <= deps[s], f"{s}: {loaded - deps[s]} is missing in dvc.yaml"
 
 def test_param_reruns_its_stage_and_going_back_restores(project):
@@ -204,7 +206,7 @@ def test_registry_is_restored(project):
     assert list(versions(project).values()) == [(bundle, {"champion", "challenger"})]
     assert "already" in project.mlkit("repro").stdout and len(versions(project)) == 1
     # what the registry gives is what was put in
-    code = "from mlkit.registry import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
+    code = "from mlkit.evaluation.registry import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
     folder = project.run(sys.executable, "-c", code).stdout.strip()
     assert sha256(f"{folder}/model.safetensors") == sha256(project / "models/model.safetensors")
 

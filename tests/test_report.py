@@ -76,7 +76,7 @@ def test_an_output_cannot_run_code(browse, finished, tmp_path):
     code = '''
 import nbformat, sys
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from mlkit.report import page
+from mlkit.flow.report import page
 evil = "<b>kept</b><script>document.title=1337</script><img src=x onerror='document.title=1337'><a href='javascript:document.title=1337'>a</a><iframe src='https://example.com'></iframe><svg onload='document.title=1337'></svg>"
 nb = new_notebook(cells=[new_code_cell("1", outputs=[new_output("display_data", data={"text/html": evil}), new_output("display_data", data={"application/javascript": "document.title=1337"}),
     new_output("display_data", data={"image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1337'><script>document.title=1337</script></svg>"}),

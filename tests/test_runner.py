@@ -34,7 +34,7 @@ def small(tmp_path):
 
 def kernels(project): # Process ids
     "The kernels of this project, warm or not, those too that wait."
-    return [p.pid for p in project.processes() if {"mlkit.warm", "ipykernel_launcher"} & set(" ".join(p.cmdline()).replace(";", " ").split())]
+    return [p.pid for p in project.processes() if {"mlkit.flow.warm", "ipykernel_launcher"} & set(" ".join(p.cmdline()).replace(";", " ").split())]
 
 def test_the_next_two_kernels_wait_and_end_with_the_run(small):
     with small.started("mlkit", "repro") as p:
@@ -93,7 +93,7 @@ def test_the_first_kernel_of_a_day_does_not_wait(tmp_path):
 import json, os, subprocess, sys, time
 from pathlib import Path
 from jupyter_client.manager import start_new_kernel
-from mlkit.warm import socket_path
+from mlkit.flow.warm import socket_path
 def heavy(): # whether a new kernel has torch
     km, kc = start_new_kernel(kernel_name="mlkit-warm")
     out = []
@@ -112,7 +112,7 @@ finally: socket_path().unlink(missing_ok=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 def test_two_parents_stay_a_third_replaces_the_one_that_waited_longest():
-    code = "from mlkit.warm import ask; import os, sys; os.environ['TZ'] = sys.argv[1]; assert ask(['-f', '/dev/null'], dict(os.environ), '/'); print(__import__('mlkit.warm').warm.socket_path())"
+    code = "from mlkit.flow.warm import ask; import os, sys; os.environ['TZ'] = sys.argv[1]; assert ask(['-f', '/dev/null'], dict(os.environ), '/'); print(__import__('mlkit.flow.warm').flow.warm.socket_path())"
     with tempfile.TemporaryDirectory() as d:
         def asked(zone): return ROOT.__class__(Project(ROOT).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code, zone).stdout.strip())
         try:

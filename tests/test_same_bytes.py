@@ -15,7 +15,7 @@ def test_plain_dvc_elsewhere(fresh, uninterrupted, tmp_path):
     (no_folder := home / "file").touch()
     core = min(os.sched_getaffinity(0))
     elsewhere = ["env", f"HOME={home}", f"XDG_RUNTIME_DIR={no_folder}", "TZ=Asia/Kolkata", "LC_ALL=C", "PYTHONHASHSEED=1", "taskset", "-c", core, "sh", "-c", 'umask 077; exec "$@"', "-"]
-    assert project.run(*elsewhere, sys.executable, "-c", "from mlkit.warm import start_parent; print(start_parent())").stdout.strip() == "None"
+    assert project.run(*elsewhere, sys.executable, "-c", "from mlkit.flow.warm import start_parent; print(start_parent())").stdout.strip() == "None"
     project.mlkit("render") # as README.md asks for, before plain DVC
     project.run(*elsewhere, "dvc", "repro")
     assert oct((project / "models/model.safetensors").stat().st_mode)[-2:] == "00" and not (project / "champion.json").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat, psutil, pytest
 
 from conftest import ROOT, wait_for
-from mlkit.warm import LAUNCHED
+from mlkit.flow.warm import LAUNCHED
 
 KERNELS = ("python3", "mlkit-warm")
 
@@ -189,7 +189,7 @@ print("tagged")
 ---
 import atexit, weakref
 class Thing: pass
-thing, ended = Thing(), "ended-warm" if b"mlkit.warm" in open("/proc/self/cmdline", "rb").read() else "ended"
+thing, ended = Thing(), "ended-warm" if b"mlkit.flow.warm" in open("/proc/self/cmdline", "rb").read() else "ended"
 weakref.finalize(thing, lambda: open(ended, "a").write("finalize ")); atexit.register(lambda: open(ended, "a").write("atexit ")); None
 ---
 #hide-input
@@ -269,7 +269,7 @@ def test_errors(tmp_path, as_mlkit_asks):
 
 IN_STATE = """
 import json, os, sys; from pathlib import Path
-env = dict(os.environ); sys.path[:0] = [{tests!r}]; from test_same_output import DRAW, OWN, STATE, run_both; from mlkit.warm import socket_path
+env = dict(os.environ); sys.path[:0] = [{tests!r}]; from test_same_output import DRAW, OWN, STATE, run_both; from mlkit.flow.warm import socket_path
 os.environ.clear(); os.environ.update(env) # cv2 has changed it
 print(json.dumps([run_both(globals()[sys.argv[1]], Path.cwd()), str(socket_path())]))
 """
@@ -310,13 +310,13 @@ def both_in(state, notebook, *path):
 
 def test_state(state):
     "What code sees of its process; in a kernel that is warm."
-    socket = elsewhere(state, "from mlkit.warm import start_parent; print(start_parent())", umask="000", PYTHONPATH=state / "only").strip()
+    socket = elsewhere(state, "from mlkit.flow.warm import start_parent; print(start_parent())", umask="000", PYTHONPATH=state / "only").strip()
     def serving(): return [p.memory_info().rss for p in psutil.process_iter(["cmdline"]) if socket in (p.info["cmdline"] or [])]
     wait_for(lambda: len(rss := serving()) == 1 and rss[0] > 3e8, "the heir, which has imported all, has taken over")
     assert same(both_in(state, "STATE", state / "own"))[0] is None
     assert [str(p) for p in (state / "run").rglob("*.sock")] == [socket], "another parent took its place"
     project = state / "project"
-    assert [("mlkit.warm" in f.read_text()) for f in project.glob("kernel-*")].count(True) == 1
+    assert [("mlkit.flow.warm" in f.read_text()) for f in project.glob("kernel-*")].count(True) == 1
     drawn = [f.read_text().splitlines() for f in project.glob("drawn-*")]
     assert len(drawn) == 2 and all(a != b for a, b in zip(*drawn))
     same(both_in(state, "DRAW", state / "own")) # with another kernel of the same parent
@@ -334,7 +334,7 @@ def test_own_module(state, tmp_path):
 
 def test_end(tmp_path):
     "A kernel ends with the process that has asked for it, also one that became an ordinary kernel."
-    from mlkit.warm import _connects, socket_path
+    from mlkit.flow.warm import _connects, socket_path
     for own in (False, True):
         (folder := tmp_path / str(own)).mkdir()
         if own: (folder / "safetensors.py").touch()
@@ -342,6 +342,6 @@ def test_end(tmp_path):
         asker = subprocess.Popen([sys.executable, "-c", "import papermill; papermill.execute_notebook('nb.ipynb', 'out.ipynb', kernel_name='mlkit-warm', progress_bar=False)"], cwd=folder, stdin=subprocess.DEVNULL)
         pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), "a kernel")
         kernel = psutil.Process(int(pid))
-        assert ("mlkit.warm" in " ".join(kernel.cmdline())) is not own
+        assert ("mlkit.flow.warm" in " ".join(kernel.cmdline())) is not own
         asker.kill(); asker.wait(300)
         kernel.wait(300)

@@ -10,9 +10,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mlkit.core import ServeError, SetupError
-from mlkit.load_test import load_test
-from mlkit.serve import Client, Triton, find_triton, install_serving, probe, serving_env, supervise, write_repository
-from mlkit.signature import Signature, Signatures, Tensor
+from mlkit.serving.load import load_test
+from mlkit.serving.client import Client
+from mlkit.serving.triton import Triton
+from mlkit.serving.install import find_triton, install_serving, serving_env
+from mlkit.serving.supervise import probe, supervise
+from mlkit.serving.repository import write_repository
+from mlkit.serving.signature import Signature, Signatures, Tensor
 
 def step(path, nodes, x, y, weights=()):
     def info(t): return helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype)), ["n", *t.shape])
@@ -52,7 +56,7 @@ def test_install_is_idempotent():
 
 def test_install_failure_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("MLKIT_SERVING", str(tmp_path / "s"))
-    monkeypatch.setattr("mlkit.serve.SERVING", ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==0.0.1"))
+    monkeypatch.setattr("mlkit.serving.install.SERVING", ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==0.0.1"))
     with pytest.raises(SetupError, match="cannot install numpy==0.0.1: .*") as e: install_serving(lambda _: None)
     assert "\n" not in str(e.value) and not (tmp_path / "s").exists()
 
@@ -83,8 +87,8 @@ def test_port_in_use_names_its_holder(server, repository):
 
 def test_a_port_that_another_has_just_taken(server, repository, monkeypatch):
     "Both found the same port free. The other's answer is not ours; where any port would do, another is taken."
-    import mlkit.serve
-    free, given = mlkit.serve.free_port, []
+    import mlkit.serving.triton
+    free, given = mlkit.serving.triton.free_port, []
     def found_free(host, port): given.append(port); return server.port if len(given) == 1 else free(host, port)
     monkeypatch.setattr(mlkit.serve, "free_port", found_free)
     with Triton(repository) as ours:
@@ -116,7 +120,7 @@ def test_dead_server_is_restarted(server):
     probe(server)
     assert len(shared_memory(os.getpid())) == len(stubs(server)) # none is left of the dead ones
 
-START = "import sys, time; from mlkit.serve import Triton, serve_forever; s = Triton(sys.argv[1]); "
+START = "import sys, time; from mlkit.serving.supervise import serve_forever; from mlkit.serving.triton import Triton; s = Triton(sys.argv[1]); "
 
 @pytest.mark.parametrize("victim", ["parent", "guard"])
 def test_server_dies_with_its_parent(repository, victim):

@@ -7,8 +7,8 @@ import cv2, numpy as np, polars as pl
 import pytest
 
 from mlkit.core import DataError, MlkitError, SetupError
-from mlkit.shards import write_shards
-from mlkit.source import SOURCES, detect, look, open_source
+from mlkit.data.shards import write_shards
+from mlkit.sources.registry import SOURCES, detect, look, open_source
 
 def png(i): return cv2.imencode(".png", np.full((4, 4), i, np.uint8))[1].tobytes()
 def rows(name, root=Path("/")): return pl.concat(open_source(name, root).rows())

@@ -8,10 +8,10 @@ from conftest import BIN, ROOT, sha256
 TRAIN = """
 import sys, time
 from pathlib import Path
-from mlkit.checkpoint import Checkpoint
-from mlkit.model import Normalize, make_model, save_model
-from mlkit.stream import feeds
-from mlkit.train import fit, make_fabric
+from mlkit.training.checkpoint import Checkpoint
+from mlkit.training.model import Normalize, make_model, save_model
+from mlkit.data.stream import feeds
+from mlkit.training.fit import fit, make_fabric
 data, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 class Waiting(Checkpoint):
     "Waits to be killed after its last state."
@@ -31,8 +31,8 @@ RANKS = """
 import json, os, sys
 from pathlib import Path
 import numpy as np, polars as pl, torch.distributed as dist
-from mlkit.shards import read_index
-from mlkit.stream import Loader, Whole
+from mlkit.data.shards import read_index
+from mlkit.data.stream import Loader, Whole
 dist.init_process_group("gloo")
 shards = Path(sys.argv[1]) / "shards"
 index = read_index(shards)
@@ -46,9 +46,10 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "80 images in shards, and their splits as `prepare` leaves them."
-    from mlkit.load import save_split
-    from mlkit.prepare import SPLITS, fit_image, split_index
-    from mlkit.shards import Sample, read_images, write_shards
+    from mlkit.data.prepared import save_split
+    from mlkit.data.split import SPLITS, split_index
+    from mlkit.inputs.image import fit_image
+    from mlkit.data.shards import Sample, read_images, write_shards
     folder, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
     def image(i): return cv2.imencode(".jpg", cv2.resize(random.integers(0, 256, (5, 5, 3), dtype=np.uint8), (20 + i % 9, 24), interpolation=cv2.INTER_CUBIC))[1].tobytes()
     index = write_shards((Sample(str(i), image(i), "jpg", str(i % 2)) for i in range(80)), folder / "shards", 30)

@@ -7,11 +7,15 @@ import numpy as np, polars as pl, pytest, torch
 from torch import nn
 
 from mlkit.core import DataError, ServeError
-from mlkit.export import OnnxChain, export_onnx, parity
-from mlkit.features import encode
-from mlkit.load_test import load_test
-from mlkit.serve import Triton, install_serving, probe, write_repository
-from mlkit.signature import arrays
+from mlkit.serving.export import OnnxChain, export_onnx
+from mlkit.serving.parity import parity
+from mlkit.inputs.rows import encode
+from mlkit.serving.load import load_test
+from mlkit.serving.triton import Triton
+from mlkit.serving.install import install_serving
+from mlkit.serving.supervise import probe
+from mlkit.serving.repository import write_repository
+from mlkit.serving.signature import arrays
 
 CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本", " "]
 NAMES = {"age": "age in years", "city": "city $ name", "seen": "seen", "value": "value", "x": "x"} # 'x' and 'value' are names of the chain's own tensors

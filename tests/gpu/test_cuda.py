@@ -13,8 +13,8 @@ def stripes(n=512, seed=0):
     return X, y
 
 def trained(precision, seed=0, n_epochs=4):
-    from mlkit.model import Normalize, make_model
-    from mlkit.train import fit, make_fabric
+    from mlkit.training.model import Normalize, make_model
+    from mlkit.training.fit import fit, make_fabric
     fabric = make_fabric("cuda", precision, 1, seed)
     net = make_model({"model": "small_cnn", "shape": (16, 16, 3), "n_classes": 4, "width": 16, "dropout": 0.0})
     history = list(fit(fabric, net, Normalize([0.3] * 3, [0.3] * 3), stripes(), stripes(256, 1), n_epochs, 64, 0.005, 0.01, 0, 0.0, seed))
@@ -31,8 +31,8 @@ def test_train_learns_and_repeats(precision):
 
 def test_cuda_and_cpu_agree(tmp_path):
     "What was trained on the GPU says the same on the CPU."
-    from mlkit.evaluate import predict
-    from mlkit.model import Normalize, load_model, save_model
+    from mlkit.evaluation.evaluate import predict
+    from mlkit.training.model import Normalize, load_model, save_model
     net, _ = trained("32-true")
     spec = {"model": "small_cnn", "shape": [16, 16, 3], "n_classes": 4, "width": 16, "dropout": 0.0}
     again, _ = load_model(save_model(tmp_path / "m.safetensors", net, spec))
@@ -42,7 +42,8 @@ def test_cuda_and_cpu_agree(tmp_path):
     assert np.abs(on_gpu - predict(again, transform, X)).max() < 1e-3
 
 def test_doctor_finds_it():
-    from mlkit.device import choose, find
+    from mlkit.jobs import choose
+    from mlkit.device import find
     found = find()
     assert found.gpus and choose("train", found=found).engine == "cuda"
     assert choose("train", found=found).options["precision"] == ("bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed")
@@ -51,8 +52,9 @@ def test_doctor_finds_it():
 def test_engine_agrees(tmp_path, package):
     "An engine built here says what torch says."
     pytest.importorskip(package, reason=f"not run: {package} is not installed")
-    from mlkit.evaluate import predict
-    from mlkit.export import Engine, OnnxChain, build_engine, export_onnx
+    from mlkit.evaluation.evaluate import predict
+    from mlkit.serving.tensorrt import Engine, build_engine
+    from mlkit.serving.export import OnnxChain, export_onnx
     net, _ = trained("32-true")
     net = net.cpu().eval()
     transform, (X, _) = {"shape": [16, 16, 3], "mean": [0.3] * 3, "std": [0.3] * 3, "classes": list("abcd")}, stripes(32, 2)
