@@ -151,14 +151,14 @@ def look_at_table(
 
 # %% ../nbs/06_new.ipynb #0308e2e4
 def notebooks(
-    kind: str, # 'images' or 'table'
+    modality: str, # 'image' or 'rows'
 ) -> dict[str, Path]: # stage: its notebook, in this installation
     "The stage notebooks that a project of this kind gets: the common ones, and those of tables instead of some."
     home = Path(mlkit.__file__).parent / "notebooks"
     if not home.is_dir(): home = Path(mlkit.__file__).parents[1] / "nbs/stages" # a checkout
     tables = home / "tables" if (home / "tables").is_dir() else home.parent / "tables"
     found = {p.stem: p for p in sorted(home.glob("*.ipynb"))}
-    return found | ({p.stem: p for p in sorted(tables.glob("*.ipynb"))} if kind == "table" else {})
+    return found | ({p.stem: p for p in sorted(tables.glob("*.ipynb"))} if modality == "rows" else {})
 
 IGNORED = """\
 /.mlkit/
@@ -177,7 +177,7 @@ mlartifacts/
 
 def write_project(
     out: Path, # Must not exist, or be empty
-    kind: str, # 'images' or 'table'
+    modality: str, # 'image' or 'rows'
     params: str, # Text of `params.yaml`
     readme: str,
 ):
@@ -189,7 +189,7 @@ def write_project(
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         (aside / "nbs/stages").mkdir(parents=True)
-        for name, notebook in notebooks(kind).items():
+        for name, notebook in notebooks(modality).items():
             if name == "_task": shutil.copyfile(notebook, aside / "nbs/task.ipynb")
             else: import_task(Path(shutil.copyfile(notebook, aside / f"nbs/stages/{name}.ipynb")))
         for name, text in {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED, "requirements.txt": f"mlkit=={__version__}\n"}.items(): (aside / name).write_text(text)
@@ -254,7 +254,7 @@ def new_project(
     source = data if not lite and (find_source(data) or "://" in data) else lite + _path_from(Path(data.removeprefix(lite)).absolute(), out)
     found = open_source(data, Path.cwd())
     with tempfile.TemporaryDirectory(prefix="mlkit-new-") as d:
-        if found.kind == "images":
+        if found.modality == "image":
             from mlkit.data.shards import write_shards
             if target: raise ConfigError(f"--target is for tables; {data} holds images, whose class is their folder or label")
             sections = choose_for_images(source, out.name, write_shards(found.images(), Path(d) / "shards"))
@@ -262,7 +262,7 @@ def new_project(
             contract, *rest = look_at_table(found, Path(d) / "shards", target)
             sections = choose_for_table(source, out.name, contract, *rest)
             found.reasons += [f"{f.name}: {f.dtype}{', the target' if f is contract.target else ''}; {f.why}" for f in contract.columns]
-    write_project(out, found.kind, params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change."), README.format(name=out.name, source=f"`{source}`"))
+    write_project(out, found.modality, params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change."), README.format(name=out.name, source=f"`{source}`"))
     return sections, [found.description, *found.reasons]
 
 def _path_from(data, out): # '../photos' where both lie side by side, so that they can be moved together; else absolute

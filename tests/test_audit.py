@@ -14,7 +14,7 @@ from mlkit.sources.registry import open_source
 from mlkit.data.scan import Frame
 from mlkit.data.parts import ingest_table, read_parts
 
-BLOCK = {"images": ["unreadable", "conflict"], "table": ["leakage"]} # as the stage notebooks have them
+BLOCK = {"image": ["unreadable", "conflict"], "rows": ["leakage"]} # as the stage notebooks have them
 TASKS = {"breast_cancer": "classification", "diabetes": "regression"}
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_clean_digits(images, digits):
     data = images(digits)
     found = audit(data)
     assert [f for f in found if f.severity != "info"] == []
-    stop_on(found, list(BLOCK["images"]) + ["near_duplicate", "shortcut", "label_error", "drift"])
+    stop_on(found, list(BLOCK["image"]) + ["near_duplicate", "shortcut", "label_error", "drift"])
 
 @pytest.mark.parametrize("name", TASKS)
 def test_clean_table(rows, name):
@@ -111,7 +111,7 @@ def test_leak_in_tables(rows, name, seed):
     found = audit(rows(frame.with_columns(paid=known + 0.02 * noise), target))
     f, = of(found, "leakage", "dominant")
     assert f.check == "leakage" and f.severity == "error" and f.evidence["skill"] > 0.98
-    with pytest.raises(DataError, match="column 'paid' alone predicts .* or take 'leakage' out of audit.block"): stop_on(found, BLOCK["table"])
+    with pytest.raises(DataError, match="column 'paid' alone predicts .* or take 'leakage' out of audit.block"): stop_on(found, BLOCK["rows"])
     f, = of(audit(rows(frame.with_columns(paid=known + 0.3 * noise), target)), "leakage", "dominant") # half as telling, still seen
     assert "'paid'" in f.text
 

@@ -105,7 +105,7 @@ def jpegs(folder, n=6):
 
 def test_a_corrupt_jpeg(place, tmp_path):
     jpegs(tmp_path / "photos")
-    (place.project / "images.json").write_text(json.dumps({"task": "image_classification", "inputs": [{"name": "image", "dtype": "uint8", "shape": [16, 16, 3]}], "target": {"name": "label", "dtype": "category", "categories": ["a", "b"]}}))
+    (place.project / "images.json").write_text(json.dumps({"modality": "image", "task": "classification", "inputs": [{"name": "image", "dtype": "uint8", "shape": [16, 16, 3]}], "target": {"name": "label", "dtype": "category", "categories": ["a", "b"]}}))
     assert place.check(str(tmp_path / "photos"), str(tmp_path / "photos"), "images.json").returncode == 0
     jpeg = tmp_path / "photos/b/3.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:40])

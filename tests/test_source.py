@@ -70,7 +70,7 @@ def test_bad_files(tmp_path, name, data, words):
     put(tmp_path / name, data)
     def read():
         s = open_source(name, tmp_path)
-        list(s.images() if s.kind == "images" else s.rows())
+        list(s.images() if s.modality == "image" else s.rows())
     says(read, *words)
 
 def test_tar_is_what_webdataset_reads(tmp_path):
@@ -79,7 +79,7 @@ def test_tar_is_what_webdataset_reads(tmp_path):
     write_shards(digits, tmp_path / "shards", shard_size=20)
     back = list(open_source("shards/*.tar", tmp_path).images())
     assert [(s.data, s.ext, s.label) for s in back] == [(s.data, s.ext, s.label) for s in digits]
-    assert detect("shards/*.tar", tmp_path)[:2] == ("images", "images in 3 tar files")
+    assert detect("shards/*.tar", tmp_path)[:2] == ("image", "images in 3 tar files")
 
 def test_hidden_pieces_and_brackets(tmp_path):
     "Names that mean something to glob, and what systems leave in folders."
@@ -88,7 +88,7 @@ def test_hidden_pieces_and_brackets(tmp_path):
     assert [len(rows(n, tmp_path)) for n in ("t", "j", "p", "t/b*.csv")] == [2, 1, 1, 1]
     assert rows("old.data", tmp_path).columns == ["x", "y"]
     kind, what, reasons = detect("t", tmp_path)
-    assert (kind, what) == ("table", "CSV, 2 files") and any("1 other file" in r for r in reasons)
+    assert (kind, what) == ("rows", "CSV, 2 files") and any("1 other file" in r for r in reasons)
 
 def test_larger_than_a_chunk(tmp_path):
     df = pl.DataFrame({"i": range(250_000), "s": [f"s{i}" for i in range(250_000)]})
@@ -119,7 +119,7 @@ def test_hugging_face(tmp_path):
     found = list(open_source("both", tmp_path).images())
     assert [s.label for s in found] == ["cat", "dog"] * 3 + ["dog"] and found[6].name.startswith("test/") and found[2].data == png(2)
     assert [s.data for s in open_source("both/test", tmp_path).images()] == [png(1)] and [s.data for s in open_source("p", tmp_path).images()] == [png(i) for i in range(6)]
-    assert detect("both", tmp_path)[0] == "images"
+    assert detect("both", tmp_path)[0] == "image"
     table = datasets.Dataset.from_dict({"x": [1, 2, 3], "t": ["a", None, "c"], "y": [1, 0, -1]}, features=datasets.Features({"x": datasets.Value("int32"), "t": datasets.Value("string"), "y": datasets.ClassLabel(names=["no", "yes"])}))
     table.save_to_disk(tmp_path / "table")
     table.filter(lambda r: r["x"] > 1).save_to_disk(tmp_path / "some") # indices are flattened
@@ -270,7 +270,7 @@ def test_s3_tables(s3, project):
     s3.put_object(Bucket="data", Key="one/a.csv.gz", Body=gzip.compress(b"x,y\n1,2\n")); s3.put_object(Bucket="data", Key="bad/a.parquet", Body=b"PAR1")
     assert rows("s3://data/t", project).rows() == [(1, "2024"), (2, "2024")]
     assert rows("s3://data/one/a.csv.gz", project).rows() == rows("s3://data/one/*.gz", project).rows() == [("1", "2")]
-    assert detect("s3://data/one/a.csv.gz", project)[0] == "table"
+    assert detect("s3://data/one/a.csv.gz", project)[0] == "rows"
     says(lambda: rows("s3://data/bad", project), "s3://data/bad/a.parquet: cannot be read", never=[".mlkit"])
 
 def test_s3_leaves_nothing_outside_a_project(s3, tmp_path):

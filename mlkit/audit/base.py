@@ -28,7 +28,7 @@ class Finding:
     samples: tuple[str, ...] = () # Names of the worst ones
     evidence: dict[str, float] = field(default_factory=dict) # What was measured
 
-CHECKS = {"images": {}, "table": {}} # kind of data: name: function(data) that yields findings
+CHECKS = {"image": {}, "rows": {}} # modality: name: function(data) that yields findings
 
 def check(
     *kinds: str, # Of `CHECKS`
@@ -65,7 +65,7 @@ class Data:
     split: np.ndarray # (n,) of 'train', 'validation', 'test'
     total: int # Samples that there are; more than n: this is a sample of them
     max_imbalance: float = 10.0 # Largest class over smallest, from which it is reported
-    kind = "table" # of `CHECKS`
+    modality = "rows" # of `CHECKS`
 
     def __len__(self): return len(self.names)
 
@@ -81,7 +81,7 @@ class Data:
     def take(self, rows, y=None, classes=None) -> "Data": # `rows`: mask or positions; `y`, `classes`: other ones, for all rows
         "Some of the samples."
         part = Data(self.names[rows], self.X[rows], self.columns, self.category, (self.y if y is None else y)[rows], classes or self.classes, self.split[rows], self.total, self.max_imbalance)
-        part.kind = self.kind
+        part.modality = self.modality
         return part
 
     @cached_property
@@ -163,7 +163,7 @@ def _models(data, regression, n_classes, columns):
     elif n_classes > 20: linear = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1) # closed form
     else: linear = LogisticRegression(C=0.1, max_iter=100)
     yield "a linear model", make_pipeline(_linear_input(data, columns), linear)
-    if data.kind == "images": yield "nearest neighbours", make_pipeline(_linear_input(data, columns), KNeighborsClassifier(12, weights="distance"))
+    if data.modality == "image": yield "nearest neighbours", make_pipeline(_linear_input(data, columns), KNeighborsClassifier(12, weights="distance"))
     else:
         forest = ExtraTreesRegressor if regression else ExtraTreesClassifier
         yield "randomised trees", forest(50, min_samples_leaf=3 if regression else 2, random_state=0)
@@ -232,7 +232,7 @@ def judge_labels(data: Data) -> Labels | None: # None: too few samples to judge
 # %% ../../nbs/audit/00_base.ipynb #4288a4d9
 MANY_WRONG = 0.03 # Share of suspect labels from which it is a warning: on clean data the best models leave up to 1 %
 
-@check("images", "table")
+@check("image", "rows")
 def label_error(data):
     "Labels that a model which has not seen them does not believe."
     found = data.labels
@@ -247,7 +247,7 @@ def label_error(data):
 # %% ../../nbs/audit/00_base.ipynb #9d142f50
 FAR = 6.0 # Robust standard deviations of the isolation score
 
-@check("images", "table")
+@check("image", "rows")
 def outlier(data):
     "Samples unlike all others."
     from sklearn.ensemble import IsolationForest
@@ -263,7 +263,7 @@ def outlier(data):
                   data.first(worst, 20), numbers(share=len(far) / len(data), largest_z=z.max()))
 
 # %% ../../nbs/audit/00_base.ipynb #9fa02934
-@check("images", "table")
+@check("image", "rows")
 def imbalance(data):
     "One class, or one value, outweighs the others."
     if data.classes is None:
@@ -279,7 +279,7 @@ def imbalance(data):
         yield Finding("imbalance", "warning", few, f"class '{large}' has {many} samples, '{small}' only {few}", "collect more of the small class, and read the figures by class", (), numbers(ratio=many / few))
 
 # %% ../../nbs/audit/00_base.ipynb #9ac0d5e4
-@check("images", "table")
+@check("image", "rows")
 def drift(data):
     "The test split differs from the training split."
     from sklearn.metrics import roc_auc_score
@@ -293,8 +293,8 @@ def drift(data):
     if auc < max(0.6, 0.5 + 4 * error): return
     each = [abs(roc_auc_score(test[ok], part.X[ok, j]) - 0.5) if (ok := ~np.isnan(part.X[:, j])).any() and 0 < test[ok].sum() < ok.sum() else 0 for j in range(part.X.shape[1])]
     most = sorted(range(len(each)), key=lambda j: -each[j])[:3]
-    yield Finding("drift", "warning", int(n1), f"{model} tells test from training samples (area under the ROC curve {auc:.2f})" + (f", most by {', '.join(data.columns[j] for j in most)}" if data.kind == "table" else ""),
-                  "look whether the test split stands for what the model will meet; the columns named show where it differs" if data.kind == "table" else "look whether the test split stands for what the model will meet",
+    yield Finding("drift", "warning", int(n1), f"{model} tells test from training samples (area under the ROC curve {auc:.2f})" + (f", most by {', '.join(data.columns[j] for j in most)}" if data.modality == "rows" else ""),
+                  "look whether the test split stands for what the model will meet; the columns named show where it differs" if data.modality == "rows" else "look whether the test split stands for what the model will meet",
                   data.first(np.flatnonzero(there)[np.argsort(-(p[:, 1] * test), kind="stable")]), numbers(auc=auc, chance=0.5, standard_error=error))
 
 # %% ../../nbs/audit/00_base.ipynb #657dad5d
@@ -318,12 +318,12 @@ def audit(data: Data) -> list[Finding]: # The worst first
     "Run every check for this kind of data, on one thread."
     from threadpoolctl import threadpool_limits
     with threadpool_limits(1):
-        found = [f for c in CHECKS[data.kind].values() for f in c(data)]
+        found = [f for c in CHECKS[data.modality].values() for f in c(data)]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
-def counts(findings: list[Finding], kind: str) -> dict[str, int]: # 'findings', then a number for each check
+def counts(findings: list[Finding], modality: str) -> dict[str, int]: # 'findings', then a number for each check
     "Metrics: how many findings, and how many samples each check names."
-    return {"findings": len(findings)} | {c: sum(f.count for f in findings if f.check == c) for c in CHECKS[kind]}
+    return {"findings": len(findings)} | {c: sum(f.count for f in findings if f.check == c) for c in CHECKS[modality]}
 
 def stop_on(
     findings: list[Finding],
@@ -336,10 +336,10 @@ def stop_on(
             raise DataError(f"{f.text}{named}; {f.action.split(';')[0]}, or take '{f.check}' out of audit.block")
 
 # %% ../../nbs/audit/00_base.ipynb #10017033
-def findings_table(findings: list[Finding], kind: str): # IPython's HTML
+def findings_table(findings: list[Finding], modality: str): # IPython's HTML
     "Show findings."
     from mlkit.plot import table
-    none = [{"severity": "none", "check": "", "finding": f"nothing found by {', '.join(CHECKS[kind])}", "evidence": "", "what to do": "nothing"}]
+    none = [{"severity": "none", "check": "", "finding": f"nothing found by {', '.join(CHECKS[modality])}", "evidence": "", "what to do": "nothing"}]
     return table([{"severity": f.severity, "check": f.check, "finding": f.text, "for example": ", ".join(f.samples[:3]), "evidence": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in f.evidence.items()), "what to do": f.action} for f in findings] or none)
 
 def plot_balance(data: Data):

@@ -48,7 +48,7 @@ class ImageData(Data):
     hashes: np.ndarray | None = None # (n,) uint64
     thumbs: np.ndarray | None = None # (n, SIDE, SIDE, 3) uint8
     properties: np.ndarray | None = None # (n, len(PROPERTIES)) float
-    kind = "images"
+    modality = "image"
 
 def _rgb(x): return np.repeat(x, 3, -1) if x.shape[-1] == 1 else x
 
@@ -78,21 +78,21 @@ def image_data(
 # %% ../../nbs/audit/01_images.ipynb #401e0f7b
 def _first(rows): return tuple(rows["name"].head(10))
 
-@check("images")
+@check("image")
 def unreadable(data):
     "Images that no decoder takes."
     bad = data.index.filter(pl.col("content").is_null())
     if len(bad): yield Finding("unreadable", "error", len(bad), f"{len(bad)} of {len(data.index)} images cannot be decoded",
                                "remove or replace these files; 'prepare' leaves them out", _first(bad), numbers(share=len(bad) / len(data.index)))
 
-@check("images")
+@check("image")
 def duplicate(data):
     "The same pixels more than once under one label. They cannot cross the splits, which go by content."
     extra = data.index.drop_nulls("content").filter(pl.struct("content", "label").is_first_distinct().not_())
     if len(extra): yield Finding("duplicate", "warning", len(extra), f"{len(extra)} images are exact copies of another",
                                  "harmless for the test set, whose split goes by content; remove them if they weigh too much in training", _first(extra), numbers(share=len(extra) / len(data.index)))
 
-@check("images")
+@check("image")
 def conflict(data):
     "The same pixels under different labels: one of them is wrong."
     bad = data.index.drop_nulls("content").filter(pl.col("label").n_unique().over("content") > 1)
@@ -124,7 +124,7 @@ def near_pairs(
             found.append(np.stack([s[near], t[near]], 1))
     return np.concatenate(found).astype(int) if found else np.zeros((0, 2), int)
 
-@check("images")
+@check("image")
 def near_duplicate(data):
     "Different files that show the same."
     pairs = near_pairs(data.hashes, data.thumbs, data.rows["content"].to_numpy())
@@ -135,7 +135,7 @@ def near_duplicate(data):
 # %% ../../nbs/audit/01_images.ipynb #9d198aa5
 SHORTCUT, PLACE = 0.5, 0.8 # Skill, see `audit.skill`: of a property; of one pixel of the thumbnail
 
-@check("images")
+@check("image")
 def shortcut(data):
     "The class can be told without looking at what is in the picture."
     if len(data) < 30 or len(np.unique(data.y)) < 2: return
@@ -154,7 +154,7 @@ def shortcut(data):
                       "look there for a mark or a date and crop it; explain shows where the model looks", (), numbers(place=each[best]))
 
 # %% ../../nbs/audit/01_images.ipynb #b80cdf09
-@check("images")
+@check("image")
 def blank(data):
     "Images of one colour."
     flat = np.flatnonzero(data.properties[:, PROPERTIES.index("contrast")] < 2)

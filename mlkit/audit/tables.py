@@ -72,7 +72,7 @@ def _groups(data): # (n,) int: rows with the same inputs have the same
     filled = pl.DataFrame(np.where(np.isnan(data.X), -1.7e308, data.X), schema=[f"x{i}" for i in range(data.X.shape[1])])
     return filled.select(pl.struct(pl.all()).rank("dense")).to_series().to_numpy().astype(int) if data.X.shape[1] else np.arange(len(data))
 
-@check("table")
+@check("rows")
 def duplicate(data):
     "Rows that repeat another in every input and in the target."
     key = np.unique(np.stack([_groups(data), np.unique(data.y, return_inverse=True)[1]], 1), axis=0, return_inverse=True)[1].ravel()
@@ -85,7 +85,7 @@ def duplicate(data):
     yield Finding("duplicate", "info" if share > COMMON or not crossing else "warning", len(extra), f"{len(extra)} of {data.of} repeat another in every input and the target" + (f", {crossing} of them in another split" if crossing else ", all in the same split"),
                   "remove them; if they are different cases, add the column that tells them apart", data.first(pairs.ravel(), 20), numbers(share=share, crossing=crossing))
 
-@check("table")
+@check("rows")
 def conflict(data):
     "Rows with the same inputs and different targets."
     key = _groups(data)
@@ -126,7 +126,7 @@ def near_rows(
     chance = len(found) <= ((gap > NEAR) & (gap <= WIDER * NEAR)).sum() or crowded.mean() > 0.5
     return np.zeros((0, 2), int) if chance else found
 
-@check("table")
+@check("rows")
 def near_duplicate(data):
     "Rows that are nearly the same."
     yield from copies(data, near_rows(data.X, data.category), "rows", "remove one of each pair; or name the column of what they belong to as 'group' in the contract")
@@ -164,7 +164,7 @@ def _others(data, without) -> float: # skill of a model of all other columns
     part = data.take(ok)
     return out_of_fold(part, part.y, data.classes is None, rest)[1] if len(np.unique(part.y)) > 1 else 0.0
 
-@check("table")
+@check("rows")
 def leakage(data):
     "A column that is the target in other words."
     for j in data.told.leaks:
@@ -172,7 +172,7 @@ def leakage(data):
         yield Finding("leakage", "error", len(data), f"column '{n}' alone predicts '{data.contract.target.name}' (skill {s:.3f} out of fold, all others together {others:.3f})",
                       f"leave '{n}' out (dtype 'text' in the contract) unless it is known before the target is", (), numbers(skill=s, others=others))
 
-@check("table")
+@check("rows")
 def dominant(data):
     "A column that says more than all others together."
     for j in data.told.dominant:
@@ -181,7 +181,7 @@ def dominant(data):
                       "make sure that it is known before the target is", (), numbers(skill=s, others=others))
 
 # %% ../../nbs/audit/02_tables.ipynb #9600b293
-@check("table")
+@check("rows")
 def after_the_fact(data):
     "Columns that may have been written after the target was known."
     if len(data) >= 30:
@@ -201,7 +201,7 @@ def after_the_fact(data):
 # %% ../../nbs/audit/02_tables.ipynb #a7286548
 GROUP, TIME = 0.5, 0.3 # skill of the group alone; how far neighbours in time agree, 0 is chance
 
-@check("table")
+@check("rows")
 def group_leak(data):
     "Rows that belong together lie in different splits."
     if len(data) < 50: return
@@ -218,7 +218,7 @@ def group_leak(data):
             yield Finding("group_leak", "warning", int(np.isin(code, np.intersect1d(train, test)).sum()), f"rows of one '{f.name}' share their target (skill {s:.2f} out of fold), and {crossing:.0%} of the test rows have a '{f.name}' of the training rows",
                           f"name '{f.name}' as 'group' in the contract, so that no '{f.name}' is in two splits; unless the model will only meet known ones", data.first(np.isin(code, np.intersect1d(train, test))), numbers(skill=s, crossing=crossing, groups=m))
 
-@check("table")
+@check("rows")
 def time_leak(data):
     "A random split of what goes on in time."
     if data.contract.time or len(data) < 50: return
@@ -238,7 +238,7 @@ def time_leak(data):
                           f"name '{f.name}' as 'time' in the contract, so that the latest rows test", (), numbers(agreement=agree))
 
 # %% ../../nbs/audit/02_tables.ipynb #b8d3e33d
-@check("table")
+@check("rows")
 def shortcut(data):
     "A column that counts the rows."
     position = ranks(data.rows["_row"].to_numpy().astype(float))
@@ -251,7 +251,7 @@ def shortcut(data):
         yield Finding("shortcut", "warning", len(data), f"column '{n}' counts the rows (rank correlation {r:.2f} with their position){f', and tells the target (skill {s:.2f})' if s >= 0.2 else ''}",
                       "split by it, prepare.method: time, so that the latest rows test" if date else f"leave '{n}' out: dtype 'id' in the contract", (), numbers(correlation=r, skill=s))
 
-@check("table")
+@check("rows")
 def extreme(data):
     "Values out of all proportion to the rest of their column."
     for j, n in enumerate(data.columns):

@@ -36,16 +36,16 @@ def open_data(name: str): # Source
 def inspect(source, contract: Contract | None, target: str | None) -> tuple[Contract, list[Breach]]:
     "The contract that data have or are to keep, and what breaks it."
     from mlkit.data.scan import scan_table
-    if source.kind == "images":
+    if source.modality == "image":
         return inspect_images(source, contract)
-    if contract and contract.task == "image_classification":
+    if contract and contract.modality == "image":
         raise MlkitError(f"{source.name}: a table, but the contract is one of images")
     return scan_table(source, contract, target)[:2]
 def inspect_images(source, contract: Contract | None) -> tuple[Contract, list[Breach]]:
     "As `inspect`, of images: they are decoded, and nothing of them is kept."
     from mlkit.data.shards import write_shards
     from mlkit.inputs.image import breaches, infer_contract
-    if contract and contract.task != "image_classification":
+    if contract and contract.modality != "image":
         raise MlkitError("these are images, but the contract is one of a table")
     with tempfile.TemporaryDirectory(prefix="mlkit-check-") as d:
         index = write_shards(source.images(), Path(d))
@@ -78,7 +78,7 @@ def print_rows(rows: list[dict]):
 def show(path, target):
     "The contract in PATH (contract.json, or a data file, whose contract is inferred); default: the one of this project."
     c, where = find_contract(path, target)
-    click.echo(f"{where}: {c.task}, at least {c.min_samples:,} samples")
+    click.echo(f"{where}: {c.task} of {c.modality}, at least {c.min_samples:,} samples")
     for field, why in c.why.items():
         value = c.target.name if field == "target" else getattr(c, field)
         click.echo(f"{field}: {', '.join(value) if isinstance(value, tuple) else value} ({why})")

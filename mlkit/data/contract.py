@@ -35,7 +35,8 @@ class Feature(Strict):
 
 class Contract(Strict):
     "What data must be to enter the pipeline."
-    task: Literal["image_classification", "classification", "regression"]
+    modality: str = "rows" # Of `inputs`: 'image', 'rows', or one of your own
+    task: str # Of `targets`: 'classification', 'regression', or one of your own
     inputs: tuple[Feature, ...] = Field(min_length=1)
     target: Feature
     min_samples: int = Field(1, ge=1) # Fewer is taken for a broken delivery

@@ -24,7 +24,7 @@ class Frame:
     "A frame in memory as a source."
     frame: pl.DataFrame
     name: str = "frame"
-    kind: str = "table"
+    modality: str = "rows"
     def rows(self, chunk_rows: int = 100_000) -> Iterator[pl.DataFrame]: return self.frame.iter_slices(chunk_rows)
 
 # %% ../../nbs/data/06_scan.ipynb #2d5a376e

@@ -17,7 +17,7 @@ def infer_contract(
     sizes = index.drop_nulls("content")
     if not len(sizes): raise DataError("not one image can be decoded; check ingest.source")
     shape = tuple(sizes[c][0] if sizes[c].n_unique() == 1 else None for c in ("height", "width", "channels"))
-    return Contract(task="image_classification",
+    return Contract(modality="image", task="classification",
         inputs=(Feature(name="image", dtype="uint8", shape=shape, range=(0, 255), unit="intensity, 0 is dark"),),
         target=Feature(name="label", dtype="category", categories=tuple(sorted(index["label"].unique()))),
         min_samples=max(1, len(index) // 2))

@@ -20,7 +20,7 @@ from ..data.shards import Sample
 # %% ../../nbs/sources/00_base.ipynb #dae07bef
 class Source:
     "Where data come from. A subclass sets `kind` and has `images` or `rows`."
-    kind = "table" # or 'images'
+    modality = "rows" # or 'image'
     def __init__(self,
         name: str, # As the user wrote it
         root: Path | None = None, # What a relative path is relative to

@@ -12,7 +12,7 @@ from .base import Source
 # %% ../../nbs/sources/05_bundled.ipynb #78c218b3
 class Digits(Source):
     "1,797 scans of digits that 43 people wrote, 8 x 8 grey (Alpaydin and Kaynak 1998), as scikit-learn bundles them."
-    kind = "images"
+    modality = "image"
     def __init__(self, name="digits", root=None): super().__init__(name); self.says("1,797 images of 10 handwritten digits", "bundled with scikit-learn")
 
     def images(self):

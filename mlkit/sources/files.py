@@ -49,7 +49,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 class ImageFolder(Source):
     "Images in one sub-folder a class. Raises `DataError` where there are fewer than two classes with images."
-    kind = "images"
+    modality = "image"
     def __init__(self, name: str, folder: Path, files: list[Path] | None = None): # `files`: all under it, None: look
         super().__init__(name)
         self.folder, files = folder, walk(folder) if files is None else files
@@ -197,7 +197,7 @@ LABELS = {"label", "labels", "class", "target", "category"}
 
 class LabelledImages(Source):
     "Images that a table names. Raises `DataError` where a column is missing, or unclear."
-    kind = "images"
+    modality = "image"
     def __init__(self, name: str, table: Path, files: list[Path], options: dict[str, str] = {}): # `files`: all in the folder of `table`; options: `file` and `label`, names of columns
         super().__init__(name)
         self.table, self.folder = table, table.parent
@@ -243,7 +243,7 @@ class LabelledImages(Source):
 # %% ../../nbs/sources/02_files.ipynb #d82996ea
 class TarFiles(Source):
     "Images in tar files."
-    kind = "images"
+    modality = "image"
     def __init__(self, name: str, files: list[Path]):
         super().__init__(name)
         self.files = files
@@ -296,7 +296,7 @@ class HuggingFace(Source):
         images = [n for n, f in self.features.items() if f.get("_type") == "Image"]
         self.image, self.label = images[0] if images else None, options.get("label") or next(iter([*self.classes, *(n for n in self.features if n.lower() in LABELS)]), None)
         if self.label and self.label not in self.features: raise DataError(f"{name}: no column '{self.label}'{nearest(self.label, self.features)}")
-        self.kind = "images" if images else "table"
+        self.modality = "image" if images else "rows"
         if len(images) > 1 or images and not self.label: raise DataError(f"{name}: {len(images)} columns of images and {'no' if not self.label else 'a'} label; mlkit needs one of each: keep the columns that you mean (?label=COLUMN names a label)")
         self.says(f"a Hugging Face dataset of {'labelled images' if images else 'rows'}, {counted(len(files), 'file')}",
             f"features written by `datasets`: {listed(self.features, 6)}",
@@ -312,11 +312,11 @@ class HuggingFace(Source):
                     yield f, df.with_columns(pl.col(n).replace_strict({**dict(enumerate(c)), -1: None}, return_dtype=pl.String) for n, c in self.classes.items() if n in df.columns)
 
     def rows(self, chunk_rows=100_000):
-        if self.kind == "images": yield from super().rows(chunk_rows)
+        if self.modality == "image": yield from super().rows(chunk_rows)
         for f, df in self._batches(chunk_rows): yield from flat(df.lazy(), f).collect().iter_slices(chunk_rows)
 
     def images(self):
-        if self.kind == "table": yield from super().images()
+        if self.modality == "rows": yield from super().images()
         row, last = 0, None
         for f, df in self._batches(256):
             row, last = 0 if f != last else row, f

@@ -49,4 +49,4 @@ def detect(
 ) -> tuple[str, str, list[str]]: # 'images' or 'table'; what it is; what was seen that makes it so
     "What data are, for a person. Raises what `open_source` raises."
     found = open_source(name, root)
-    return found.kind, found.description, found.reasons
+    return found.modality, found.description, found.reasons

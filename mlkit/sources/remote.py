@@ -76,7 +76,7 @@ class Remote(Source):
             folder = Path(self.held.name)
         self.copy = folder / sha256(self.url.encode()).hexdigest()[:16]
         with self._named(): self.inner = open_path(mirror(self.url, self.copy), name, options)
-        self.kind = self.inner.kind
+        self.modality = self.inner.modality
         self.says(self.inner.description, *self.inner.reasons, "a copy is kept in .mlkit/cache/remote; only what changed is fetched again")
 
     @classmethod
