@@ -11,9 +11,8 @@ from pathlib import Path
 
 import cv2, numpy as np, polars as pl
 
-from .base import Data, Finding, SHARES, check, codes, copies, numbers, sampled, skill
+from .base import Data, Finding, check, codes, copies, numbers, sampled, skill
 from ..data.shards import read_images
-from ..data.split import assign_split
 
 # %% ../../nbs/audit/01_images.ipynb #cc606709
 SIDE = 16 # Of thumbnails, pixels
@@ -57,6 +56,7 @@ def image_data(
     index: pl.DataFrame, # Of them
     max_samples: int = 10_000, # That are decoded
     max_imbalance: float = 10.0,
+    split=None, # Function: rows of the index to their splits
 ) -> ImageData:
     "Read what the checks need. Raises `DataError` where a file of the index is damaged."
     readable = index.drop_nulls("content")
@@ -72,7 +72,7 @@ def image_data(
     grey = bool((T == T[..., :1]).all())
     X = np.array([cv2.resize(t[..., 0] if grey else t, (side, side), interpolation=cv2.INTER_AREA).ravel() for t in T], float).reshape(len(T), -1)
     return ImageData(rows["name"].to_numpy(), X, tuple(f"pixel {i}" for i in range(X.shape[1])), np.zeros(X.shape[1], bool), np.array([classes.index(l) for l in rows["label"]], int), classes,
-                     np.array(assign_split(rows["content"].to_list(), SHARES, 0), str), len(readable), max_imbalance, index=index, rows=rows,
+                     np.array(split(rows) if split else ["train"] * len(rows), str), len(readable), max_imbalance, index=index, rows=rows,
                      hashes=np.array(hashes, np.uint64), thumbs=T, properties=np.array(told, float).reshape(-1, len(PROPERTIES)))
 
 # %% ../../nbs/audit/01_images.ipynb #401e0f7b

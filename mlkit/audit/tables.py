@@ -48,6 +48,7 @@ def table_data(
     contract: Contract, # Of a table
     max_samples: int = 10_000, # Rows that are audited
     max_imbalance: float = 10.0,
+    split=None, # Function: rows to their splits
 ) -> TableData:
     "Rows as the checks need them; those without a target are left out."
     name, lazy = contract.target.name, frame.lazy().filter(pl.col(contract.target.name).is_not_null())
@@ -63,7 +64,7 @@ def table_data(
         classes = tuple(contract.target.categories) if there <= set(contract.target.categories) else tuple(sorted(there))
         y = labels.replace_strict(classes, range(len(classes)), return_dtype=pl.Int64).to_numpy()
     return TableData(np.array([f"row {i}" for i in rows["_row"]], str), X, tuple(f.name for f in features), np.array([f.dtype == "category" for f in features], bool), y, classes,
-                     _splits(rows, contract), total, max_imbalance, rows=rows, contract=contract)
+                     np.array(split(rows), str) if split else _splits(rows, contract), total, max_imbalance, rows=rows, contract=contract)
 
 # %% ../../nbs/audit/02_tables.ipynb #6f0b197c
 COMMON = 1 / 3 # Share of rows from which repetition is the table's nature
