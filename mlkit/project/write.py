@@ -67,8 +67,8 @@ IGNORED = """\
 /scratch/
 /.mlkit/
 /.venv/
-/.dvc/cache/
-/.dvc/tmp/
+/.dvc/cache
+/.dvc/tmp
 /.dvc/config.local
 /mlflow.db*
 /mlartifacts/
