@@ -18,7 +18,7 @@ def predict(
     batch_size: int = 1024,
 ) -> np.ndarray: # (n, k) float32 probabilities, or (n, 1) float32 values in the target's unit
     "What the served model should say."
-    from mlkit.training.model import with_answer
+    from mlkit.layers import with_answer
     front, whole = task.input.front(), with_answer(net, task)
     with torch.no_grad():
         return np.concatenate([whole(front(x)).numpy() for x in torch.from_numpy(np.asarray(X)).split(batch_size)])

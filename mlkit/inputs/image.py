@@ -224,7 +224,7 @@ def show_prepared(self: Image, prepared: Path, target, contract):
 @patch
 def front(self: Image):
     "uint8 pixels (n, h, w, c) to float32 (n, c, h, w), mean 0 and standard deviation 1 on the training split."
-    from mlkit.training.model import Normalize
+    from mlkit.layers import Normalize
     return Normalize(self.mean, self.std)
 
 @patch

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core import ConfigError
 from .pin import pin
 from .repository import NO_GIT, has_git, in_repository, init_dvc, join_git
-from .stages import import_task, stage_notebooks
+from .stages import connect_task, stage_notebooks
 
 # %% ../../nbs/project/03_write.ipynb #2e1a2f31
 def real_path(path: Path) -> Path: # Absolute
@@ -113,11 +113,12 @@ def write_files(
         if name == "_task":
             shutil.copyfile(notebook, root / "nbs/task.ipynb")
         else:
-            import_task(Path(shutil.copyfile(notebook, stages / f"{name}.ipynb")))
+            shutil.copyfile(notebook, stages / f"{name}.ipynb")
     for name, text in texts.items():
         (root / name).write_text(text)
     pin(root)
     export_stale(root)
+    connect_task(root)
     render(root)
 
 # %% ../../nbs/project/03_write.ipynb #f3a262d8

@@ -61,7 +61,7 @@ def export_onnx(
     opset: int,
 ) -> Signatures:
     "Write the chain as ONNX. Raises `ExportError` where a step cannot be exported."
-    from mlkit.training.model import with_answer
+    from mlkit.layers import with_answer
     chain = signatures(task)
     (x,), (answer,) = chain.steps["model"].inputs, chain.steps["model"].outputs
     model = lambda: torch_to_onnx(with_answer(net, task), {x.name: (x.dtype, x.shape)}, (answer.name, answer.dtype, answer.shape), opset)

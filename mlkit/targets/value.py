@@ -61,7 +61,7 @@ def score(self: Value, output, y) -> float: # R²
 @patch
 def answer(self: Value):
     "The last module: standard deviations to the target's unit."
-    from mlkit.training.model import Rescale
+    from mlkit.layers import Rescale
     return Rescale(self.mean, self.std)
 
 # %% ../../nbs/targets/02_value.ipynb #df4a94d6
