@@ -32,8 +32,8 @@ def drive(project, tmp_path):
     project.git("add", "-A")
     assert status(project) == ["A  champion.json", "A  dvc.lock"]
     project.git("commit", "-qm", "a run")
-    tried = project.dvc("exp", "run", "-S", "evaluate.confidence=0.9", "evaluate")
-    assert ran(tried.stdout) == ["evaluate"] and {line[3:] for line in status(project)} == {"dvc.lock", "params.yaml"}
+    tried = project.dvc("exp", "run", "-S", "train.optimizer.lr=0.003", "-S", "train.n_epochs=1", "evaluate")
+    assert ran(tried.stdout) == ["train", "evaluate"] and {line[3:] for line in status(project)} == {"dvc.lock", "params.yaml"}
     assert "reports/metrics/evaluate.json" in project.dvc("metrics", "diff").stdout
     project.git("checkout", "-q", ".")
     project.dvc("checkout", "-q")
@@ -78,18 +78,19 @@ def test_photos(photos, tmp_path):
     assert v["model"] == "shapes" and v["released"]
     drive(project, tmp_path)
     assert project.json("reports/metrics/audit.json")["unreadable"] == 1
-    assert project.json("data/prepared/transform.json")["classes"] == ["Circles", "cross es", "stripes"] and project.json("reports/metrics/prepare.json")["left_out"] == 5
+    assert project.json("data/prepared/task.json")["target"]["classes"] == ["Circles", "cross es", "stripes"] and project.json("reports/metrics/prepare.json")["left_out"] == 5
     assert "Left out, with fewer than three different images, one a split: 'a pair' (2), 'only one' (1)" in "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", [])) for c in project.json("reports/prepare.ipynb")["cells"] for o in c.get("outputs", []))
     # one's own network and metric, by name
-    project.param(train__model="contrast_cnn", train__n_epochs=1)
+    project.param(train__model={"name": "contrast_cnn", "width": 8}, train__n_epochs=1)
     assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"train", "evaluate"}
     assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
     # a photo more: no other sample changes its split
     import polars as pl
-    before = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    splits = lambda: {c: s for s in ("train", "validation", "test") for c in pl.read_parquet(project / f"data/prepared/{s}.parquet")["content"]}
+    before = splits()
     (photos / "Circles/IMG_9000.jpg").write_bytes(cv2.imencode(".jpg", np.random.default_rng(9).integers(0, 255, (50, 60, 3), dtype=np.uint8))[1].tobytes())
     project.mlkit("repro", "prepare")
-    after = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    after = splits()
     assert len(after) == len(before) + 1 and before.items() <= after.items()
 
 def messy(path):
@@ -125,7 +126,7 @@ def test_a_value(tmp_path):
     v = verdict(project)
     drive(project, tmp_path)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
-    assert project.json("reports/metrics/export.json")["feature_difference"] < 1e-5
+    assert project.json("reports/metrics/export.json")["input_difference"] < 1e-5
 
 def test_a_database_beside_it(tmp_path):
     "Its path is seen from the project, and DVC watches the file."
