@@ -38,7 +38,12 @@ class Target:
     task: ClassVar[str] # As the contract has it
     dtype: ClassVar[str] # Of y on disk: 'I64' or 'F32', as safetensors names it
     score_name: ClassVar[str] # Of the figure that is watched in training, and compared: higher is better
-    n_outputs: ClassVar[int] = 1
+    n_outputs: ClassVar[int] = 1 # Of the network
+
+    @property
+    def n_answers(self) -> int:
+        "Numbers that the served model gives."
+        return self.n_outputs
 
     def to_dict(self) -> dict:
         "The fields as JSON has them."
