@@ -29,13 +29,14 @@ class Finding:
     evidence: dict[str, float] = field(default_factory=dict) # what was measured
     check: str = "" # name of the check; `run.audit` fills it in
 
+# %% ../../nbs/audit/00_base.ipynb #8e60a79f
 def evidence(
     **values: float, # what was measured
 ) -> dict[str, float]: # four digits after the point
     "The evidence of a finding."
     return {name: round(float(value), 4) for name, value in values.items()}
 
-# %% ../../nbs/audit/00_base.ipynb #4d3f3f4d
+# %% ../../nbs/audit/00_base.ipynb #bff8e575
 @dataclass(frozen=True)
 class Check:
     "A function that looks for one kind of fault."
@@ -43,6 +44,7 @@ class Check:
     function: Callable # takes `Data` and parameters of its own; yields findings
     modalities: tuple[str, ...] = () # kinds of data that it can judge; empty: every kind
 
+# %% ../../nbs/audit/00_base.ipynb #8c768604
 CHECKS: dict[str, Check] = {} # by name
 
 def check(
@@ -56,7 +58,7 @@ def check(
         return function
     return register
 
-# %% ../../nbs/audit/00_base.ipynb #22e7b848
+# %% ../../nbs/audit/00_base.ipynb #7ac8a88f
 ENTRY_POINTS = "mlkit.checks"
 
 def _load(entry):
@@ -70,6 +72,7 @@ def _load(entry):
     if entry.name not in CHECKS:
         raise SetupError(f"{where} is not registered; put @check from mlkit.audit.base above that function")
 
+# %% ../../nbs/audit/00_base.ipynb #90e932b9
 def checks_for(
     modality: str, # kind of data
 ) -> dict[str, Check]: # by name, in the order of the alphabet
@@ -79,7 +82,7 @@ def checks_for(
             _load(entry)
     return {name: c for name, c in sorted(CHECKS.items()) if not c.modalities or modality in c.modalities}
 
-# %% ../../nbs/audit/00_base.ipynb #f6857406
+# %% ../../nbs/audit/00_base.ipynb #cfef87af
 def parameters_of(
     check: Check,
     data, # the data that it will judge, see `Data`
@@ -89,7 +92,7 @@ def parameters_of(
     function = dispatch(type(data)) if dispatch else check.function
     return {name: p.default for name, p in list(signature(function).parameters.items())[1:]}
 
-# %% ../../nbs/audit/00_base.ipynb #ebfac661
+# %% ../../nbs/audit/00_base.ipynb #3c10fc3c
 @dataclass(eq=False)
 class Data:
     "The samples that are audited."
@@ -112,7 +115,7 @@ class Data:
         "Whether the target is a number."
         return self.classes is None
 
-# %% ../../nbs/audit/00_base.ipynb #f857e7a1
+# %% ../../nbs/audit/00_base.ipynb #9ff9a684
 def scope(
     self: Data,
 ) -> str: # such as '1,797 samples'
@@ -120,6 +123,9 @@ def scope(
     n = f"{len(self):,} samples"
     return n if len(self) >= self.total else f"{n} drawn from {self.total:,}"
 
+Data.of = property(scope)
+
+# %% ../../nbs/audit/00_base.ipynb #ae5ddbcd
 def first(
     self: Data,
     rows, # positions or mask
@@ -128,9 +134,9 @@ def first(
     "Names of the first of these samples."
     return tuple(map(str, self.names[rows][:n]))
 
-Data.of, Data.first = property(scope), first
+Data.first = first
 
-# %% ../../nbs/audit/00_base.ipynb #c5929abc
+# %% ../../nbs/audit/00_base.ipynb #5281bccb
 def take(
     self: Data,
     rows, # positions or mask
@@ -144,6 +150,9 @@ def take(
     part.modality, part.named_columns = self.modality, self.named_columns
     return part
 
+Data.take = take
+
+# %% ../../nbs/audit/00_base.ipynb #97a53880
 def crosses(
     self: Data,
     a, b, # (m,) positions
@@ -152,9 +161,9 @@ def crosses(
     one, other = self.split[a], self.split[b]
     return (one != other) & (one != "") & (other != "")
 
-Data.take, Data.crosses = take, crosses
+Data.crosses = crosses
 
-# %% ../../nbs/audit/00_base.ipynb #581661f8
+# %% ../../nbs/audit/00_base.ipynb #4eea2598
 def drawn(
     draw, # (n,) float in [0, 1), from the content of each sample; or a Polars expression of it
     share: float, # of the samples, in (0, 1)
@@ -162,7 +171,7 @@ def drawn(
     "Which samples are audited: roughly this share of them."
     return (draw * 1_000_003) % 1 < share
 
-# %% ../../nbs/audit/00_base.ipynb #e03704c8
+# %% ../../nbs/audit/00_base.ipynb #f0162622
 Split = Sequence[str] | Callable[[pl.DataFrame], Sequence[str]]
 
 def split_of(

@@ -22,11 +22,13 @@ class Told:
     strong: tuple[int, ...] # positions of the strong ones
     others: float # skill of all columns together that are not strong alone; 1 where none is strong
 
+# %% ../../nbs/audit/07_columns.ipynb #b501dd45
 def _skills(data): # {position: skill of the column alone}
     many = np.array([len(np.unique(v)) > len(data) / 10 for v in data.X.T], bool) & data.category
     tried = np.flatnonzero(~many).tolist()
     return {j: skill(codes(data.X[:, j], bool(data.category[j])), data.y, data.regression) for j in tried}
 
+# %% ../../nbs/audit/07_columns.ipynb #c801681e
 def _skill_without(data, strong): # skill of a model of the other columns, on classes that are large enough
     rest = np.setdiff1d(np.arange(data.X.shape[1]), strong)
     part = data if data.regression else data.take(np.bincount(data.y)[data.y] >= N_FOLDS)
@@ -34,7 +36,7 @@ def _skill_without(data, strong): # skill of a model of the other columns, on cl
         return 0.0
     return out_of_fold(part, rest).skill
 
-# %% ../../nbs/audit/07_columns.ipynb #f2917c1a
+# %% ../../nbs/audit/07_columns.ipynb #44bf638c
 @lru_cache(maxsize=1)
 def tell_alone(
     data: TableData,
@@ -47,7 +49,7 @@ def tell_alone(
     found = tuple(j for j, s in skills.items() if s >= strong)
     return Told(skills, found, _skill_without(data, found) if found else 1.0)
 
-# %% ../../nbs/audit/07_columns.ipynb #86e08ba9
+# %% ../../nbs/audit/07_columns.ipynb #9e75bc80
 LEAK, LEAK_NUMBER = 0.98, 0.995 # skill of a leak, where classes and where numbers are predicted
 
 def leaks(
@@ -57,6 +59,7 @@ def leaks(
     "The columns that are the target in other words."
     return [j for j in told.strong if told.skills[j] >= limit and told.skills[j] > told.others + (1 - limit)]
 
+# %% ../../nbs/audit/07_columns.ipynb #b55f6c70
 @check("rows")
 def leakage(
     data,
@@ -68,11 +71,12 @@ def leakage(
     told = tell_alone(data, strong)
     for j in leaks(told, numbers if data.regression else classes):
         name, s = data.columns[j], told.skills[j]
-        yield Finding("error", len(data), f"column '{name}' alone predicts '{data.contract.target.name}' (skill {s:.3f} "
-                      f"out of fold, all others together {told.others:.3f})", f"leave '{name}' out (dtype 'text' in the "
-                      "contract) unless it is known before the target is", (), evidence(skill=s, others=told.others))
+        text = (f"column '{name}' alone predicts '{data.contract.target.name}' (skill {s:.3f} out of fold, all others "
+                f"together {told.others:.3f})")
+        action = f"leave '{name}' out (dtype 'text' in the contract) unless it is known before the target is"
+        yield Finding("error", len(data), text, action, (), evidence(skill=s, others=told.others))
 
-# %% ../../nbs/audit/07_columns.ipynb #53de05a4
+# %% ../../nbs/audit/07_columns.ipynb #9deccdd2
 @check("rows")
 def dominant(
     data,
@@ -103,6 +107,7 @@ def _told_by_gaps(data, name, empty, min_skill): # `empty`: (n,) bool, rows with
                       f"leave '{name}' out if it is filled in only when the target is known", data.first(empty),
                       evidence(skill=s, missing=share))
 
+# %% ../../nbs/audit/07_columns.ipynb #58c3d72e
 def _later(data, name, max_share): # `name`: a column of dates
     later = (data.rows[name] > data.rows[data.contract.time]).fill_null(False).to_numpy()
     if later.mean() > max_share:
@@ -110,7 +115,7 @@ def _later(data, name, max_share): # `name`: a column of dates
                       f"{later.mean():.0%} of {data.of}", f"leave '{name}' out unless it is planned beforehand",
                       data.first(later), evidence(later=later.mean()))
 
-# %% ../../nbs/audit/07_columns.ipynb #99db5d58
+# %% ../../nbs/audit/07_columns.ipynb #9d5405d0
 @check("rows")
 def after_the_fact(
     data,
@@ -126,10 +131,11 @@ def after_the_fact(
             if f.dtype == "datetime" and f.name != data.contract.time:
                 yield from _later(data, f.name, max_later)
 
-# %% ../../nbs/audit/07_columns.ipynb #32b6a0e2
+# %% ../../nbs/audit/07_columns.ipynb #969996c6
 def _counts(v): # whether all values are whole and different
     return not np.isnan(v).any() and len(np.unique(v)) == len(v) and (v == np.round(v)).all()
 
+# %% ../../nbs/audit/07_columns.ipynb #db6dee4d
 def _counting(data, j, position, min_correlation, min_skill):
     name, date = data.columns[j], data.rows[data.columns[j]].dtype.is_temporal()
     r = np.corrcoef(ranks(data.X[:, j]), position)[0, 1]
@@ -146,7 +152,7 @@ def _counting(data, j, position, min_correlation, min_skill):
         action = "split by it, prepare.method: time, so that the latest rows test"
     yield Finding("warning", len(data), text, action, (), evidence(correlation=r, skill=s))
 
-# %% ../../nbs/audit/07_columns.ipynb #466d884e
+# %% ../../nbs/audit/07_columns.ipynb #f89e44f8
 @shortcut.register
 def shortcut_rows(
     data: TableData,
@@ -159,11 +165,12 @@ def shortcut_rows(
         if len(data) >= 30 and _counts(data.X[:, j]):
             yield from _counting(data, j, position, min_correlation, min_skill)
 
-# %% ../../nbs/audit/07_columns.ipynb #83a01d91
+# %% ../../nbs/audit/07_columns.ipynb #80e71b41
 def _far(v, times): # (n,) bool: further from the median than so many interquartile ranges
     low, middle, high = np.nanpercentile(v, (25, 50, 75))
     return np.abs(v - middle) > times * (high - low) if high > low else np.zeros(len(v), bool)
 
+# %% ../../nbs/audit/07_columns.ipynb #7487d350
 def _extreme(data, name, v, times, times_log, rare):
     bad = _far(v, times)
     if np.nanmin(v) > 0:
@@ -176,7 +183,7 @@ def _extreme(data, name, v, times, times_log, rare):
                       f"see whether '{name}' is in another unit there, or stands for a missing value",
                       data.first(worst), evidence(share=n / len(v), median=median, worst=v[worst[0]]))
 
-# %% ../../nbs/audit/07_columns.ipynb #80417ea0
+# %% ../../nbs/audit/07_columns.ipynb #74a4d56e
 @check("rows")
 def extreme(
     data,

@@ -65,6 +65,7 @@ def contradicting(
     groups = pl.DataFrame({"same": same, "y": y}).select((pl.col("y").max() - pl.col("y").min()).over("same"))
     return groups.to_series().to_numpy() > apart
 
+# %% ../../nbs/audit/04_copies.ipynb #4ce43034
 @check
 @singledispatch
 def conflict(
@@ -81,7 +82,7 @@ def conflict(
                       "correct them; or add the column that tells them apart",
                       data.first(bad[np.argsort(same[bad], kind="stable")], 20), evidence(share=n / len(data)))
 
-# %% ../../nbs/audit/04_copies.ipynb #2aadacc2
+# %% ../../nbs/audit/04_copies.ipynb #e54256b9
 def near_copies(
     data: Data,
     pairs: np.ndarray, # (m, 2) positions
@@ -100,7 +101,7 @@ def near_copies(
     yield Finding("warning" if n else "info", n or held, text, action, names,
                   evidence(crossing=n, pairs=m, share=held / len(data)))
 
-# %% ../../nbs/audit/04_copies.ipynb #ee728ea1
+# %% ../../nbs/audit/04_copies.ipynb #cbe40b65
 FAR_APART = 10.0 # standard deviations between two categories, and between a gap and a value
 
 def on_one_scale(
@@ -116,7 +117,18 @@ def on_one_scale(
     values = np.where(category, np.where(missing, -1, X) * FAR_APART, numbers)
     return np.hstack([values[:, used], missing[:, used & missing.any(0)] * FAR_APART])
 
-# %% ../../nbs/audit/04_copies.ipynb #99d7ac53
+# %% ../../nbs/audit/04_copies.ipynb #6999d9a3
+def _nearest(Z, n): # positions (len(Z), n + 1) of each row and its n nearest; (m, 2) all such pairs, each once
+    from sklearn.neighbors import NearestNeighbors
+    nearest = NearestNeighbors(n_neighbors=n + 1, algorithm="brute").fit(Z).kneighbors(Z)[1]
+    a, b = np.repeat(np.arange(len(Z)), n + 1), nearest.ravel()
+    return nearest, np.unique(np.sort(np.stack([a, b], 1)[a != b], 1), axis=0)
+
+def _crowded(Z, pairs, last, radius): # whether most rows of the pairs have even their last neighbour that close
+    held = np.unique(pairs)
+    return (np.abs(Z[held] - Z[last[held]]).max(1) <= radius).mean() > 0.5
+
+# %% ../../nbs/audit/04_copies.ipynb #1e8123da
 NO_PAIRS = np.zeros((0, 2), int)
 
 def near_rows(
@@ -127,24 +139,17 @@ def near_rows(
     neighbours: int = 5, # nearest rows that a row is compared with
 ) -> np.ndarray: # (m, 2) positions, the first below the second; no exact copies
     "Near copies."
-    from sklearn.neighbors import NearestNeighbors
     varies = np.nanstd(np.where(np.isnan(X).all(0), 0, X), 0) > 0
     if not (varies & ~category).any() or len(X) <= neighbours:
         return NO_PAIRS
     Z = on_one_scale(X, category)
-    nearest = NearestNeighbors(n_neighbors=neighbours + 1, algorithm="brute").fit(Z).kneighbors(Z)[1]
-    a, b = np.repeat(np.arange(len(Z)), nearest.shape[1]), nearest.ravel()
-    pairs = np.unique(np.sort(np.stack([a, b], 1)[a != b], 1), axis=0)
+    nearest, pairs = _nearest(Z, neighbours)
     gap = np.abs(Z[pairs[:, 0]] - Z[pairs[:, 1]]).max(1)
     found = pairs[(gap > 0) & (gap <= near)]
     in_ring = ((gap > near) & (gap <= wider * near)).sum()
     return NO_PAIRS if len(found) <= in_ring or _crowded(Z, found, nearest[:, -1], wider * near) else found
 
-def _crowded(Z, found, last, radius): # whether most rows of the pairs have even their last neighbour that close
-    held = np.unique(found)
-    return (np.abs(Z[held] - Z[last[held]]).max(1) <= radius).mean() > 0.5
-
-# %% ../../nbs/audit/04_copies.ipynb #dc78df79
+# %% ../../nbs/audit/04_copies.ipynb #6f4c9c48
 @check
 @singledispatch
 def near_duplicate(

@@ -10,7 +10,7 @@ from .base import Finding, check, evidence
 from .labels import robust_z
 from .skill import out_of_fold
 
-# %% ../../nbs/audit/03_distribution.ipynb #9d142f50
+# %% ../../nbs/audit/03_distribution.ipynb #53bc1660
 def isolation(
     X: np.ndarray, # (n, d) float; NaN is missing
 ) -> np.ndarray: # (n,) float from 0, robust standard deviations
@@ -20,6 +20,7 @@ def isolation(
     score = -IsolationForest(n_estimators=100, random_state=0).fit(filled).score_samples(filled)
     return robust_z(score) * (score > np.median(score))
 
+# %% ../../nbs/audit/03_distribution.ipynb #c9d31893
 @check
 def outlier(
     data,
@@ -36,7 +37,7 @@ def outlier(
                       "see whether they belong here", data.first(worst, 20),
                       evidence(share=n / len(data), largest_z=z.max()))
 
-# %% ../../nbs/audit/03_distribution.ipynb #9fa02934
+# %% ../../nbs/audit/03_distribution.ipynb #a45bdc35
 def _common_value(data, max_share):
     "One value of the target that most samples have."
     values, counts = np.unique(data.y, return_counts=True)
@@ -46,6 +47,7 @@ def _common_value(data, max_share):
                       "predict first whether it is that value, then which; or find out why it is so common", (),
                       evidence(share=n / len(data)))
 
+# %% ../../nbs/audit/03_distribution.ipynb #7bcf74b9
 def _small_class(data, max_ratio):
     "A class that is much smaller than the largest."
     counts = np.bincount(data.y, minlength=len(data.classes))
@@ -56,7 +58,7 @@ def _small_class(data, max_ratio):
                       "collect more of the small class, and read the figures class by class", (),
                       evidence(ratio=many / few))
 
-# %% ../../nbs/audit/03_distribution.ipynb #bdd45f9e
+# %% ../../nbs/audit/03_distribution.ipynb #2bdb0b7a
 @check
 def imbalance(
     data,
@@ -66,7 +68,7 @@ def imbalance(
     "One class, or one value, outweighs the others."
     yield from _common_value(data, max_share) if data.regression else _small_class(data, max_ratio)
 
-# %% ../../nbs/audit/03_distribution.ipynb #e678ea20
+# %% ../../nbs/audit/03_distribution.ipynb #b99ee9fa
 def _drifted_columns(X, test, n=3):
     "The columns that tell the test samples best, each alone. `test`: (n,) int, 1 for a test sample."
     from sklearn.metrics import roc_auc_score
@@ -77,13 +79,25 @@ def _drifted_columns(X, test, n=3):
         return abs(roc_auc_score(test[known], v[known]) - 0.5)
     return sorted(range(X.shape[1]), key=lambda j: -apart(X[:, j]))[:n]
 
+# %% ../../nbs/audit/03_distribution.ipynb #96c69385
 def chance_error(
     n_test: int, n_train: int, # samples
 ) -> float:
     "Standard error of the area under the ROC curve where nothing differs (Hanley and McNeil 1982)."
     return float(np.sqrt((n_train + n_test + 1) / (12 * n_train * n_test)))
 
-# %% ../../nbs/audit/03_distribution.ipynb #0214dc95
+# %% ../../nbs/audit/03_distribution.ipynb #961818fd
+def _drift_finding(part, found, measured):
+    "The finding; test samples that look least like training samples come first."
+    text = f"{found.model} tells test from training samples (area under the ROC curve {measured['auc']:.2f})"
+    action = "see whether the test split stands for what the model will meet"
+    if part.named_columns:
+        text += f", most by {', '.join(part.columns[j] for j in _drifted_columns(part.X, part.y))}"
+        action += "; the columns named show where it differs"
+    worst = np.argsort(-(found.p[:, 1] * part.y), kind="stable")
+    return Finding("warning", int(part.y.sum()), text, action, part.first(worst), measured)
+
+# %% ../../nbs/audit/03_distribution.ipynb #872d1a3a
 @check
 def drift(
     data,
@@ -101,14 +115,3 @@ def drift(
     auc = roc_auc_score(part.y, found.p[:, 1])
     if auc >= max(min_auc, 0.5 + n_errors * error):
         yield _drift_finding(part, found, evidence(auc=auc, chance=0.5, standard_error=error))
-
-# %% ../../nbs/audit/03_distribution.ipynb #acd76179
-def _drift_finding(part, found, measured):
-    "The finding; test samples that look least like training samples come first."
-    text = f"{found.model} tells test from training samples (area under the ROC curve {measured['auc']:.2f})"
-    action = "see whether the test split stands for what the model will meet"
-    if part.named_columns:
-        text += f", most by {', '.join(part.columns[j] for j in _drifted_columns(part.X, part.y))}"
-        action += "; the columns named show where it differs"
-    worst = np.argsort(-(found.p[:, 1] * part.y), kind="stable")
-    return Finding("warning", int(part.y.sum()), text, action, part.first(worst), measured)

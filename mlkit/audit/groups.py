@@ -22,38 +22,44 @@ def crossing_rows(
     rows = np.isin(group, both)
     return rows, float(rows[out].mean()) if out.any() else 0.0
 
-# %% ../../nbs/audit/08_groups.ipynb #e56ad310
+# %% ../../nbs/audit/08_groups.ipynb #8a7b5bb9
 def _named_group(data):
     "The group of the contract lies in two splits."
     name = data.contract.group
     rows, share = crossing_rows(as_numbers(data.rows[name], True), data.split, ("validation", "test"))
     if n := int(rows.sum()):
-        yield Finding("warning", n, f"the contract names '{name}' as group, and {share:.0%} of the validation and test "
-                      f"rows have a '{name}' of the training rows", f"set prepare.method: group, so that no '{name}' is "
-                      "in two splits; or take 'group' out of the contract, if the model will only meet known ones",
-                      data.first(rows), evidence(crossing=share, groups=data.rows[name].n_unique()))
+        text = (f"the contract names '{name}' as group, and {share:.0%} of the validation and test rows have a "
+                f"'{name}' of the training rows")
+        action = (f"set prepare.method: group, so that no '{name}' is in two splits; or take 'group' out of the "
+                  "contract, if the model will only meet known ones")
+        yield Finding("warning", n, text, action, data.first(rows),
+                      evidence(crossing=share, groups=data.rows[name].n_unique()))
 
-# %% ../../nbs/audit/08_groups.ipynb #e2c4bcc6
+# %% ../../nbs/audit/08_groups.ipynb #fa36d0f6
 def _suspects(data):
     "Names and codes of the columns that may be groups."
     for f in data.contract.inputs:
-        if f.dtype not in ("id", "text", "category") or f.name not in data.rows.columns or f.name == data.contract.group:
-            continue
-        group = as_numbers(data.rows[f.name], True)
-        n_known, n_groups = (~np.isnan(group)).sum(), len(np.unique(group[~np.isnan(group)]))
-        if n_groups >= max(20, len(data) / 50) and n_known >= 1.5 * n_groups:
-            yield f.name, group, n_groups
+        named = f.name in (data.contract.group, data.contract.target.name)
+        if f.dtype in ("id", "text", "category") and f.name in data.rows.columns and not named:
+            group = as_numbers(data.rows[f.name], True)
+            known = group[~np.isnan(group)]
+            n_groups = len(np.unique(known))
+            if n_groups >= max(20, len(data) / 50) and len(known) >= 1.5 * n_groups:
+                yield f.name, group, n_groups
 
+# %% ../../nbs/audit/08_groups.ipynb #6a4173cc
 def _suspected_group(data, name, group, n_groups, min_skill, max_crossing):
     rows, share = crossing_rows(group, data.split)
     if share <= max_crossing or (s := skill(codes(group, True), data.y, data.regression)) < min_skill:
         return
-    yield Finding("warning", int(rows.sum()), f"rows of one '{name}' share their target (skill {s:.2f} out of fold), and "
-                  f"{share:.0%} of the test rows have a '{name}' of the training rows", f"name '{name}' as 'group' in the "
-                  f"contract and set prepare.method: group, so that no '{name}' is in two splits; unless the model will "
-                  "only meet known ones", data.first(rows), evidence(skill=s, crossing=share, groups=n_groups))
+    text = (f"rows of one '{name}' share their target (skill {s:.2f} out of fold), and {share:.0%} of the test rows "
+            f"have a '{name}' of the training rows")
+    action = (f"name '{name}' as 'group' in the contract and set prepare.method: group, so that no '{name}' is in two "
+              "splits; unless the model will only meet known ones")
+    yield Finding("warning", int(rows.sum()), text, action, data.first(rows),
+                  evidence(skill=s, crossing=share, groups=n_groups))
 
-# %% ../../nbs/audit/08_groups.ipynb #85ea7de7
+# %% ../../nbs/audit/08_groups.ipynb #15c7f5d9
 @check("rows")
 def group_leak(
     data,
@@ -67,7 +73,7 @@ def group_leak(
         for name, group, n_groups in _suspects(data):
             yield from _suspected_group(data, name, group, n_groups, min_skill, max_crossing)
 
-# %% ../../nbs/audit/08_groups.ipynb #4c82f2da
+# %% ../../nbs/audit/08_groups.ipynb #c53c4a98
 def time_order(
     when: np.ndarray, # (n,) float; NaN: no time
 ) -> np.ndarray: # positions of the rows that have a time, the earliest first
@@ -75,6 +81,7 @@ def time_order(
     known = np.flatnonzero(~np.isnan(when))
     return known[np.lexsort((np.random.default_rng(0).random(len(known)), when[known]))]
 
+# %% ../../nbs/audit/08_groups.ipynb #6b8abf0f
 def agreement(
     y: np.ndarray, # (n,) int or float, in the order of time
     regression: bool, # whether y is a number
@@ -86,6 +93,7 @@ def agreement(
     chance = ((np.bincount(y) / len(y)) ** 2).sum()
     return float(((y[:-1] == y[1:]).mean() - chance) / max(1 - chance, 1e-9))
 
+# %% ../../nbs/audit/08_groups.ipynb #58419c42
 def beside_training(
     split: np.ndarray, # (n,) str, in the order of time
 ) -> float: # share of the test rows
@@ -95,7 +103,7 @@ def beside_training(
     beside = np.append(train[1:], False) | np.insert(train[:-1], 0, False)
     return float(beside[test].mean()) if test.any() else 0.0
 
-# %% ../../nbs/audit/08_groups.ipynb #9bd74b2b
+# %% ../../nbs/audit/08_groups.ipynb #f7ce6c59
 def _followed(data, name, min_agreement, max_beside): # `name`: a column of dates
     when = as_numbers(data.rows[name], False)
     order = time_order(when)
@@ -105,11 +113,12 @@ def _followed(data, name, min_agreement, max_beside): # `name`: a column of date
     if agree < min_agreement or beside <= max_beside:
         return
     naming = "" if name == data.contract.time else f"name '{name}' as 'time' in the contract and "
-    yield Finding("warning", len(order), f"rows that follow each other in '{name}' share their target (agreement "
-                  f"{agree:.2f}, 0 is chance), and {beside:.0%} of the test rows lie beside a training row",
-                  f"{naming}set prepare.method: time, so that the latest rows test", (),
+    text = (f"rows that follow each other in '{name}' share their target (agreement {agree:.2f}, 0 is chance), and "
+            f"{beside:.0%} of the test rows lie beside a training row")
+    yield Finding("warning", len(order), text, f"{naming}set prepare.method: time, so that the latest rows test", (),
                   evidence(agreement=agree, beside=beside))
 
+# %% ../../nbs/audit/08_groups.ipynb #094e2d1c
 @check("rows")
 def time_leak(
     data,

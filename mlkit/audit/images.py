@@ -65,19 +65,20 @@ class ImageData(Data):
     modality = "image"
     named_columns = False
 
-# %% ../../nbs/audit/05_images.ipynb #575de3d5
+# %% ../../nbs/audit/05_images.ipynb #ae210004
 def _look(x, size): # hash, thumbnail and properties of an image
     grey = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) if x.shape[-1] == 3 else x[..., 0]
     small = small_copy(x, SIDE).reshape(SIDE, SIDE, -1)
     return phash(grey), np.broadcast_to(small, (SIDE, SIDE, 3)), properties(x, size)
 
+# %% ../../nbs/audit/05_images.ipynb #11ac62dc
 def _matrix(thumbs, rows): # (n, d) float: thumbnails no larger than the smallest image
     side = int(min(SIDE, rows["height"].min() or SIDE, rows["width"].min() or SIDE))
     grey = bool((thumbs == thumbs[..., :1]).all())
     small = [cv2.resize(t[..., 0] if grey else t, (side, side), interpolation=cv2.INTER_AREA) for t in thumbs]
     return np.array(small, float).reshape(len(thumbs), -1)
 
-# %% ../../nbs/audit/05_images.ipynb #bdb51572
+# %% ../../nbs/audit/05_images.ipynb #f0f27cf2
 def _audited(index, max_samples): # the readable images, and those of them that are looked at
     readable = index.drop_nulls("content")
     if len(readable) <= max_samples:
@@ -85,6 +86,7 @@ def _audited(index, max_samples): # the readable images, and those of them that 
     draws = np.array([int(c[-13:], 16) / 16**13 for c in readable["content"]])
     return readable, readable.filter(drawn(draws, max_samples / len(readable)))
 
+# %% ../../nbs/audit/05_images.ipynb #a7c0634f
 def image_data(
     folder: Path, # of shards
     index: pl.DataFrame, # of the shards
@@ -103,7 +105,7 @@ def image_data(
         len(readable), index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
         np.array([s[2] for s in seen], float).reshape(-1, len(PROPERTIES)))
 
-# %% ../../nbs/audit/05_images.ipynb #f42928ba
+# %% ../../nbs/audit/05_images.ipynb #5685b813
 def _first(rows): # names, for a finding
     return tuple(rows["name"].head(10))
 
@@ -116,12 +118,13 @@ def unreadable(data):
                       "remove or replace these files; 'prepare' leaves them out", _first(bad),
                       evidence(share=n / len(data.index)))
 
-# %% ../../nbs/audit/05_images.ipynb #27d73305
+# %% ../../nbs/audit/05_images.ipynb #9b80e38a
 def _crossing_copies(data): # audited images of which a copy lies in another split
     known = data.rows.select("content", "label", split=pl.Series(data.split, dtype=pl.String))
     known = known.filter(pl.col("split") != "")
     return known.filter(pl.col("split").n_unique().over("content", "label") > 1).height
 
+# %% ../../nbs/audit/05_images.ipynb #f3500687
 @duplicate.register
 def duplicate_images(data: ImageData):
     "The same pixels more than once under one label."
@@ -135,7 +138,7 @@ def duplicate_images(data: ImageData):
     yield Finding("warning", n, text, action, _first(extra),
                   evidence(share=n / len(data.index), crossing=crossing))
 
-# %% ../../nbs/audit/05_images.ipynb #903fbd74
+# %% ../../nbs/audit/05_images.ipynb #0d0ef8b4
 @conflict.register
 def conflict_images(data: ImageData):
     "The same pixels under different labels: one of them is wrong."
@@ -144,7 +147,7 @@ def conflict_images(data: ImageData):
         yield Finding("error", n, f"{n} images occur under more than one label", "correct the labels", _first(bad),
                       evidence(share=n / len(data.index)))
 
-# %% ../../nbs/audit/05_images.ipynb #9edbf38f
+# %% ../../nbs/audit/05_images.ipynb #d5cf11d1
 def _in_contrast(thumbs, flat): # (n, d) float32: each less its mean, in units of its contrast; (n,) the contrast
     T = thumbs.reshape(len(thumbs), int(np.prod(thumbs.shape[1:]))).astype(np.float32)
     T -= T.mean(1, keepdims=True)
@@ -152,6 +155,7 @@ def _in_contrast(thumbs, flat): # (n, d) float32: each less its mean, in units o
     T /= np.maximum(contrast, flat)[:, None]
     return T, contrast
 
+# %% ../../nbs/audit/05_images.ipynb #62fc538c
 def _alike(T, a, b, distance): # which pairs differ by less; in parts, since a film of one scene has many candidates
     parts = [slice(j, j + 100_000) for j in range(0, len(a), 100_000)]
     near = [np.sqrt(((T[a[p]] - T[b[p]]) ** 2).mean(1)) < distance for p in parts]
@@ -177,7 +181,7 @@ def near_pairs(
         found.append(pairs[_alike(T, *pairs.T, distance)])
     return np.concatenate(found)
 
-# %% ../../nbs/audit/05_images.ipynb #57928de3
+# %% ../../nbs/audit/05_images.ipynb #e3aea2de
 @near_duplicate.register
 def near_duplicate_images(
     data: ImageData,
@@ -193,13 +197,14 @@ def near_duplicate_images(
         yield Finding("warning", n, f"{n} pairs of images are near copies under different labels",
                       "correct the labels", data.first(odd.ravel(), 20), evidence(pairs=n))
 
-# %% ../../nbs/audit/05_images.ipynb #a05724c2
+# %% ../../nbs/audit/05_images.ipynb #3c85d9f2
 def _strong_properties(data, least): # {property: skill}, the strongest first
     endings = [name.rsplit(".", 1)[-1].lower() if "." in name else "" for name in data.names]
     told = {p: skill(codes(v), data.y, False) for p, v in zip(PROPERTIES, data.properties.T)}
     told["file type"] = skill(np.unique(endings, return_inverse=True)[1], data.y, False)
     return {p: s for p, s in sorted(told.items(), key=lambda item: -item[1]) if s >= least}
 
+# %% ../../nbs/audit/05_images.ipynb #56159664
 def _strongest_place(data): # where it is, for a sentence; its skill
     each = [skill(codes(v), data.y, False) for v in data.X.T]
     best = int(np.argmax(each))
@@ -208,7 +213,7 @@ def _strongest_place(data): # where it is, for a sentence; its skill
     row, column = divmod(best // channels, side)
     return f"row {row}, column {column} of a {side} x {side} thumbnail", each[best]
 
-# %% ../../nbs/audit/05_images.ipynb #fd547f3d
+# %% ../../nbs/audit/05_images.ipynb #99ad993e
 @shortcut.register
 def shortcut_images(
     data: ImageData,
@@ -230,7 +235,7 @@ def shortcut_images(
                       "fold)", "look there for a mark or a date and crop it; explain shows where the model looks", (),
                       evidence(place=s))
 
-# %% ../../nbs/audit/05_images.ipynb #b85177e8
+# %% ../../nbs/audit/05_images.ipynb #cb83e73f
 @check("image")
 def blank(
     data,
@@ -258,6 +263,7 @@ def plot_worst_labels(
     titles = [f"{label}: {rather}?" for label, rather in zip(rows["label"], labels.suggestion[worst])]
     return image_grid(list(read_images(folder, rows)), titles)
 
+# %% ../../nbs/audit/05_images.ipynb #9c472ee7
 def plot_samples(
     data: ImageData,
     finding: Finding,

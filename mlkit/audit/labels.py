@@ -36,7 +36,7 @@ class Labels:
         "The most suspect first."
         return np.argsort(self.quality, kind="stable")
 
-# %% ../../nbs/audit/02_labels.ipynb #051e15bc
+# %% ../../nbs/audit/02_labels.ipynb #8f89957a
 FAR_RESIDUAL = 3.5 # robust standard deviations (Iglewicz and Hoaglin 1993)
 
 def _judge_values(data):
@@ -46,6 +46,7 @@ def _judge_values(data):
     suggestion = np.array([f"{v:.4g}" for v in found.p])
     return Labels(quality, robust_z(data.y - found.p) > FAR_RESIDUAL, suggestion, found.skill, found.model)
 
+# %% ../../nbs/audit/02_labels.ipynb #0b5732d9
 def _judge_classes(data, judged): # `judged`: (n,) bool, samples of classes that are large enough
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
@@ -57,7 +58,7 @@ def _judge_classes(data, judged): # `judged`: (n,) bool, samples of classes that
     suggestion[judged] = np.array(data.classes, object)[present[found.p.argmax(1)]]
     return Labels(quality, wrong, suggestion, found.skill, found.model)
 
-# %% ../../nbs/audit/02_labels.ipynb #9a59db69
+# %% ../../nbs/audit/02_labels.ipynb #71cdd4b8
 @lru_cache(maxsize=1)
 def judge_labels(
     data: Data,
@@ -70,7 +71,7 @@ def judge_labels(
         return None
     return _judge_values(data) if data.regression else _judge_classes(data, judged)
 
-# %% ../../nbs/audit/02_labels.ipynb #1e490739
+# %% ../../nbs/audit/02_labels.ipynb #275cc157
 def _what(data, found, sure):
     "What the model says, and whether it can be believed."
     what = "targets lie far from what was predicted by" if data.regression else "labels are not believed by"
@@ -78,6 +79,7 @@ def _what(data, found, sure):
         return f"{what} {found.model}, out of fold"
     return f"{what} {found.model}, which is weak itself (skill {found.skill:.2f}): trust the order more than the number"
 
+# %% ../../nbs/audit/02_labels.ipynb #adb088c1
 @check
 def label_error(
     data,

@@ -26,6 +26,7 @@ def _check_parameters(given, checks, data):
             if parameter not in known:
                 raise ConfigError(f"audit.checks.{name}: no parameter '{parameter}'{nearest(parameter, known)}")
 
+# %% ../../nbs/audit/09_run.ipynb #d75b5e1d
 def _findings(check, data, given):
     "What one check finds. Raises `DataError` where it fails."
     try:
@@ -35,7 +36,7 @@ def _findings(check, data, given):
     except Exception as error:
         raise DataError(f"the audit check '{check.name}' fails: {type(error).__name__}: {error}") from error
 
-# %% ../../nbs/audit/09_run.ipynb #84264653
+# %% ../../nbs/audit/09_run.ipynb #47a5ee7e
 def audit(
     data: Data,
     parameters: dict[str, dict] = {}, # check: {argument: value}, where it is not the default
@@ -48,7 +49,7 @@ def audit(
         found = [f for name, c in checks.items() for f in _findings(c, data, parameters.get(name, {}))]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
-# %% ../../nbs/audit/09_run.ipynb #94dd1eaf
+# %% ../../nbs/audit/09_run.ipynb #368d9221
 def counts(
     findings: list[Finding],
     modality: str, # of the data

@@ -36,6 +36,7 @@ def ranks(
     from scipy.stats import rankdata
     return (rankdata(y) - 0.5) / len(y)
 
+# %% ../../nbs/audit/01_skill.ipynb #c371e303
 def rank_r2(
     r: np.ndarray, # (n,) see `ranks`
     predicted: np.ndarray, # (n,) float, what was predicted for `r`
@@ -43,6 +44,7 @@ def rank_r2(
     "R² of predicted ranks; below 0 becomes 0."
     return float(max(0, 1 - ((r - predicted) ** 2).sum() / ((r - r.mean()) ** 2).sum()))
 
+# %% ../../nbs/audit/01_skill.ipynb #874f5c55
 def balanced_skill(
     y: np.ndarray, # (n,) classes
     predicted: np.ndarray, # (n,) classes
@@ -52,18 +54,19 @@ def balanced_skill(
     k = len(recall)
     return float(max(0, (np.mean(recall) - 1 / k) / (1 - 1 / k))) if k > 1 else 0.0
 
-# %% ../../nbs/audit/01_skill.ipynb #0f951482
+# %% ../../nbs/audit/01_skill.ipynb #91094930
 N_FOLDS = 5
 
 def _fold(n): # (n,) int from 0: the fold that a sample is predicted in
     return np.random.default_rng(0).permutation(n) % N_FOLDS
 
+# %% ../../nbs/audit/01_skill.ipynb #5ce99616
 def _over_other_folds(fold, code, weights=None): # (n,) what the bin of each sample counts in the other folds
     n_bins = code.max() + 1
     held = np.bincount(fold * n_bins + code, weights, N_FOLDS * n_bins).reshape(N_FOLDS, n_bins)
     return (held.sum(0) - held)[fold, code]
 
-# %% ../../nbs/audit/01_skill.ipynb #d12e7a0d
+# %% ../../nbs/audit/01_skill.ipynb #073a66a1
 def skill(
     code: np.ndarray, # (n,) int from 0, see `codes`
     y: np.ndarray, # (n,) int or float
@@ -78,7 +81,7 @@ def skill(
     votes = [_over_other_folds(fold, code, (y == c) / (y == c).sum()) for c in classes]
     return balanced_skill(y, classes[np.argmax(votes, 0)])
 
-# %% ../../nbs/audit/01_skill.ipynb #30a507a0
+# %% ../../nbs/audit/01_skill.ipynb #becef55a
 @check
 @singledispatch
 def shortcut(data):
@@ -99,7 +102,7 @@ def _scaled(data, columns):
     return ColumnTransformer([("number", number, np.flatnonzero(~category)),
                               ("category", make_pipeline(missing_as_value, one_hot), np.flatnonzero(category))])
 
-# %% ../../nbs/audit/01_skill.ipynb #30ea14bf
+# %% ../../nbs/audit/01_skill.ipynb #aafe67ee
 def _linear(regression, n_classes):
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -109,6 +112,7 @@ def _linear(regression, n_classes):
         return LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1)
     return LogisticRegression(C=0.1, max_iter=100)
 
+# %% ../../nbs/audit/01_skill.ipynb #91fedca1
 def _models(data, columns): # names and unfitted models
     from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
     from sklearn.neighbors import KNeighborsClassifier
@@ -122,7 +126,7 @@ def _models(data, columns): # names and unfitted models
     else:
         yield "randomised trees", ExtraTreesClassifier(50, min_samples_leaf=2, random_state=0)
 
-# %% ../../nbs/audit/01_skill.ipynb #71d5e877
+# %% ../../nbs/audit/01_skill.ipynb #7d5955e1
 @dataclass(frozen=True)
 class OutOfFold:
     "What a model says of samples that it has not seen."
@@ -130,6 +134,7 @@ class OutOfFold:
     skill: float # in [0, 1], as in `skill`
     model: str # what it is, for a sentence
 
+# %% ../../nbs/audit/01_skill.ipynb #ee5104f2
 def _predict(data, name, model, columns):
     from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
     folds = (KFold if data.regression else StratifiedKFold)(N_FOLDS, shuffle=True, random_state=0)
@@ -139,7 +144,7 @@ def _predict(data, name, model, columns):
         return OutOfFold(p, rank_r2(ranks(data.y), ranks(p)), name)
     return OutOfFold(p, balanced_skill(data.y, np.unique(data.y)[p.argmax(1)]), name)
 
-# %% ../../nbs/audit/01_skill.ipynb #8ed61206
+# %% ../../nbs/audit/01_skill.ipynb #aa9e7eee
 def out_of_fold(
     data: Data, # every class that occurs in it needs five samples
     columns: np.ndarray | None = None, # positions of those that may be used; None: all

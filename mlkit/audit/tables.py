@@ -20,8 +20,9 @@ def as_numbers(
     "A column as numbers."
     if category or s.dtype == pl.String:
         counts = s.drop_nulls().value_counts(sort=False).sort("count", s.name, descending=[True, False])
-        code = s.replace_strict(counts[s.name], np.arange(len(counts), dtype=float), default=None, return_dtype=pl.Float64)
-        return code.fill_null(np.nan).to_numpy()
+        codes = np.arange(len(counts), dtype=float)
+        s = s.replace_strict(counts[s.name], codes, default=None, return_dtype=pl.Float64)
+        return s.fill_null(np.nan).to_numpy()
     if s.dtype.is_temporal():
         s = s.cast(pl.Datetime("us")).to_physical() / 1e6
     x = s.cast(pl.Float64).fill_null(np.nan).to_numpy()
@@ -34,6 +35,7 @@ class TableData(Data):
     rows: pl.DataFrame | None = None # n rows: the columns of the contract, `_row`, `_draw`
     contract: Contract | None = None
 
+# %% ../../nbs/audit/06_tables.ipynb #7963e244
 def _target(rows, contract): # (n,) int or float; the classes, None for numbers
     target = contract.target
     if contract.task == "regression":
@@ -43,7 +45,7 @@ def _target(rows, contract): # (n,) int or float; the classes, None for numbers
     classes = tuple(target.categories) if there <= set(target.categories) else tuple(sorted(there))
     return labels.replace_strict(classes, range(len(classes)), return_dtype=pl.Int64).to_numpy(), classes
 
-# %% ../../nbs/audit/06_tables.ipynb #df0a43b8
+# %% ../../nbs/audit/06_tables.ipynb #e16c28b8
 def _audited(frame, contract, max_samples): # rows with a target, at most about `max_samples`; how many there are
     lazy = frame.lazy().filter(pl.col(contract.target.name).is_not_null())
     total = lazy.select(pl.len()).collect().item()
@@ -51,6 +53,7 @@ def _audited(frame, contract, max_samples): # rows with a target, at most about 
         lazy = lazy.filter(drawn(pl.col("_draw"), max_samples / total))
     return lazy.collect().sort("_row"), total
 
+# %% ../../nbs/audit/06_tables.ipynb #a154d2d8
 def table_data(
     frame: pl.LazyFrame | pl.DataFrame, # the columns of the contract, `_row`, `_draw`, see `parts.read_parts`
     contract: Contract, # of a table
@@ -87,6 +90,7 @@ def worst_labels(
     rows = data.rows[worst.tolist()].with_columns(pl.Series("rather", rather.astype(str)), how)
     return rows.select(told + [c for c in data.rows.columns if c not in (*told, "_draw")])
 
+# %% ../../nbs/audit/06_tables.ipynb #56b878b9
 def rows_of(
     data: TableData,
     finding: Finding,

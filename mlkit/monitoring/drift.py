@@ -17,6 +17,7 @@ def _chi2(table):
     from scipy.stats import chi2_contingency
     return float(chi2_contingency(table, correction=False).pvalue)
 
+# %% ../../nbs/monitoring/03_drift.ipynb #73e77cf6
 def homogeneity(
     table: np.ndarray, # (2, k) int, counts of each class in both samples; each class occurs
 ) -> float: # p-value
@@ -33,7 +34,7 @@ def homogeneity(
     exact = float(fisher_exact(np.column_stack([few, n[:, 0] - few])).pvalue)
     return min(1.0, 2 * min(exact, _chi2(many))) if many.shape[1] > 1 else exact
 
-# %% ../../nbs/monitoring/03_drift.ipynb #882bc588
+# %% ../../nbs/monitoring/03_drift.ipynb #2a0572a7
 CLASS_TEST = "chi2_homogeneity" # the name in Evidently's registry and on its page
 
 def _class_test(reference, current, feature_type, threshold): # as Evidently calls it
@@ -41,28 +42,33 @@ def _class_test(reference, current, feature_type, threshold): # as Evidently cal
     p = homogeneity(np.array([[int((s == c).sum()) for c in classes] for s in (reference, current)]))
     return p, p <= threshold
 
+# %% ../../nbs/monitoring/03_drift.ipynb #0e345692
 def _register_class_test():
     from evidently.legacy.calculations.stattests import StatTest, register_stattest
     from evidently.legacy.core import ColumnType
     test = StatTest(CLASS_TEST, "chi-square of homogeneity, p_value", [ColumnType.Categorical])
     register_stattest(test, default_impl=_class_test)
 
-# %% ../../nbs/monitoring/03_drift.ipynb #f97587fb
+# %% ../../nbs/monitoring/03_drift.ipynb #50f8b8f3
+def _datasets(*frames): # of Polars; as Evidently has them
+    from evidently import DataDefinition, Dataset
+    import pandas as pd
+    classes = [c for c, t in frames[0].schema.items() if t == pl.String]
+    numbers = [c for c in frames[0].columns if c not in classes]
+    columns = DataDefinition(numerical_columns=numbers, categorical_columns=classes)
+    return [Dataset.from_pandas(pd.DataFrame(df.to_dict(as_series=False)), data_definition=columns) for df in frames]
+
+# %% ../../nbs/monitoring/03_drift.ipynb #1ab6fbde
 def _snapshot(reference, current, threshold, share):
     "What Evidently finds."
-    from evidently import DataDefinition, Dataset, Report
+    from evidently import Report
     from evidently.presets import DataDriftPreset
-    import pandas as pd
     _register_class_test()
-    classes = [c for c in reference.columns if reference[c].dtype == pl.String]
-    numbers = [c for c in reference.columns if c not in classes]
-    columns = DataDefinition(numerical_columns=numbers, categorical_columns=classes)
-    sets = [Dataset.from_pandas(pd.DataFrame(df.to_dict(as_series=False)), data_definition=columns)
-            for df in (current, reference)]
     drift = DataDriftPreset(columns=reference.columns, drift_share=share, num_method="ks", cat_method=CLASS_TEST,
                             num_threshold=threshold, cat_threshold=threshold)
-    return Report([drift], include_tests=True).run(*sets)
+    return Report([drift], include_tests=True).run(*_datasets(current, reference))
 
+# %% ../../nbs/monitoring/03_drift.ipynb #7bc104db
 def _parse(snapshot): # scores, and whether Evidently's own tests call a column drifted
     failed = {t["metric_config"]["params"].get("column"): t["status"] == "FAIL" for t in snapshot["tests"]}
     metrics = snapshot["metrics"]
@@ -86,11 +92,12 @@ def _page(snapshot) -> str:
     html = re.sub(RANDOM_ID, number, snapshot.get_html_str(as_iframe=False)).strip()
     return html.replace("<head>", f'<head>\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1) + "\n"
 
-# %% ../../nbs/monitoring/03_drift.ipynb #1df7f97a
+# %% ../../nbs/monitoring/03_drift.ipynb #8c25a681
 def _silent(reference, current): # {column without a value on one side or both: whether on one side only}
     old, new = empty_columns(reference), empty_columns(current)
     return {c: (c in old) != (c in new) for c in reference.columns if c in old | new}
 
+# %% ../../nbs/monitoring/03_drift.ipynb #65d87447
 def _with_silent(found, silent, threshold, order):
     "The columns without a value among the others."
     judged = {c: {"method": "no values", "score": float(not drifted), "threshold": threshold, "drifted": drifted}
@@ -99,7 +106,16 @@ def _with_silent(found, silent, threshold, order):
     share = sum(r["drifted"] for r in columns.values()) / len(columns)
     return found | {"columns": {c: columns[c] for c in order}, "share": share, "drifted": share >= found["share_limit"]}
 
-# %% ../../nbs/monitoring/03_drift.ipynb #5a1f69d0
+# %% ../../nbs/monitoring/03_drift.ipynb #84a72ba8
+def _compare(reference, current, threshold, share, page): # columns that have values; see `compare_samples`
+    with warnings.catch_warnings(), np.errstate(all="ignore"): # of Evidently's histograms, where a column has one value
+        warnings.simplefilter("ignore")
+        snapshot = _snapshot(reference, current, threshold, share)
+        if page is not None:
+            write_atomic(page, _page(snapshot))
+    return _parse(snapshot.dict())
+
+# %% ../../nbs/monitoring/03_drift.ipynb #155589e2
 def _check_comparison(reference, current, alpha, share):
     "Raises `ConfigError` or `DataError` where nothing can be compared."
     if not (0 < alpha < 1 and 0 < share <= 1):
@@ -111,6 +127,7 @@ def _check_comparison(reference, current, alpha, share):
     for name, df in (("reference", reference), ("current", current)):
         require_columns(df, df.columns, name)
 
+# %% ../../nbs/monitoring/03_drift.ipynb #497a228d
 def compare_samples(
     reference: pl.DataFrame, # see `reference.load_reference`, or any table of `statistics`
     current: pl.DataFrame, # the same columns of what production saw
@@ -126,12 +143,7 @@ def compare_samples(
     rest = [c for c in reference.columns if c not in silent]
     if not rest:
         raise DataError("reference and current: no column has values in both; look at where the rows come from")
-    with warnings.catch_warnings(), np.errstate(all="ignore"): # of Evidently's histograms, where a column has one value
-        warnings.simplefilter("ignore")
-        snapshot = _snapshot(reference.select(rest), current.select(rest), threshold, share)
-        if page is not None:
-            write_atomic(page, _page(snapshot))
-    found = _parse(snapshot.dict())
+    found = _compare(reference.select(rest), current.select(rest), threshold, share, page)
     if silent:
         found = _with_silent(found, silent, threshold, reference.columns)
     return {**found, "rows": {"reference": len(reference), "current": len(current)}}

@@ -21,6 +21,7 @@ def _shifted(columns, frame, shift): # {name: series} of the first number
     c = next((c for c in columns if c["kind"] == "number" and c.get("dtype") != "bool"), None)
     return {c["name"]: frame[c["name"]].cast(pl.Float64) + shift * c["std"]} if c else {}
 
+# %% ../../nbs/monitoring/01_faults.ipynb #bf7a9010
 def _moved(columns, frame, share, seed): # {name: series} of the first category
     c = next((c for c in columns if c["kind"] == "category" and len(c["values"]) > 1), None)
     if c is None:

@@ -34,6 +34,7 @@ def _label(name, result):
     n = sum(c["drifted"] for c in result["columns"].values())
     return f"{name}: {'drifted' if result['drifted'] else 'calm'} ({n} of {len(result['columns'])} columns)"
 
+# %% ../../nbs/monitoring/04_picture.ipynb #53dc0fd3
 def _draw_axes(ax, columns, right): # `right`: the largest evidence that fits
     ax.axvspan(1, right, color="0.94", zorder=0)
     ax.axvline(1, color="0.3", lw=1)

@@ -20,6 +20,7 @@ def empty_columns(
     "Columns without any value."
     return {c for c in df.columns if df[c].null_count() == len(df)}
 
+# %% ../../nbs/monitoring/02_reference.ipynb #62a45fe4
 def require_columns(
     df: pl.DataFrame,
     columns: Iterable[str], # names that must be there
@@ -33,7 +34,7 @@ def require_columns(
     if df.columns and len(empty_columns(df)) == len(df.columns):
         raise DataError(f"{what}: no column has a value, so drift cannot be judged; look at where the rows come from")
 
-# %% ../../nbs/monitoring/02_reference.ipynb #0c5b1460
+# %% ../../nbs/monitoring/02_reference.ipynb #64fd6c0c
 def draw_rows(
     df: pl.DataFrame,
     n: int, # rows at most
@@ -44,7 +45,7 @@ def draw_rows(
         return df
     return df[np.sort(np.random.default_rng(seed).choice(len(df), n, replace=False))]
 
-# %% ../../nbs/monitoring/02_reference.ipynb #6ab9a56f
+# %% ../../nbs/monitoring/02_reference.ipynb #2fb46055
 def _joined(train, held_out, n, seed): # at most n rows of each; training rows without the model's columns
     of_model = [c for c in PREDICTION if c == "predicted" or held_out.schema.get("predicted") != pl.Float64]
     require_columns(held_out, of_model, "held-out split")
@@ -53,6 +54,7 @@ def _joined(train, held_out, n, seed): # at most n rows of each; training rows w
     both = [draw_rows(train, n, seed), draw_rows(held_out, n, seed)]
     return pl.concat(both, how="diagonal").select(held_out.columns)
 
+# %% ../../nbs/monitoring/02_reference.ipynb #0f259bc8
 def save_reference(
     train: pl.DataFrame, # `image_statistics` or `row_statistics` of the training split; the model's columns are dropped
     held_out: pl.DataFrame, # the same of a split that the model has not learned from, with its answers
@@ -66,6 +68,7 @@ def save_reference(
     write_atomic(path, buffer.getvalue())
     return df
 
+# %% ../../nbs/monitoring/02_reference.ipynb #3eb0a1b3
 def load_reference(
     path: str | Path, # Parquet
 ) -> pl.DataFrame:
@@ -76,7 +79,7 @@ def load_reference(
         why = str(e).splitlines()[0]
         raise DataError(f"{path}: no reference ({why}); run the stage that writes it") from None
 
-# %% ../../nbs/monitoring/02_reference.ipynb #49eb0327
+# %% ../../nbs/monitoring/02_reference.ipynb #3334ee1d
 def _described(s): # a row of `summary`
     known = s.drop_nulls()
     row = {"column": s.name, "values": len(known)}
@@ -88,6 +91,7 @@ def _described(s): # a row of `summary`
     top, n = counts.row(0)
     return row | {"classes": f"{len(counts):,}", "most frequent": f"{top} ({n / len(known):.0%})"}
 
+# %% ../../nbs/monitoring/02_reference.ipynb #3316c92f
 def summary(
     df: pl.DataFrame, # as `save_reference` writes it
 ) -> list[dict]: # column, values, smallest, median, largest, classes, most frequent

@@ -19,6 +19,7 @@ def noise_level(
     left = sum(k * grey[:, i:i + h, j:j + w] for i, row in enumerate(KERNEL) for j, k in enumerate(row))
     return np.sqrt(np.pi / 2) / 6 * np.abs(left).mean((1, 2))
 
+# %% ../../nbs/monitoring/00_statistics.ipynb #dc31a39e
 def _measure(block): # of (n, h, w, c) float32 in [0, 1]: {name: (n,) float32}
     grey, pixels = block.mean(3), (1, 2)
     down, across = (np.abs(np.diff(grey, axis=axis)).mean(pixels) for axis in pixels)
@@ -28,7 +29,7 @@ def _measure(block): # of (n, h, w, c) float32 in [0, 1]: {name: (n,) float32}
         found["colour"] = (block.max(3) - block.min(3)).mean(pixels)
     return {name: v.astype(np.float32) for name, v in found.items()}
 
-# %% ../../nbs/monitoring/00_statistics.ipynb #acd74358
+# %% ../../nbs/monitoring/00_statistics.ipynb #087c6508
 def _check_images(X):
     "Raises `DataError` where these are no images as they came in."
     if X.dtype != np.uint8 or X.ndim != 4:
@@ -38,6 +39,7 @@ def _check_images(X):
     if min(X.shape[1:3]) < 3:
         raise DataError(f"images: {X.shape[1]} x {X.shape[2]} pixels; noise and edges need at least 3 x 3")
 
+# %% ../../nbs/monitoring/00_statistics.ipynb #b134693b
 def _check_probabilities(p, n):
     "Raises `DataError` where these are no probabilities of n samples."
     if p.ndim != 2 or len(p) != n:
@@ -65,7 +67,7 @@ def image_statistics(
     predicted = pl.Series(p.argmax(1)).cast(pl.String)
     return found.with_columns(predicted=predicted, confidence=pl.Series(p.max(1).astype(np.float32)))
 
-# %% ../../nbs/monitoring/00_statistics.ipynb #824ff852
+# %% ../../nbs/monitoring/00_statistics.ipynb #ad7bce4e
 PERIODS = {"day": 86_400.0, "week": 604_800.0} # seconds; parts of a date that come back soon enough to compare
 
 def _classes(s, known, n_values): # text as classes; `known`: all values of training, frequent ones first
@@ -74,12 +76,13 @@ def _classes(s, known, n_values): # text as classes; `known`: all values of trai
     shown = shown.when(s.is_in(known)).then(pl.lit("(other)")).otherwise(pl.lit("(new)"))
     return pl.select(shown.alias(s.name)).to_series()
 
+# %% ../../nbs/monitoring/00_statistics.ipynb #bd3ef15f
 def _times(column, s): # {name: share of the period that has passed}
     seconds = s.dt.epoch("us").cast(pl.Float64) / 1e6
     periods = {part: PERIODS[part] for part in column["parts"] if part in PERIODS}
     return {f"{column['name']} {part}": seconds % period / period for part, period in periods.items()}
 
-# %% ../../nbs/monitoring/00_statistics.ipynb #6edd5b81
+# %% ../../nbs/monitoring/00_statistics.ipynb #54060577
 def _columns(column, s, n_values): # {name: series}: what is compared of one column of the transform
     name = column["name"]
     if column["kind"] == "category":
@@ -93,14 +96,16 @@ def _columns(column, s, n_values): # {name: series}: what is compared of one col
         found = {name: s}
     return found | ({f"{name} missing": s.is_null().cast(pl.String)} if column["flag"] else {})
 
+# %% ../../nbs/monitoring/00_statistics.ipynb #40b2a9bf
 def _answers(answers, classes, n): # {name: series}: what the model says; `classes`: None or () of a number
     if len(answers) != n or not np.isfinite(answers).all():
         raise DataError(f"answers: expected {n} finite rows, got {answers.shape}; look at the model before the data")
     if not classes:
         return {"predicted": pl.Series(answers[:, 0].astype(np.float64))}
-    return {"predicted": pl.Series(np.array(classes)[answers.argmax(1)].tolist()), "confidence": pl.Series(answers.max(1))}
+    predicted = np.array(classes)[answers.argmax(1)].tolist()
+    return {"predicted": pl.Series(predicted), "confidence": pl.Series(answers.max(1))}
 
-# %% ../../nbs/monitoring/00_statistics.ipynb #844e672d
+# %% ../../nbs/monitoring/00_statistics.ipynb #b97d8a31
 def row_statistics(
     frame: pl.DataFrame, # raw rows, typed as in the contract
     transform: dict, # see `rows.fit_features`
