@@ -153,8 +153,8 @@ CHECK = """
 from mlkit.audit.base import Finding, check
 @check("rows")
 def too_round(data):
-    "Every target of the test is found."
-    yield Finding("too_round", "warning", 3, "3 rows are too round", "look at them")
+    "Targets without a digit after the point."
+    yield Finding("warning", 3, "3 rows are too round", "look at them")
 """
 
 def test_own_code_in_the_task_notebook(tmp_path):
