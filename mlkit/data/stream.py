@@ -18,7 +18,7 @@ from ..core import ConfigError, DataError, SetupError
 from .prepared import load_split
 from .shards import decode, read_index
 from ..inputs.image import fit_image
-from ..jobs import Choice, choose
+from ..jobs import Decision, choose
 from ..training.checkpoint import fingerprint, sources
 
 # %% ../../nbs/data/11_stream.ipynb #f9fad54e
@@ -269,7 +269,7 @@ def feeds(
     on: str, # 'cpu' or 'cuda': where the training runs
     batch_size: int,
     n_threads: int, # That the training keeps busy
-) -> tuple[Choice, tuple]: # Why; of training and validation: (X, y) or a `Loader`
+) -> tuple[Decision, tuple]: # Why; of training and validation: (X, y) or a `Loader`
     "Raises `SetupError` where what was asked for does not fit."
     from mlkit.device import find
     found, names = find(), ("train", "validation")
