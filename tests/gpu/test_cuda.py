@@ -7,9 +7,10 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 def stripes(n=512, seed=0):
     "Images whose bright half is their class."
-    r = np.random.default_rng(seed); y = np.arange(n) % 4
-    X = r.integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
-    for i, k in enumerate(y): X[i, :, 4 * k:4 * k + 4] += 120
+    y = np.arange(n) % 4
+    X = np.random.default_rng(seed).integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
+    for i, k in enumerate(y):
+        X[i, :, 4 * k:4 * k + 4] += 120
     return X, y
 
 def trained(precision, seed=0, n_epochs=4):
@@ -21,7 +22,8 @@ def trained(precision, seed=0, n_epochs=4):
     return net, history
 
 @pytest.fixture(autouse=True)
-def workspace(monkeypatch): monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def workspace(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_train_learns_and_repeats(precision):
@@ -38,7 +40,8 @@ def test_cuda_and_cpu_agree(tmp_path):
     again, _ = load_model(save_model(tmp_path / "m.safetensors", net, spec))
     transform, (X, _) = {"mean": [0.3] * 3, "std": [0.3] * 3}, stripes(128, 2)
     net.eval()
-    with torch.no_grad(): on_gpu = net(Normalize(**transform).cuda()(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
+    with torch.no_grad():
+        on_gpu = net(Normalize(**transform).cuda()(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
     assert np.abs(on_gpu - predict(again, transform, X)).max() < 1e-3
 
 def test_doctor_finds_it():
@@ -49,16 +52,17 @@ def test_doctor_finds_it():
     assert choose("train", found=found).options["precision"] == ("bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed")
 
 @pytest.mark.parametrize("package", ["tensorrt", "tensorrt_rtx"])
-def test_engine_agrees(tmp_path, package):
-    "An engine built here says what torch says."
+def test_plan_agrees(tmp_path, package):
+    "A plan compiled here says what torch says."
     pytest.importorskip(package, reason=f"not run: {package} is not installed")
     from mlkit.evaluation.evaluate import predict
-    from mlkit.serving.tensorrt import Engine, build_engine
+    from mlkit.serving.tensorrt import Plan, build_plan
     from mlkit.serving.export import OnnxChain, export_onnx
     net, _ = trained("32-true")
     net = net.cpu().eval()
     transform, (X, _) = {"shape": [16, 16, 3], "mean": [0.3] * 3, "std": [0.3] * 3, "classes": list("abcd")}, stripes(32, 2)
     signatures = export_onnx(net, transform, tmp_path, 20)
     x = OnnxChain(tmp_path).sessions[0].run(None, {"image": X})[0]
-    engine = Engine(package, build_engine(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
-    assert np.abs(engine(x) - predict(net, transform, X)).max() < 1e-2
+    onnx = (tmp_path / "model.onnx").read_bytes()
+    plan = Plan(package, build_plan(package, onnx, signatures.steps["model"], 32))
+    assert np.abs(plan(x) - predict(net, transform, X)).max() < 1e-2
