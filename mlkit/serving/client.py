@@ -49,7 +49,7 @@ def _infer(self: Client, connection, inputs): # {name: array} of the outputs
 # %% ../../nbs/serving/06_client.ipynb #ae05ae78
 @patch
 def predict(self: Client, *inputs: np.ndarray): # One (n, *shape) array an output; the array itself if there is one
-    "Predictions for a batch of any size. Raises `DataError` before it sends a wrong batch, `ServeError` from the server."
+    "Predictions for a batch of any size. Raises `DataError` on a wrong batch, `ServeError` where the server fails."
     for t, x in zip(self.signature.inputs, inputs, strict=True):
         t.check(x)
     if len({len(x) for x in inputs}) > 1:

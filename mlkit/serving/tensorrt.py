@@ -96,12 +96,12 @@ class Plan:
             raise SetupError("a TensorRT plan runs on an NVIDIA GPU only, and this machine has none")
         trt, self.said = _load(package), []
         self.log = _logger(trt, self.said) # TensorRT keeps no reference to it
-        self.engine = trt.Runtime(self.log).deserialize_cuda_engine(plan)
-        if self.engine is None:
+        self.plan = trt.Runtime(self.log).deserialize_cuda_engine(plan)
+        if self.plan is None:
             why = _last(self.said, "built for another GPU or version")
             raise ExportError(f"the plan cannot be loaded here: {why}")
-        self.context = self.engine.create_execution_context()
-        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.context = self.plan.create_execution_context()
+        self.names = [self.plan.get_tensor_name(i) for i in range(self.plan.num_io_tensors)]
 
 # %% ../../nbs/serving/03_tensorrt.ipynb #422f3521
 @patch
