@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import columns, copies, distribution, groups, images, labels
-from .base import CHECKS, SEVERITIES, Data, Finding, checks_for, parameters_of
+from .base import CHECKS, Data, Finding, SEVERITIES, checks_for, parameters_of
 from ..core import ConfigError, DataError, MlkitError, nearest
 
 # %% ../../nbs/audit/09_run.ipynb #14dc4bac

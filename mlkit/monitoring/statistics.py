@@ -8,7 +8,7 @@ __all__ = ['KERNEL', 'PREDICTION', 'BLOCK', 'PERIODS', 'STATISTICS', 'noise_leve
 import numpy as np, polars as pl
 
 from ..core import DataError
-from ..inputs.columns import Category, Column, Date, Number
+from ..inputs.columns import Category, Column, Date
 from ..task import Task
 
 # %% ../../nbs/monitoring/00_statistics.ipynb #aeab45c2
