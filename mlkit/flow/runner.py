@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
+import click
+
 from ..core import MlkitError, StageError, nearest, write_atomic
 from .checks import check_values
 from .config import load_params
@@ -214,9 +216,9 @@ def run_stage(
     nodes, params = load_project(root)
     if name not in nodes:
         raise StageError(f"no stage is called '{name}'{nearest(name, nodes)}")
-    parent = os.getppid()
+    parent, streams = os.getppid(), map(click.get_text_stream, ("stdout", "stderr"))
     with ThreadPoolExecutor(1) as pool, interruptible():
-        job = pool.submit(run_node, root, nodes[name], params[name])
+        job = pool.submit(run_node, root, nodes[name], params[name], *streams)
         wait_for(job, parent)
         return job.result()
 
