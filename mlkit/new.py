@@ -182,7 +182,7 @@ def write_project(
     readme: str,
 ):
     "Write a project with its own git and DVC. It appears whole, or not at all. Raises `ConfigError` where `out` holds something."
-    from mlkit.flow.merge import install_driver
+    from mlkit.flow.git import set_up_git
     from mlkit.flow.pipeline import export_stale, render
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def write_project(
             done = subprocess.run(command, cwd=aside, capture_output=True, text=True)
             if done.returncode and command[0] == "dvc": raise ConfigError(f"{out}: 'dvc init' fails: {done.stderr.strip().splitlines()[-1]}")
         with open(aside / ".dvcignore", "a") as f: f.write("/.mlkit\n/.venv\n/mlartifacts\n/scratch\n") # DVC looks through every folder for stages
-        install_driver(aside)
+        set_up_git(aside)
         export_stale(aside)
         render(aside) # '../photos' means the same from there
         if out.exists(): out.rmdir()

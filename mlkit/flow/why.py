@@ -15,7 +15,7 @@ from typing import Any, Iterator
 from ..core import DataError, StageError, nearest
 from .verify import md5
 
-# %% ../../nbs/flow/16_why.ipynb #764270ff
+# %% ../../nbs/flow/16_why.ipynb #190ff162
 def changed_values(
     old: Any, # A nested structure, as YAML gives it
     new: Any,
@@ -66,7 +66,7 @@ def version_of(root: Path, path: str, digest: str) -> str | None: # Its text; No
             return text.decode()
     return None
 
-# %% ../../nbs/flow/16_why.ipynb #190ff162
+# %% ../../nbs/flow/16_why.ipynb #55b57987
 def folder_changed(root: Path, path: str) -> bool:
     "Whether a folder that a stage reads is another than at its last run."
     from dvc.repo import Repo
@@ -74,13 +74,14 @@ def folder_changed(root: Path, path: str) -> bool:
         deps = [d for s in repo.index.stages for d in s.deps if d.def_path == path]
         return any(d.changed_checksum() for d in deps)
 
+# %% ../../nbs/flow/16_why.ipynb #bad9ac97
 def module_change(root: Path, dep: dict) -> str:
     "What changed in a module."
     old = version_of(root, dep["path"], dep["md5"])
     if old is None:
         return "has changed; its former text is not in git"
     names = changed_definitions(old, (root / dep["path"]).read_text(encoding="utf-8"))
-    return f"{', '.join(names) if names else 'only comments'} changed"
+    return f"{', '.join(names) or 'only comments'} changed"
 
 # %% ../../nbs/flow/16_why.ipynb #3439202f
 def changed_input(
@@ -110,7 +111,7 @@ def changed_output(root: Path, out: dict) -> str | None: # A line; None: it is t
         return f"{out['path']}: its output was changed by somebody else"
     return None
 
-# %% ../../nbs/flow/16_why.ipynb #3d983621
+# %% ../../nbs/flow/16_why.ipynb #f334f45a
 def read_yaml(path: Path) -> dict:
     "A YAML or JSON file; empty where it holds nothing."
     from ruamel.yaml import YAML
@@ -120,12 +121,14 @@ def at(values: dict, path: str): # None: not there
     "The value at a dotted path."
     return reduce(lambda found, part: (found or {}).get(part), path.split("."), values)
 
+# %% ../../nbs/flow/16_why.ipynb #4d0e8db1
 def changed_params(root: Path, entry: dict) -> Iterator[str]: # Lines
     "Which values differ from those of the last run."
     for file, old in entry.get("params", {}).items():
         values = read_yaml(root / file)
         yield from changed_values(old, {path: at(values, path) for path in old})
 
+# %% ../../nbs/flow/16_why.ipynb #9b835041
 def new_inputs(root: Path, entry: dict, declared: dict) -> Iterator[str]: # Lines
     "The inputs that the last run did not have."
     known, values = {d["path"] for d in entry.get("deps", ())}, read_yaml(root / "params.yaml")
@@ -134,7 +137,7 @@ def new_inputs(root: Path, entry: dict, declared: dict) -> Iterator[str]: # Line
         if found not in known:
             yield f"{found}: is a new input"
 
-# %% ../../nbs/flow/16_why.ipynb #71b1ab25
+# %% ../../nbs/flow/16_why.ipynb #1f59ddae
 def last_runs(root: Path) -> dict[str, dict]: # stage: its entry in `dvc.lock`
     "Raises `DataError` where the file cannot be read."
     from ruamel.yaml import YAMLError
@@ -144,6 +147,7 @@ def last_runs(root: Path) -> dict[str, dict]: # stage: its entry in `dvc.lock`
     except (YAMLError, UnicodeDecodeError, AttributeError):
         raise DataError("dvc.lock: half-written; 'mlkit repro' heals it") from None
 
+# %% ../../nbs/flow/16_why.ipynb #3a5eabfd
 def why(
     root: Path, # The project
     name: str, # Of a stage
