@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from conftest import checkout
-from mlkit.flow.config import code_cells
+from mlkit.flow.notebook import code_cells
 from mlkit.core import read_json, sha256, write_json
 from mlkit.flow.runner import load_project
 from mlkit.flow.warm import socket_path

@@ -111,7 +111,7 @@ def test_what_depends_on_what(finished):
     # and the same from Python itself: no module of mlkit is loaded that is not declared
     code = """
 import json, sys
-from mlkit.flow.config import code_cells
+from mlkit.flow.notebook import code_cells
 done = set(sys.modules)
 for c in code_cells(sys.argv[1]):
     for line in c["source"].splitlines():

@@ -28,7 +28,7 @@ def setup():
     setup_project(root)
 def setup_project(root: Path):
     "Git's merge driver, and a `dvc.yaml` in step."
-    from mlkit.flow.merge import install_driver
+    from mlkit.flow.git import set_up_git
     from mlkit.flow.pipeline import render
-    install_driver(root, str(Path(sys.executable).with_name("mlkit")))
+    set_up_git(root, str(Path(sys.executable).with_name("mlkit")))
     render(root)

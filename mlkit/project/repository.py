@@ -99,9 +99,9 @@ def join_git(
     message: str, # Of the commit
 ) -> list[str]: # Lines for the user
     "Make the project a repository, or a part of the one around it, and commit it. Raises `ConfigError`."
-    from mlkit.flow.merge import install_driver
+    from mlkit.flow.git import set_up_git
     if own and (done := git(root, "init", "-q")).returncode:
         raise ConfigError(f"{root}: 'git init' fails: {done.stderr.strip()}")
     use_git(root)
-    install_driver(root)
+    set_up_git(root)
     return commit(root, message)

@@ -36,7 +36,7 @@ IMPORT_TASK = "import task # nbs/task.ipynb: your own code\n"
 
 def python_cells(notebook: Path) -> list[str]:
     "The cells that are Python: magics are not."
-    from mlkit.flow.config import code_cells
+    from mlkit.flow.notebook import code_cells
     out = []
     for cell in code_cells(notebook):
         try:
