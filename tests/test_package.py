@@ -53,8 +53,8 @@ def a_wheel(folder, version, code):
     return write_zip(folder / f"{NAME}-{version}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
 
 
-class Fresh:
-    "An empty environment; what mlkit requires comes from ours, what pip installs goes into this one."
+class Bare:
+    "An environment of its own; what mlkit requires comes from ours, what pip installs goes into this one."
 
     def __init__(self, folder):
         self.python = folder / "bin/python"
@@ -75,8 +75,8 @@ class Fresh:
 
 
 @pytest.fixture
-def fresh(tmp_path):
-    return Fresh(tmp_path / "fresh")
+def bare(tmp_path):
+    return Bare(tmp_path / "bare")
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,13 @@ def test_wheel_holds_all(wheel):
     assert not [name for name in files if name.endswith(".pyc") or name.startswith(("tests/", "nbs/", "bench/"))]
 
 
-def test_wheel_works_alone(wheel, fresh, tmp_path):
+def test_wheel_works_alone(wheel, bare, tmp_path):
     "Installed somewhere else, every module can be imported, and a project would get the notebooks of the wheel."
-    fresh.pip(wheel)
-    file, missing = json.loads(fresh.code(IMPORT_ALL, cwd=tmp_path).splitlines()[-1])
-    site = fresh.python.parents[1]
+    bare.pip(wheel)
+    file, missing = json.loads(bare.code(IMPORT_ALL, cwd=tmp_path).splitlines()[-1])
+    site = bare.python.parents[1]
     assert Path(file).is_relative_to(site) and set(missing) <= ELSEWHERE
-    found = fresh.code("from mlkit.project.stages import notebook_files; print(*notebook_files().values())", cwd=tmp_path)
+    found = bare.code("from mlkit.project.stages import notebook_files; print(*notebook_files().values())", cwd=tmp_path)
     assert found and all(Path(p).is_relative_to(site) for p in found.split())
     assert (site / "bin/mlkit").is_file()
 
@@ -134,17 +134,17 @@ def test_pinned_wheel_is_the_built_one(wheel, pinned):
     assert package(contents(carried)) == package(contents(wheel))
 
 
-def test_pin_installs(pinned, fresh, tmp_path):
+def test_pin_installs(pinned, bare, tmp_path):
     "pip takes the file, and what it has installed would pin itself by the same hash."
-    fresh.pip("-r", "requirements.txt", cwd=pinned)
-    assert "mlkit" in fresh.installed
+    bare.pip("-r", "requirements.txt", cwd=pinned)
+    assert "mlkit" in bare.installed
     (again := tmp_path / "again").mkdir()
-    fresh.code("from pathlib import Path; from mlkit.project.pin import pin; pin(Path.cwd())", cwd=again)
+    bare.code("from pathlib import Path; from mlkit.project.pin import pin; pin(Path.cwd())", cwd=again)
     assert (again / "requirements.txt").read_text() == (pinned / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("fault", ["changed", "cut short", "another version", "gone", "no folder"])
-def test_pin_stops(fault, pinned, fresh, tmp_path):
+def test_pin_stops(fault, pinned, bare, tmp_path):
     "pip stops, and never takes a package of our name that somebody else has made."
     project, strangers = tmp_path / "project", tmp_path / "strangers"
     shutil.copytree(pinned, project)
@@ -161,6 +161,6 @@ def test_pin_stops(fault, pinned, fresh, tmp_path):
         file.unlink()
     else:
         shutil.rmtree(project / "vendor")
-    done = fresh.pip("-r", "requirements.txt", "--find-links", strangers, "--find-links", "vendor", cwd=project, rc=1)
+    done = bare.pip("-r", "requirements.txt", "--find-links", strangers, "--find-links", "vendor", cwd=project, rc=1)
     says = "DO NOT MATCH THE HASHES" if fault in ("changed", "cut short") else f"No such file or directory: './vendor/{file.name}'"
-    assert says in done.stderr and fresh.installed == []
+    assert says in done.stderr and bare.installed == []
