@@ -129,9 +129,9 @@ CONTENDERS = {"pandas": with_pandas, "Polars by hand": with_polars, "DuckDB": wi
 
 def one(name, data, out):
     "In its own process. Its packages are imported before the clock starts."
-    import numpy, pandas, polars, pyarrow.parquet
-    if name == "DuckDB": import duckdb
-    if name == "mlkit": import mlkit.inputs.rows, mlkit.data.engines
+    import numpy, pandas, polars, pyarrow.parquet # noqa: F401
+    if name == "DuckDB": import duckdb # noqa: F401
+    if name == "mlkit": import mlkit.inputs.rows, mlkit.data.engines # noqa: F401
     begin = time.perf_counter(), time.process_time()
     CONTENDERS[name](data, out)
     print(json.dumps({"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))

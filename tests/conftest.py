@@ -1,5 +1,5 @@
 "One finished run of the whole pipeline, in a copy of this checkout; each test gets a clone of it that it may break."
-import hashlib, json, os, re, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch

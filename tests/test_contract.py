@@ -1,11 +1,11 @@
 "How data go wrong, and how they merely vary: each way through 'mlkit contract check', with what it must say and how long it may take."
-import gzip, json, subprocess
+import gzip, json
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 import cv2, numpy as np, polars as pl, pyarrow as pa
 import pytest
-from conftest import BIN, Project
+from conftest import Project
 
 N = 400 # rows
 

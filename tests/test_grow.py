@@ -4,7 +4,7 @@ import pytest
 from conftest import ran
 from test_kafka import Broker
 from test_new import new
-from test_source import ask, postgres, s3 # two are fixtures
+from test_source import ask, postgres, s3 # noqa: F401 two are fixtures
 
 def people(n, first=0):
     r = np.random.default_rng(first)

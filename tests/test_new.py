@@ -3,8 +3,7 @@ import sqlite3
 
 import cv2, numpy as np
 import pytest
-from conftest import ROOT, Project, one_line, ran, sha256
-from ruamel.yaml import YAML
+from conftest import ROOT, Project, one_line, ran
 
 class Made(Project):
     "A project outside the checkout: its mlkit is the installed one."
@@ -24,7 +23,7 @@ def verdict(project):
 
 def status(project):
     "What git would tell of the project: 'A  dvc.lock', '?? champion.json', ..."
-    return project.git("status", "--porcelain").stdout.splitlines()
+    return project.git("status", "--porcelain", ".").stdout.splitlines()
 
 def drive(project, tmp_path):
     "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."

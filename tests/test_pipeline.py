@@ -1,9 +1,8 @@
 "The whole pipeline on the real data: it releases, does nothing twice, reruns what it must and nothing else, and gives the same bytes anywhere."
-import json, os, shutil, sqlite3, subprocess, sys
+import json, os, shutil, sqlite3, sys
 from importlib.metadata import distribution, version
 from pathlib import Path
 
-import pytest
 from conftest import BIN, ran, sha256
 from mlkit.flow.pipeline import library_notebooks
 from ruamel.yaml import YAML

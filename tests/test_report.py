@@ -1,5 +1,5 @@
 "What people open: the pages in a real browser."
-import json, re, shutil, subprocess
+import re, shutil, subprocess
 from html import unescape
 from urllib.parse import unquote, urlsplit
 

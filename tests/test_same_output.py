@@ -1,7 +1,6 @@
 "The notebook that a warm kernel gives is the one that papermill gives with an ordinary kernel: outputs, displays, errors, metadata, and what code sees of its process."
 import difflib, json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import nbformat, psutil, pytest
 
@@ -334,11 +333,10 @@ def test_own_module(state, tmp_path):
 
 def test_end(tmp_path):
     "A kernel ends with the process that has asked for it, also one that became an ordinary kernel."
-    from mlkit.flow.warm import _connects, socket_path
     for own in (False, True):
         (folder := tmp_path / str(own)).mkdir()
         if own: (folder / "safetensors.py").touch()
-        nbformat.write(notebook(f"import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"), folder / "nb.ipynb")
+        nbformat.write(notebook("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"), folder / "nb.ipynb")
         asker = subprocess.Popen([sys.executable, "-c", "import papermill; papermill.execute_notebook('nb.ipynb', 'out.ipynb', kernel_name='mlkit-warm', progress_bar=False)"], cwd=folder, stdin=subprocess.DEVNULL)
         pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), "a kernel")
         kernel = psutil.Process(int(pid))

@@ -1,12 +1,12 @@
 "Sources where they really are: a PostgreSQL server, an S3 server, an HTTP server, what Hugging Face's library saves, a package with an entry point."
-import functools, gzip, http.server, io, os, re, shutil, socket, subprocess, sys, tarfile, tempfile, threading
+import functools, gzip, http.server, io, os, re, shutil, socket, subprocess, sys, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import cv2, numpy as np, polars as pl
 import pytest
 
-from mlkit.core import DataError, MlkitError, SetupError
+from mlkit.core import MlkitError, SetupError
 from mlkit.data.shards import write_shards
 from mlkit.sources.registry import SOURCES, detect, look, open_source
 

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 import numpy as np, polars as pl, pytest, torch
 from torch import nn
 
-from mlkit.core import DataError, ServeError
+from mlkit.core import DataError
 from mlkit.serving.export import OnnxChain, export_onnx
 from mlkit.serving.parity import parity
 from mlkit.inputs.columns import Category, Date, Number

@@ -16,4 +16,4 @@ def merge_lock(files):
     "BASE OURS THEIRS: git calls this to merge dvc.lock."
     from mlkit.flow.git import merge_locks
     if not merge_locks(*files):
-        sys.exit(1) # git says that there is a conflict
+        sys.exit(1)

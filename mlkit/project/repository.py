@@ -21,6 +21,7 @@ def git(
     env = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
     return subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
+# %% ../../nbs/project/02_repository.ipynb #e1931c6a
 def has_git() -> bool:
     "Whether git is installed."
     try:
@@ -54,6 +55,7 @@ def init_dvc(root: Path):
     with open(root / ".dvcignore", "a") as f:
         f.write(OURS)
 
+# %% ../../nbs/project/02_repository.ipynb #3ea79d38
 def use_git(root: Path):
     "Let the DVC project use the git repository that it is in."
     from dvc.repo import Repo
