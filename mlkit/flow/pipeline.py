@@ -113,16 +113,16 @@ INDEX = "reports/index.html"
 def dvc_config(
     root: Path, # The project
 ) -> tuple[dict, set[str], set[str]]: # `dvc.yaml` as DVC's file format has it; the modules and packages of `environment.json`
-    "What `dvc.yaml` should hold: the stages, the page that sums them up, and the plots."
+    "What `dvc.yaml` should hold: the stages, the page that sums them up (a view without outputs, see `flow.index`), and the plots."
     nodes = load_stages(root)
     params = load_params(root, {n: node.types for n, node in nodes.items()})
-    imports = {n: node.imports(root) for n, node in nodes.items()} | {"index": import_tree(["import mlkit.flow.report"], root)}
+    imports = {n: node.imports(root) for n, node in nodes.items()} | {"index": import_tree(["import mlkit.flow.index"], root)}
     written = read_params(root)
     stages = {n: _stage_entry(node, root, params, imports[n], written) for n, node in nodes.items()}
     reports = [node.reports[0] for node in nodes.values()]
     metrics = [m for node in nodes.values() for m in node.stage.metrics.values()]
     files, *rest = imports["index"]
-    stages["index"] = {"cmd": "mlkit index", "deps": [*files, *reports, *metrics], "params": [{ENVIRONMENT: environment_keys(*rest)}], "outs": [INDEX]}
+    stages["index"] = {"cmd": "mlkit index", "deps": [*files, *reports, *metrics], "params": [{ENVIRONMENT: environment_keys(*rest)}]}
     plots = [{name: {k if k != "path" else "y": ({p["path"]: p["y"]} if k == "path" else v) for k, v in p.items() if k != "y"}}
              for node in nodes.values() for name, p in node.stage.plots.items()]
     return {"stages": stages, "plots": plots}, *({x for i in imports.values() for x in i[k]} for k in (1, 2))

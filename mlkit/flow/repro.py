@@ -31,7 +31,7 @@ def only_one(root: Path):
 def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> list[str]: # Names of the stages that ran or were restored
     "Run what has changed, and show it."
     from contextlib import redirect_stderr
-    from mlkit.flow.runner import load_project, run_node, write_index
+    from mlkit.flow.runner import load_project, run_node
     from mlkit.flow.schedule import machine_slots, run_changed
     os.chdir(root)
     nodes, params = load_project(root)
@@ -40,7 +40,7 @@ def run_pipeline(root: Path, targets: list[str], force: bool, n_jobs: int) -> li
 
     def work(name, env, turn):
         if name == "index":
-            return write_index(root)
+            return # the page is written when the run has ended and the model is published
         out = progress.stream(name)
         return run_node(root, nodes[name], params[name], out, out, env, turn)
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['move_in_place', 'failure', 'run_node', 'load_project', 'Interrupted', 'end_kernels', 'interruptible', 'run_stage',
-           'write_pages', 'write_index']
+           'write_pages']
 
 # %% ../../nbs/flow/07_runner.ipynb #a8be2c4b
 import os, shutil, signal, sys, time
@@ -14,7 +14,7 @@ from typing import Callable
 from ..core import MlkitError, StageError, nearest, write_atomic
 from .config import load_params
 from .kernels import execute, kernel, strip_clocks
-from .pipeline import INDEX, Node, load_stages
+from .pipeline import Node, load_stages
 from .stage import OUTPUTS
 
 # %% ../../nbs/flow/07_runner.ipynb #83656484
@@ -140,14 +140,3 @@ def _keep(report, failed, name):
         for f in (report, report.with_suffix(".html")): os.replace(f, failed / f.name)
     except (OSError, ValueError): return "" # nothing readable was written: the disk is full, and the message says so
     return f" (see .mlkit/failed/{name}.html)"
-
-# %% ../../nbs/flow/07_runner.ipynb #ab47b5e3
-def write_index(root: Path):
-    "Write `reports/index.html` from what the stages have left. Raises `StageError` where a report is missing."
-    from mlkit.flow.report import index_page
-    nodes = load_stages(root)
-    for node in nodes.values():
-        for p in (node.reports[0], *node.stage.metrics.values()):
-            if not (root / p).is_file(): raise StageError(f"{p} is missing; run 'dvc repro' first")
-    write_atomic(root / INDEX, index_page({n: root / x.reports[0] for n, x in nodes.items()},
-        {n: [root / m for m in x.stage.metrics.values()] for n, x in nodes.items()}))
