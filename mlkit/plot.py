@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['GREEN', 'BLUE', 'ORANGE', 'RED', 'GREY', 'WIDTH', 'SMALLEST', 'LOOK', 'LETTER', 'ACROSS', 'contrast', 'on_a_phone',
-           'look', 'words', 'axes', 'fit_title', 'fit_grid', 'draw_picture', 'image_grid', 'table', 'histograms']
+           'look', 'words', 'one_axes', 'axes', 'fit_title', 'fit_grid', 'draw_picture', 'blank_grid', 'image_grid',
+           'date_texts', 'table', 'physical', 'draw_bins', 'draw_counts', 'histograms']
 
 # %% ../nbs/01_plot.ipynb #cbeed805
 from textwrap import wrap
@@ -44,17 +45,20 @@ def look():
     plt.rcParams.update(LOOK)
     describe_shown()
 
+# %% ../nbs/01_plot.ipynb #cfa94319
 def words(names) -> list[str]:
-    "Names from data as labels of a figure: what stands between two dollars is not mathematics."
+    "Names from data as labels of a figure."
     return [str(n).replace("$", r"\$") for n in names]
 
-# %% ../nbs/01_plot.ipynb #04de6f00
-def _one(width, height, **kw):
+# %% ../nbs/01_plot.ipynb #e5b2c5d2
+def one_axes(width: float, height: float, **kw): # Inches; for `plt.subplots`
+    "A figure with one Axes, no wider than `WIDTH`, with a title that wraps."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(min(width, WIDTH), height), layout="constrained", **kw)[1]
     ax.set_title("").set_wrap(True)
     return ax
 
+# %% ../nbs/01_plot.ipynb #b1f55354
 def axes(
     n: int = 1, # How many
     width: float = WIDTH, # Inches, of all n beside each other
@@ -64,7 +68,7 @@ def axes(
 ): # One matplotlib Axes, or an array of n
     "Figures in the house's look, each with one Axes."
     look()
-    found = np.array([_one(width / n, height, **kw) for _ in range(n)])
+    found = np.array([one_axes(width / n, height, **kw) for _ in range(n)])
     return found[None] if not squeeze else found if n > 1 else found[0]
 
 # %% ../nbs/01_plot.ipynb #14d9b496
@@ -73,11 +77,12 @@ LETTER = 0.085 # Inches, of a letter of 10 points on average
 def fit_title(
     title: str, # Its line breaks stay
     width: float, # Inches, of its picture
-) -> str: # Three lines at most
+) -> str:
     "Break a title where its picture ends."
     lines = [part for line in title.splitlines() for part in wrap(line, max(4, int(width / LETTER))) or [""]]
     return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
 
+# %% ../nbs/01_plot.ipynb #0bb8dd0a
 def fit_grid(
     titles: list[str],
     n: int, # Pictures
@@ -86,9 +91,11 @@ def fit_grid(
 ) -> tuple[int, float]: # Columns, size of a picture
     "How large pictures can be."
     longest = max((len(line) for t in titles for line in t.splitlines()), default=0)
-    wanted = max(size, LETTER * (longest / 2 + 1)) if columns is None and longest > 8 else size
-    columns = columns or max(1, min(n, 10, int(WIDTH / wanted) if wanted > size else 10))
-    return columns, min(wanted, WIDTH / columns)
+    if columns is None and longest > 8:
+        size = max(size, LETTER * (longest / 2 + 1))
+        columns = max(1, min(10, int(WIDTH / size)))
+    columns = columns or max(1, min(n, 10))
+    return columns, min(size, WIDTH / columns)
 
 # %% ../nbs/01_plot.ipynb #7f3eae1c
 def draw_picture(ax, image, title: str, **imshow):
@@ -97,29 +104,39 @@ def draw_picture(ax, image, title: str, **imshow):
     ax.imshow(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image, **({"cmap": "gray"} | imshow))
     ax.set_title(title, fontsize=SMALLEST, pad=2)
 
+def blank_grid(rows: int, columns: int, width: float, height: float): # Inches
+    "A figure of Axes that show nothing yet."
+    import matplotlib.pyplot as plt
+    look()
+    axs = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)[1]
+    for ax in axs.flat:
+        ax.axis("off")
+    return axs
+
+# %% ../nbs/01_plot.ipynb #42aee451
 def image_grid(
     images, # (n, h, w) or (n, h, w, c) uint8 or float
-    titles=None, # n of str, a line each
-    columns: int | None = None, # None: see `fit_grid`
+    titles=None, # n of str
+    columns: int | None = None, # See `fit_grid`
     size: float = 0.9, # Inches, of one image, where so many fit
     **imshow, # For `imshow`
 ): # Array of Axes, (rows, columns)
     "Images side by side, in rows."
-    import matplotlib.pyplot as plt
-    look()
     titles = [str(t) for t in titles] if titles is not None else [""] * len(images)
     columns, size = fit_grid(titles, len(images), columns, size)
     titles = words(fit_title(t, size) for t in titles)
     rows, lines = max(1, -(-len(images) // columns)), max((len(t.splitlines()) for t in titles), default=0)
-    axs = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.04 + 0.17 * lines)), layout="constrained", squeeze=False)[1]
-    for ax in axs.flat: ax.axis("off")
-    for ax, image, title in zip(axs.flat, images, titles): draw_picture(ax, image, title, **imshow)
+    axs = blank_grid(rows, columns, columns * size, rows * (size + 0.04 + 0.17 * lines))
+    for ax, image, title in zip(axs.flat, images, titles):
+        draw_picture(ax, image, title, **imshow)
     return axs
 
 # %% ../nbs/01_plot.ipynb #c28f7398
-def _dates(column): # a pandas Series of dates, as text
+def date_texts(column): # A pandas Series of dates -> of str
+    "Dates as people read them."
     days = column.dropna()
-    return column.dt.strftime("%Y-%m-%d" if (days.dt.normalize() == days).all() else "%Y-%m-%d %H:%M:%S")
+    whole = (days.dt.normalize() == days).all()
+    return column.dt.strftime("%Y-%m-%d" if whole else "%Y-%m-%d %H:%M:%S")
 
 def table(
     rows, # A list of dicts, or a Polars frame
@@ -131,32 +148,42 @@ def table(
     frame = pd.DataFrame(rows.to_dicts() if hasattr(rows, "to_dicts") else rows)
     for name, column in frame.items():
         if pd.api.types.is_datetime64_any_dtype(column):
-            frame[name] = _dates(column)
+            frame[name] = date_texts(column)
         elif column.dtype == object:
             frame[name] = column.map(lambda v: "" if v is None else v)
     return HTML(frame.to_html(index=False, border=0, float_format=f"{{:.{digits}f}}".format, na_rep="", justify="left"))
 
-# %% ../nbs/01_plot.ipynb #a912ddc2
-def _physical(s): # numbers to count, of dates their ticks
+# %% ../nbs/01_plot.ipynb #9f0d6cd5
+def physical(s): # Polars Series -> (n,) float64
+    "Numbers to count; of dates, their ticks. What is missing is left out."
     import polars as pl
     return (s.to_physical() if s.dtype.is_temporal() else s).drop_nulls().cast(pl.Float64).drop_nans().to_numpy()
 
-def _bins(ax, s, parts, n_bins):
-    v = _physical(s)
+def draw_bins(
+    ax,
+    s, # Polars Series: the column
+    parts: list, # Its parts, one a group
+    n_bins: int,
+):
+    "Histograms over each other, one a group."
+    v = physical(s)
     if not len(v):
         return
     edges = np.linspace(*np.quantile(v, [0.005, 0.995]), n_bins + 1) if len(np.unique(v)) > 2 else n_bins
     for part, color in zip(parts, (GREEN, BLUE, ORANGE, RED)):
-        ax.hist(_physical(part), bins=edges, color=color, alpha=0.6 if len(parts) > 1 else 0.9)
+        ax.hist(physical(part), bins=edges, color=color, alpha=0.6 if len(parts) > 1 else 0.9)
     if s.dtype.is_temporal():
-        ax.set_xticks([v.min(), v.max()], [str(s.min())[:7], str(s.max())[:7]])
+        ax.set_xticks([v.min(), v.max()], [str(s.min())[:10], str(s.max())[:10]])
 
-def _counts(ax, s):
+# %% ../nbs/01_plot.ipynb #bf86804d
+def draw_counts(ax, s): # Polars Series
+    "A bar a frequent value."
     import polars as pl
     counts = s.cast(pl.String).value_counts(sort=True).head(6).reverse()
     names = words(str(x)[:20] for x in counts[s.name])
     ax.barh(names, counts["count"], color=GREEN, alpha=0.4)
-    for i, name in enumerate(names): ax.text(0, i, f" {name}", va="center", fontsize=SMALLEST)
+    for i, name in enumerate(names):
+        ax.text(0, i, f" {name}", va="center", fontsize=SMALLEST)
     ax.set_yticks([])
 
 # %% ../nbs/01_plot.ipynb #cd8fe29b
@@ -170,24 +197,22 @@ def histograms(
     n_bins: int = 20,
 ): # Array of Axes
     "How the values of each column are spread."
-    import matplotlib.pyplot as plt
     import polars as pl
-    look()
     names = names[:most]
     rows = max(1, -(-len(names) // ACROSS))
-    axs = plt.subplots(rows, ACROSS, figsize=(WIDTH, 1.6 * rows), layout="constrained", squeeze=False)[1]
-    for ax in axs.flat[len(names):]: ax.axis("off")
+    axs = blank_grid(rows, ACROSS, WIDTH, 1.6 * rows)
     groups = frame[color_by].drop_nulls().unique().sort().head(4).to_list() if color_by else []
     frames = [frame.filter(pl.col(color_by) == g) for g in groups] or [frame]
     for ax, name in zip(axs.flat, names):
         s = frame[name].drop_nulls()
-        ax.set_title(*words([name[:22]]), fontsize=SMALLEST)
+        ax.axis("on")
         ax.set_yticks([])
-        ax.locator_params(axis="x", nbins=3)
+        ax.set_title(*words([name[:22]]), fontsize=SMALLEST)
         if s.dtype.is_numeric() or s.dtype.is_temporal():
-            _bins(ax, s, [f[name] for f in frames], n_bins)
+            ax.locator_params(axis="x", nbins=3)
+            draw_bins(ax, s, [f[name] for f in frames], n_bins)
         else:
-            _counts(ax, s)
+            draw_counts(ax, s)
     if groups:
         axs.flat[0].legend(words(groups), fontsize=SMALLEST)
     return axs

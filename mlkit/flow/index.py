@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['INDEX_PAGE', 'INDEX_CSS', 'NOTE', 'git_state', 'read_lock', 'data_version', 'champion_figures', 'beside',
-           'champion_line', 'registry_line', 'described', 'pictures', 'summary', 'key_figures', 'index_page',
-           'project_facts', 'write_index', 'refresh_index']
+           'champion_line', 'registry_line', 'described', 'pictures', 'summary', 'key_figures', 'judged', 'index_page',
+           'project_facts', 'needed', 'write_index', 'refresh_index']
 
 # %% ../../nbs/flow/15_index.ipynb #40efac8e
 import json
@@ -85,11 +85,16 @@ def described(facts: dict, verdict: dict | None) -> list[tuple[str, str]]: # Wha
                  ("champion", champion_line(verdict, facts.get("champion")))]
     return rows
 
-# %% ../../nbs/flow/15_index.ipynb #7c8bb830
+# %% ../../nbs/flow/15_index.ipynb #2d14ca9c
 def pictures(cells: list[dict]) -> list[tuple[bool, str, str]]: # On the cover, PNG in base64, alternative text
     "The pictures of a report, in their order."
-    return [("cover" in c["metadata"].get("tags", []), "".join(o["data"]["image/png"]).strip(), o.get("metadata", {}).get("image/png", {}).get("alt", ""))
-            for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    found = []
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+                found.append(("cover" in cell["metadata"].get("tags", []), "".join(png).strip(), alt))
+    return found
 
 def summary(
     notebook: str | Path, # A report
@@ -120,11 +125,13 @@ Not met: {{ failed|join(', ') }}.{% endif %}</p>{% endif %}
 <dl class="facts"><div><dt>written</dt><dd><time datetime="{{ written.isoformat() }}">{{ date }}</time></dd></div>
 {% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl></div>
 {% if verdict %}<div class="scroll" tabindex="0" role="group" aria-label="Table: the criteria of the release"><table>
-<thead><tr><th scope="col">criterion</th><th scope="col">asked</th><th scope="col">measured</th>
-{% if champion %}<th scope="col">champion</th>{% endif %}<th scope="col">met</th></tr></thead><tbody>
-{% for c, v in verdict.criteria.items() %}<tr><th scope="row">{{ c }}</th><td>{{ v.asked }}</td><td>{{ figure(v.value) }}</td>
-{% if champion %}<td>{{ beside(v, champion.get(c)) }}</td>{% endif %}
-<td class="{{ 'yes' if v.met else 'no' }}">{{ '✓ yes' if v.met else '✗ no' }}</td></tr>{% endfor %}</tbody></table></div>{% endif %}</section>
+<thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th><th scope="col">asked</th>
+{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>
+{% for c, v in verdict.criteria.items() %}<tr><th scope="row">{{ c }}</th>
+<td class="{{ 'yes' if v.met else 'no' }}">{{ '✓ yes' if v.met else '✗ no' }}</td>
+<td>{{ figure(v.value) }}</td><td>{{ v.asked }}</td>
+{% if champion %}<td>{{ beside(v, champion.get(c)) }}</td>{% endif %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}</section>
 <section aria-labelledby="stages"><h2 id="stages">Stages</h2><div class="cards">
 {% for s in stages %}<article class="card"><div class="picture">
 {%- if s.picture %}<img alt="{{ s.alt }}" src="data:image/png;base64,{{ s.picture }}">{% endif -%}</div>
@@ -142,7 +149,7 @@ dd { margin: 0; overflow-wrap: anywhere } table th[scope=row] { color: var(--ink
 .verdict h1, .verdict p { margin: .2rem 0 .5rem } .verdict > div { flex: 1 1 19rem; min-width: 0 }
 .verdict > .scroll { flex: 2 1 26rem; margin: 0 } .verdict tr:last-child > * { border-bottom: 0 }
 .facts > div { display: grid; grid-template-columns: 5.5rem 1fr; align-items: baseline; font-size: .9rem }
-.yes { color: var(--good); font-weight: 700 } .no { color: var(--bad); font-weight: 700 } .yes, .no { white-space: nowrap }
+.verdict td { white-space: nowrap } .yes { color: var(--good); font-weight: 700 } .no { color: var(--bad); font-weight: 700 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem }
 .card { position: relative; display: flex; flex-direction: column; background: var(--paper); border: 1px solid var(--line);
   border-radius: 8px; overflow: hidden }
@@ -158,7 +165,15 @@ dd { margin: 0; overflow-wrap: anywhere } table th[scope=row] { color: var(--ink
 .body dl { display: grid; grid-template-columns: 1fr 1fr; gap: .35rem .8rem } .body dd { font-weight: 600; font-variant-numeric: tabular-nums }
 """
 
-# %% ../../nbs/flow/15_index.ipynb #e4c241bd
+# %% ../../nbs/flow/15_index.ipynb #d4e4138b
+def judged(verdict: dict | None, champion: dict | None) -> dict: # What the template takes
+    "The verdict in words, what failed, and what the champion has."
+    if not verdict:
+        return {"word": "Pipeline"}
+    failed = [name for name, c in verdict["criteria"].items() if not c["met"]]
+    return {"word": "Released" if verdict["released"] else "Not released", "verdict": verdict, "failed": failed,
+            "champion": champion_figures(verdict, champion)}
+
 def index_page(
     reports: dict[str, Path], # stage: its report notebook, in the order of the pipeline
     metrics: dict[str, list[Path]], # stage: its metrics files
@@ -169,14 +184,11 @@ def index_page(
     from jinja2 import Environment
     values = {s: {k: v for f in files for k, v in read_json(f).items()} for s, files in metrics.items()}
     verdict = next((v for v in values.values() if "criteria" in v), None)
-    failed = [c for c, v in verdict["criteria"].items() if not v["met"]] if verdict else []
     cards = [summary(nb) | {"href": f"{s}.html", "figures": key_figures(values.get(s, {}))} for s, nb in reports.items()]
     written = written or datetime.now(timezone.utc)
     return Environment(autoescape=True).from_string(INDEX_PAGE).render(
-        css=CSS + INDEX_CSS, verdict=verdict, failed=failed, stages=cards, figure=figure, beside=beside, written=written,
-        date=f"{written:%-d %B %Y, %H:%M} UTC", facts=described(facts, verdict),
-        champion=champion_figures(verdict, facts.get("champion")) if verdict else {},
-        word="Pipeline" if not verdict else "Released" if verdict["released"] else "Not released")
+        judged(verdict, facts.get("champion")), css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
+        written=written, date=f"{written:%-d %B %Y, %H:%M} UTC", figure=figure, beside=beside)
 
 # %% ../../nbs/flow/15_index.ipynb #ae6d9aca
 NOTE = ".mlkit/index.json"
@@ -184,23 +196,25 @@ NOTE = ".mlkit/index.json"
 def project_facts(
     root: Path,
     standing: dict, # registry, champion: as `commands.index` finds them
-) -> dict: # lock, commit, changed, data, registry, champion
+) -> dict: # commit, changed, lock, registry, champion
     "What the page shows besides reports and metrics, and the hash of `dvc.lock`, which stands for these."
-    lock, first = root / "dvc.lock", next(iter(load_stages(root)))
-    known = md5(lock.read_bytes()).hexdigest() if lock.is_file() else None
-    return git_state(root) | {"lock": known, "data": data_version(read_lock(root).get(first, {}))} | standing
+    lock = root / "dvc.lock"
+    return git_state(root) | {"lock": md5(lock.read_bytes()).hexdigest() if lock.is_file() else None} | standing
 
+def needed(nodes: dict) -> list[str]: # Paths
+    "The files that the page is made from."
+    return [p for node in nodes.values() for p in (node.reports[0], *node.stage.metrics.values())]
+
+# %% ../../nbs/flow/15_index.ipynb #f5e24ac8
 def write_index(root: Path, standing: dict = {}):
     "Write `reports/index.html` from what the stages have left. Raises `StageError` where a report is missing."
-    nodes = load_stages(root)
-    for node in nodes.values():
-        for p in (node.reports[0], *node.stage.metrics.values()):
-            if not (root / p).is_file():
-                raise StageError(f"{p} is missing; run 'dvc repro' first")
-    facts = project_facts(root, standing)
+    nodes, facts = load_stages(root), project_facts(root, standing)
+    if missing := [p for p in needed(nodes) if not (root / p).is_file()]:
+        raise StageError(f"{missing[0]} is missing; run 'dvc repro' first")
     reports = {name: root / node.reports[0] for name, node in nodes.items()}
     metrics = {name: [root / m for m in node.stage.metrics.values()] for name, node in nodes.items()}
-    write_atomic(root / INDEX, index_page(reports, metrics, facts))
+    data = data_version(read_lock(root).get(next(iter(nodes)), {}))
+    write_atomic(root / INDEX, index_page(reports, metrics, facts | {"data": data}))
     write_json(root / NOTE, facts)
 
 def refresh_index(root: Path, standing: dict = {}) -> bool: # Whether it was written

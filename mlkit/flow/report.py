@@ -42,7 +42,7 @@ PAGE = """
 {%- extends 'basic/index.html.j2' -%}
 {%- block header -%}<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ resources.mlkit.title }} · mlkit</title><style>{{ resources.mlkit.css }}</style></head><body>
+<title>{{ resources.mlkit.title | e }} · mlkit</title><style>{{ resources.mlkit.css }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav>
 <label><input type="checkbox" id="code"> show code</label></header><main>{%- endblock header -%}
 {%- block footer -%}</main></body></html>{%- endblock footer -%}
@@ -120,6 +120,8 @@ def box_tables(soup):
         focusable(table.wrap(soup.new_tag("div", attrs={"class": "scroll"})), f"Table: {name}")
         for th in table.select("th:not([scope])"):
             th["scope"] = "row" if th.find_parent("tbody") and th.parent.find("td") else "col"
+            if not th.get_text(strip=True):
+                th.name, th.attrs = "td", {} # a head that says nothing is none
 
 def box_texts(soup):
     "Let printed objects that can be wider than the page take the focus."
