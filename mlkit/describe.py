@@ -39,7 +39,8 @@ def tick_names(axis) -> dict[float, str]: # place: name; empty: the axis has num
     "The names along an axis."
     from matplotlib.category import StrCategoryFormatter
     from matplotlib.ticker import FixedLocator
-    if not isinstance(axis.get_major_formatter(), StrCategoryFormatter) and not isinstance(axis.get_major_locator(), FixedLocator):
+    categories = isinstance(axis.get_major_formatter(), StrCategoryFormatter)
+    if not categories and not isinstance(axis.get_major_locator(), FixedLocator):
         return {}
     texts = [plain(t.get_text()) for t in axis.get_ticklabels()]
     return {float(place): text for place, text in zip(axis.get_majorticklocs(), texts) if text}

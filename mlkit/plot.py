@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GREEN', 'BLUE', 'ORANGE', 'RED', 'GREY', 'WIDTH', 'SMALLEST', 'LOOK', 'LETTER', 'ACROSS', 'contrast', 'on_a_phone',
            'look', 'words', 'one_axes', 'axes', 'fit_title', 'fit_grid', 'draw_picture', 'blank_grid', 'image_grid',
-           'date_texts', 'table', 'physical', 'draw_bins', 'draw_counts', 'histograms']
+           'date_texts', 'table', 'physical', 'draw_bins', 'draw_counts', 'draw_column', 'histograms']
 
 # %% ../nbs/01_plot.ipynb #cbeed805
 from textwrap import wrap
@@ -21,9 +21,10 @@ def contrast(
 ) -> float: # 1 (the same) to 21 (black on white)
     "How well a text can be told from its ground, after WCAG 2.2."
     from matplotlib.colors import to_rgb
-    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in map(np.array, map(to_rgb, (ink, ground)))]
-    low, high = sorted(float(c @ (0.2126, 0.7152, 0.0722)) for c in linear)
-    return (high + 0.05) / (low + 0.05)
+    colors = np.array([to_rgb(ink), to_rgb(ground)])
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return float((high + 0.05) / (low + 0.05))
 
 # %% ../nbs/01_plot.ipynb #d9268ab1
 WIDTH = 5.6 # Inches; with its margin a figure has 5.8
@@ -126,7 +127,8 @@ def image_grid(
     columns, size = fit_grid(titles, len(images), columns, size)
     titles = words(fit_title(t, size) for t in titles)
     rows, lines = max(1, -(-len(images) // columns)), max((len(t.splitlines()) for t in titles), default=0)
-    axs = blank_grid(rows, columns, columns * size, rows * (size + 0.04 + 0.17 * lines))
+    height = size + 0.04 + 0.17 * lines
+    axs = blank_grid(rows, columns, columns * size, rows * height)
     for ax, image, title in zip(axs.flat, images, titles):
         draw_picture(ax, image, title, **imshow)
     return axs
@@ -138,6 +140,7 @@ def date_texts(column): # A pandas Series of dates -> of str
     whole = (days.dt.normalize() == days).all()
     return column.dt.strftime("%Y-%m-%d" if whole else "%Y-%m-%d %H:%M:%S")
 
+# %% ../nbs/01_plot.ipynb #f6eac468
 def table(
     rows, # A list of dicts, or a Polars frame
     digits: int = 3, # Of floats, after the point
@@ -151,7 +154,8 @@ def table(
             frame[name] = date_texts(column)
         elif column.dtype == object:
             frame[name] = column.map(lambda v: "" if v is None else v)
-    return HTML(frame.to_html(index=False, border=0, float_format=f"{{:.{digits}f}}".format, na_rep="", justify="left"))
+    shown = f"{{:.{digits}f}}".format
+    return HTML(frame.to_html(index=False, border=0, float_format=shown, na_rep="", justify="left"))
 
 # %% ../nbs/01_plot.ipynb #9f0d6cd5
 def physical(s): # Polars Series -> (n,) float64
@@ -159,6 +163,7 @@ def physical(s): # Polars Series -> (n,) float64
     import polars as pl
     return (s.to_physical() if s.dtype.is_temporal() else s).drop_nulls().cast(pl.Float64).drop_nans().to_numpy()
 
+# %% ../nbs/01_plot.ipynb #341d6e19
 def draw_bins(
     ax,
     s, # Polars Series: the column
@@ -186,6 +191,19 @@ def draw_counts(ax, s): # Polars Series
         ax.text(0, i, f" {name}", va="center", fontsize=SMALLEST)
     ax.set_yticks([])
 
+# %% ../nbs/01_plot.ipynb #b179b812
+def draw_column(ax, s, parts: list, n_bins: int): # See `draw_bins`
+    "How the values of one column are spread."
+    s = s.drop_nulls()
+    ax.axis("on")
+    ax.set_yticks([])
+    ax.set_title(*words([s.name[:22]]), fontsize=SMALLEST)
+    if s.dtype.is_numeric() or s.dtype.is_temporal():
+        ax.locator_params(axis="x", nbins=3)
+        draw_bins(ax, s, parts, n_bins)
+    else:
+        draw_counts(ax, s)
+
 # %% ../nbs/01_plot.ipynb #cd8fe29b
 ACROSS = 3 # Charts in a row
 
@@ -204,15 +222,7 @@ def histograms(
     groups = frame[color_by].drop_nulls().unique().sort().head(4).to_list() if color_by else []
     frames = [frame.filter(pl.col(color_by) == g) for g in groups] or [frame]
     for ax, name in zip(axs.flat, names):
-        s = frame[name].drop_nulls()
-        ax.axis("on")
-        ax.set_yticks([])
-        ax.set_title(*words([name[:22]]), fontsize=SMALLEST)
-        if s.dtype.is_numeric() or s.dtype.is_temporal():
-            ax.locator_params(axis="x", nbins=3)
-            draw_bins(ax, s, [f[name] for f in frames], n_bins)
-        else:
-            draw_counts(ax, s)
+        draw_column(ax, frame[name], [f[name] for f in frames], n_bins)
     if groups:
         axs.flat[0].legend(words(groups), fontsize=SMALLEST)
     return axs

@@ -11,8 +11,10 @@ import click
 from ..core import project_root, read_json
 
 # %% ../../nbs/commands/05_index.ipynb #8c617119
-def standing(root: Path) -> dict: # registry: version and aliases, or None; champion: `champion.json` with its version, or None
-    "Where the model of the last run stands."
+def standing(
+    root: Path,
+) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None
+    "Where the model of the last run stands. Empty where no stage gives a verdict."
     from mlkit.evaluation.registry import published_version, read_champion
     from mlkit.evaluation.release import VERDICT
     from mlkit.training.track import tracking_uri

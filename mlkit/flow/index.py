@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['INDEX_PAGE', 'INDEX_CSS', 'NOTE', 'git_state', 'read_lock', 'data_version', 'champion_figures', 'beside',
-           'champion_line', 'registry_line', 'described', 'pictures', 'summary', 'key_figures', 'judged', 'index_page',
-           'project_facts', 'needed', 'write_index', 'refresh_index']
+           'champion_line', 'registry_line', 'commit_line', 'described', 'pictures', 'summary', 'key_figures', 'judged',
+           'index_page', 'project_facts', 'needed', 'write_index', 'refresh_index']
 
 # %% ../../nbs/flow/15_index.ipynb #40efac8e
 import json
@@ -41,18 +41,24 @@ def data_version(entry: dict) -> dict: # path, md5; empty: no output yet
     return {"path": largest["path"], "md5": largest["md5"].removesuffix(".dir")} if largest else {}
 
 # %% ../../nbs/flow/15_index.ipynb #6f7f70a3
-def champion_figures(verdict: dict, champion: dict | None) -> dict[str, float]: # criterion: value; empty: nothing to compare
+def champion_figures(
+    verdict: dict,
+    champion: dict | None, # `champion.json`
+) -> dict[str, float]: # criterion: value; empty: nothing to compare
     "What is known of the champion."
     if not champion or champion["model"] != verdict["model"] or champion["bundle"] == verdict["bundle"]:
         return {}
     return champion.get("criteria", {}) | {champion["compare"]: champion["value"]}
 
+# %% ../../nbs/flow/15_index.ipynb #c20d91f2
 def beside(criterion: dict, value: float | None) -> str: # Empty: not known
     "The champion's figure, and how the new one stands to it."
     if value is None:
         return ""
-    ahead = (criterion["value"] - value) * (1 if criterion["higher_is_better"] else -1)
-    return f"{figure(value)}, this run is {'better' if ahead > 0 else 'worse' if ahead < 0 else 'as good'}"
+    if criterion["value"] == value:
+        return f"{figure(value)}, this run is as good"
+    ahead = (criterion["value"] > value) == criterion["higher_is_better"]
+    return f"{figure(value)}, this run is {'better' if ahead else 'worse'}"
 
 # %% ../../nbs/flow/15_index.ipynb #019b4736
 def champion_line(verdict: dict, champion: dict | None) -> str:
@@ -65,24 +71,30 @@ def champion_line(verdict: dict, champion: dict | None) -> str:
     other = f" of {champion['model']}" if champion["model"] != verdict["model"] else ""
     return f"{who}{other}, {champion['compare']} {figure(champion['value'])}"
 
+# %% ../../nbs/flow/15_index.ipynb #cd55abc0
 def registry_line(found: dict | None) -> str: # found: version, aliases
     "Where the run's model stands in the registry."
     if not found:
         return "not published"
     return f"version {found['version']}" + (f" ({', '.join(sorted(found['aliases']))})" if found["aliases"] else "")
 
-# %% ../../nbs/flow/15_index.ipynb #7d559f4a
+# %% ../../nbs/flow/15_index.ipynb #d2b312c4
+def commit_line(commit: str, changed: list[str]) -> str:
+    "The commit, and up to three files that differ from it."
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return commit + (f", not committed: {', '.join(changed[:3])}{more}" if changed else "")
+
 def described(facts: dict, verdict: dict | None) -> list[tuple[str, str]]: # What, its value
-    "The facts as the page shows them; what is not known is left out."
-    changed, rows = facts.get("changed", []), []
+    "The facts as the page shows them."
+    rows = []
     if facts.get("commit"):
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        rows.append(("commit", facts["commit"] + (f", not committed: {', '.join(changed[:3])}{more}" if changed else "")))
+        rows.append(("commit", commit_line(facts["commit"], facts.get("changed", []))))
     if data := facts.get("data"):
         rows.append(("data", f"{data['path']} {data['md5'][:12]}"))
     if verdict:
-        rows += [("model", verdict["model"]), ("bundle", verdict["bundle"][:12]), ("registry", registry_line(facts.get("registry"))),
-                 ("champion", champion_line(verdict, facts.get("champion")))]
+        rows += [("model", verdict["model"]), ("bundle", verdict["bundle"][:12])]
+        rows.append(("registry", registry_line(facts.get("registry"))))
+        rows.append(("champion", champion_line(verdict, facts.get("champion"))))
     return rows
 
 # %% ../../nbs/flow/15_index.ipynb #2d14ca9c
@@ -96,6 +108,7 @@ def pictures(cells: list[dict]) -> list[tuple[bool, str, str]]: # On the cover, 
                 found.append(("cover" in cell["metadata"].get("tags", []), "".join(png).strip(), alt))
     return found
 
+# %% ../../nbs/flow/15_index.ipynb #8dd036bc
 def summary(
     notebook: str | Path, # A report
 ) -> dict: # title, about (text of the first blockquote), picture (PNG, base64, or None), alt
@@ -107,6 +120,7 @@ def summary(
     _, picture, alt = max(pictures(cells), key=lambda p: p[0], default=(False, None, ""))
     return {"title": title, "about": about, "picture": picture, "alt": alt or f"Picture: {title}"}
 
+# %% ../../nbs/flow/15_index.ipynb #e87fe292
 def key_figures(
     metrics: dict, # One metrics file
     n: int = 4, # At most
@@ -124,9 +138,9 @@ INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 Not met: {{ failed|join(', ') }}.{% endif %}</p>{% endif %}
 <dl class="facts"><div><dt>written</dt><dd><time datetime="{{ written.isoformat() }}">{{ date }}</time></dd></div>
 {% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl></div>
-{% if verdict %}<div class="scroll" tabindex="0" role="group" aria-label="Table: the criteria of the release"><table>
-<thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th><th scope="col">asked</th>
-{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>
+{% if verdict %}<div class="scroll" tabindex="0" role="group" aria-label="Table: the criteria of the release">
+<table><thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th>
+<th scope="col">asked</th>{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>
 {% for c, v in verdict.criteria.items() %}<tr><th scope="row">{{ c }}</th>
 <td class="{{ 'yes' if v.met else 'no' }}">{{ '✓ yes' if v.met else '✗ no' }}</td>
 <td>{{ figure(v.value) }}</td><td>{{ v.asked }}</td>
@@ -136,33 +150,36 @@ Not met: {{ failed|join(', ') }}.{% endif %}</p>{% endif %}
 {% for s in stages %}<article class="card"><div class="picture">
 {%- if s.picture %}<img alt="{{ s.alt }}" src="data:image/png;base64,{{ s.picture }}">{% endif -%}</div>
 <div class="body"><h3><a href="{{ s.href }}">{{ s.title }}</a></h3><p>{{ s.about }}</p>
-{% if s.figures %}<dl>{% for k, v in s.figures %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>{% endif %}</div></article>
+{% if s.figures %}<dl>{% for k, v in s.figures %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>{% endif %}
+</div></article>
 {% endfor %}</div></section></main></body></html>"""
 
 # %% ../../nbs/flow/15_index.ipynb #41aa5aed
 INDEX_CSS = """
 main { max-width: 76rem; padding-top: 1.6rem } dl { margin: 0 } dt { color: var(--soft); font-size: .8rem }
 dd { margin: 0; overflow-wrap: anywhere } table th[scope=row] { color: var(--ink); font-weight: 400 }
-.verdict { background: var(--paper); border: 1px solid var(--line); border-left: 8px solid var(--line); border-radius: 8px;
-  padding: 1rem 1.5rem; display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start }
+.verdict { background: var(--paper); border: 1px solid var(--line); border-left: 8px solid var(--line);
+  border-radius: 8px; padding: 1rem 1.5rem; display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start }
 .verdict.good { border-left-color: var(--good) } .verdict.bad { border-left-color: var(--bad) }
 .verdict h1, .verdict p { margin: .2rem 0 .5rem } .verdict > div { flex: 1 1 19rem; min-width: 0 }
 .verdict > .scroll { flex: 2 1 26rem; margin: 0 } .verdict tr:last-child > * { border-bottom: 0 }
 .facts > div { display: grid; grid-template-columns: 5.5rem 1fr; align-items: baseline; font-size: .9rem }
-.verdict td { white-space: nowrap } .yes { color: var(--good); font-weight: 700 } .no { color: var(--bad); font-weight: 700 }
+.verdict td { white-space: nowrap } .yes, .no { font-weight: 700 } .yes { color: var(--good) } .no { color: var(--bad) }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem }
-.card { position: relative; display: flex; flex-direction: column; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 8px; overflow: hidden }
-.card:hover { border-color: var(--brand) } .card h3 a { text-decoration: none } .card:hover h3 a { text-decoration: underline }
+.card { position: relative; display: flex; flex-direction: column; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 8px; overflow: hidden }
+.card:hover { border-color: var(--brand) } .card:hover h3 a { text-decoration: underline }
+.card h3 a { text-decoration: none } .card h3 a:focus-visible { outline: none }
 .card h3 a::after { content: ""; position: absolute; inset: 0; border-radius: 8px }
-.card h3 a:focus-visible { outline: none } .card h3 a:focus-visible::after { outline: 3px solid var(--focus); outline-offset: -3px }
-.picture { height: 10.5rem; border-bottom: 1px solid var(--line); display: flex; align-items: center; justify-content: center;
-  background: var(--picture) }
+.card h3 a:focus-visible::after { outline: 3px solid var(--focus); outline-offset: -3px }
+.picture { height: 10.5rem; border-bottom: 1px solid var(--line); background: var(--picture);
+  display: flex; align-items: center; justify-content: center }
 .picture:empty { background: var(--ground) }
 .picture img { max-height: 100%; max-width: 100%; object-fit: contain; padding: .4rem; mix-blend-mode: multiply }
 .body { padding: .75rem 1rem 1rem } .body h3 { margin: 0 }
 .body p { margin: .15rem 0 .6rem; color: var(--soft); font-size: .9rem; line-height: 1.45 }
-.body dl { display: grid; grid-template-columns: 1fr 1fr; gap: .35rem .8rem } .body dd { font-weight: 600; font-variant-numeric: tabular-nums }
+.body dl { display: grid; grid-template-columns: 1fr 1fr; gap: .35rem .8rem }
+.body dd { font-weight: 600; font-variant-numeric: tabular-nums }
 """
 
 # %% ../../nbs/flow/15_index.ipynb #d4e4138b
@@ -174,6 +191,7 @@ def judged(verdict: dict | None, champion: dict | None) -> dict: # What the temp
     return {"word": "Released" if verdict["released"] else "Not released", "verdict": verdict, "failed": failed,
             "champion": champion_figures(verdict, champion)}
 
+# %% ../../nbs/flow/15_index.ipynb #fef35fdb
 def index_page(
     reports: dict[str, Path], # stage: its report notebook, in the order of the pipeline
     metrics: dict[str, list[Path]], # stage: its metrics files
@@ -184,7 +202,8 @@ def index_page(
     from jinja2 import Environment
     values = {s: {k: v for f in files for k, v in read_json(f).items()} for s, files in metrics.items()}
     verdict = next((v for v in values.values() if "criteria" in v), None)
-    cards = [summary(nb) | {"href": f"{s}.html", "figures": key_figures(values.get(s, {}))} for s, nb in reports.items()]
+    cards = [summary(notebook) | {"href": f"{stage}.html", "figures": key_figures(values.get(stage, {}))}
+             for stage, notebook in reports.items()]
     written = written or datetime.now(timezone.utc)
     return Environment(autoescape=True).from_string(INDEX_PAGE).render(
         judged(verdict, facts.get("champion")), css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
@@ -217,6 +236,7 @@ def write_index(root: Path, standing: dict = {}):
     write_atomic(root / INDEX, index_page(reports, metrics, facts | {"data": data}))
     write_json(root / NOTE, facts)
 
+# %% ../../nbs/flow/15_index.ipynb #d9d3b7fb
 def refresh_index(root: Path, standing: dict = {}) -> bool: # Whether it was written
     "Write the page if it would say something else by now."
     there = (root / INDEX).is_file() and (root / NOTE).is_file()

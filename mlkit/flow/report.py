@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'CSS', 'PAGE', 'PAGE_CSS', 'HIGHLIGHT', 'SAFE_TAGS', 'SAFE_ATTRIBUTES', 'highlight_css', 'sanitizer',
-           'name_pictures', 'heading_of', 'focusable', 'box_tables', 'box_texts', 'exporter', 'page', 'figure']
+           'last_heading', 'name_pictures', 'heading_of', 'focusable', 'box_tables', 'box_texts', 'exporter', 'page',
+           'figure']
 
 # %% ../../nbs/flow/04_report.ipynb #ba6ee903
 from functools import cache
@@ -29,8 +30,8 @@ blockquote { margin: .2rem 0 1.2rem; color: var(--soft); font-size: 1.05rem } bl
 a { color: var(--brand); text-underline-offset: .2em }
 :focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; border-radius: 3px }
 img { max-width: 100%; height: auto }
-pre { background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; margin: .6rem 0;
-  white-space: pre-wrap; overflow-wrap: anywhere }
+pre { background: var(--paper); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem;
+  margin: .6rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 .scroll { max-width: 100%; overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--soft); font-weight: 600 }
@@ -51,13 +52,16 @@ PAGE = """
 {%- block input -%}{%- if 'injected-parameters' in cell.metadata.get('tags', []) -%}<h2>The values it ran with</h2>
 {%- endif -%}{{ super() }}{%- endblock input -%}
 """
+
+# %% ../../nbs/flow/04_report.ipynb #bbef20ec
 PAGE_CSS = """
 .bar { display: flex; justify-content: space-between; align-items: center; padding-top: 1rem; font-size: .95rem }
-.bar label { cursor: pointer } .bar input { accent-color: var(--brand); width: 1.1em; height: 1.1em; vertical-align: -.15em }
+.bar label { cursor: pointer } .bar input { width: 1.1em; height: 1.1em; vertical-align: -.15em; accent-color: var(--brand) }
 .input { display: none } body:has(#code:checked) .input, .celltag_injected-parameters .input { display: block }
 .output { display: flex; flex-wrap: wrap; gap: 0 .6rem } .output_area { width: 100%; min-width: 0 }
 .output_area:has(> .output_png) { width: auto; max-width: 100% }
-.output_png { background: var(--picture); margin: .3rem 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden }
+.output_png { background: var(--picture); margin: .3rem 0; border: 1px solid var(--line); border-radius: 6px;
+  overflow: hidden }
 .output_png img { display: block; mix-blend-mode: multiply }
 .output pre { background: none; border: 0; border-left: 3px solid var(--line); border-radius: 0; padding: .1rem .9rem }
 .output_stderr pre { border-color: var(--warn) } .output_error pre { border-color: var(--bad) }
@@ -74,11 +78,12 @@ def highlight_css() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n.highlight {{ background: none }}"
 
 # %% ../../nbs/flow/04_report.ipynb #34d02bb8
-SAFE_TAGS = ("a abbr b blockquote br caption code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li mark ol p pre "
-             "s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul").split()
+SAFE_TAGS = ("a abbr b blockquote br caption code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li mark "
+             "ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul").split()
 SAFE_ATTRIBUTES = {"*": ["class", "id", "title", "lang"], "a": ["href"], "img": ["src", "alt", "width", "height"],
                    "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan", "scope"]}
 
+# %% ../../nbs/flow/04_report.ipynb #2e55e3a3
 def sanitizer():
     "A preprocessor of nbconvert that makes outputs safe."
     from nbconvert.preprocessors.sanitize import SanitizeHTML
@@ -87,16 +92,19 @@ def sanitizer():
             return super().preprocess_cell(cell, resources, index) if cell.cell_type == "code" else (cell, resources)
     return SanitizeOutputs(tags=SAFE_TAGS, attributes=SAFE_ATTRIBUTES)
 
-# %% ../../nbs/flow/04_report.ipynb #fc8f68a8
+# %% ../../nbs/flow/04_report.ipynb #a508e915
+def last_heading(cell, before: str) -> str:
+    "The last heading of a cell of prose; `before` where there is none."
+    lines = cell.source.splitlines() if cell.cell_type == "markdown" else []
+    return next((line.lstrip("# ") for line in reversed(lines) if line.startswith("#")), before)
+
 def name_pictures(
     nb, # nbformat notebook, changed in place
 ):
     "Give every picture in the outputs an alternative text."
     section = ""
     for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            headings = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
-            section = headings[-1] if headings else section
+        section = last_heading(cell, section)
         for output in cell.get("outputs", []):
             if kind := next((k for k in output.get("data", {}) if k.startswith("image/")), None):
                 known = output.metadata.setdefault(kind, {})
@@ -112,6 +120,7 @@ def focusable(tag, name: str):
     "Let a box that can scroll take the focus."
     tag.attrs |= {"tabindex": "0", "role": "group", "aria-label": name}
 
+# %% ../../nbs/flow/04_report.ipynb #51835276
 def box_tables(soup):
     "Put every table in a box that scrolls, and tie heads to cells."
     for table in [t for t in soup.select("table") if not t.find_parent("table")]:
@@ -123,6 +132,7 @@ def box_tables(soup):
             if not th.get_text(strip=True):
                 th.name, th.attrs = "td", {} # a head that says nothing is none
 
+# %% ../../nbs/flow/04_report.ipynb #cb3bdc3d
 def box_texts(soup):
     "Let printed objects that can be wider than the page take the focus."
     for pre in soup.select(".output_text:not(.output_stream, .output_error) pre"):
@@ -139,6 +149,7 @@ def exporter():
     made.register_preprocessor(sanitizer(), enabled=True)
     return made
 
+# %% ../../nbs/flow/04_report.ipynb #18795632
 def page(
     nb, # nbformat notebook, run
     title: str, # For the browser's tab
