@@ -33,8 +33,11 @@ def _publish(root, verdict):
 @click.command()
 def release():
     "Say the verdict of the last run and publish the bundle if it is released. Exit code 1 if it is not."
+    from mlkit.commands.index import refresh
     root = project_root()
     if not (root / VERDICT).is_file():
         raise MlkitError(f"{VERDICT} is missing; run 'mlkit repro' first")
-    if not conclude(root):
+    released = conclude(root)
+    refresh(root)
+    if not released:
         sys.exit(1)

@@ -17,6 +17,7 @@ from ..core import project_root
 @click.option("-j", "--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Stages that may run at once.")
 def repro(targets, force, jobs):
     "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all."
+    from mlkit.commands.index import refresh
     from mlkit.commands.release import conclude
     from mlkit.flow.pipeline import INDEX
     from mlkit.flow.repro import only_one, run_pipeline
@@ -24,12 +25,18 @@ def repro(targets, force, jobs):
     before = inferred_contract(root)
     with only_one(root):
         put_in_order(root)
-        if not run_pipeline(root, list(targets), force, jobs):
+        ran = run_pipeline(root, list(targets), force, jobs)
+        if not ran:
             click.echo("Everything is up to date: nothing to run.")
         say_changed_columns(root, before)
         if targets:
+            if "index" in ran:
+                refresh(root)
             return
-        released = conclude(root)
+        try:
+            released = conclude(root)
+        finally:
+            refresh(root)
     click.echo(f"Report: {root / INDEX}")
     if not released:
         sys.exit(1)

@@ -187,7 +187,7 @@ def index_entry(
     metrics = [path for node in nodes.values() for path in node.stage.metrics.values()]
     files, modules, names = imports
     return {"cmd": "mlkit index", "deps": [*files, *reports, *metrics],
-            "params": [{ENVIRONMENT: environment_keys(modules, names)}], "outs": [INDEX]}
+            "params": [{ENVIRONMENT: environment_keys(modules, names)}]}
 
 # %% ../../nbs/flow/04_pipeline.ipynb #9e2dad24
 def plot_entry(name: str, plot: dict) -> dict:
@@ -204,7 +204,7 @@ def dvc_config(
     params, written = load_params(root, {n: node.types for n, node in nodes.items()}), read_params(root)
     imports = {n: node.imports(root) for n, node in nodes.items()}
     stages = {n: stage_entry(node, root, params, imports[n], written) for n, node in nodes.items()}
-    imports["index"] = import_tree(["import mlkit.flow.report"], root)
+    imports["index"] = import_tree(["import mlkit.flow.index"], root)
     stages["index"] = index_entry(nodes, imports["index"])
     plots = [plot_entry(name, p) for node in nodes.values() for name, p in node.stage.plots.items()]
     modules = {m for _, ms, _ in imports.values() for m in ms}

@@ -71,10 +71,10 @@ def source_changed(root: Path, source: str) -> bool:
 # %% ../../nbs/flow/12_repro.ipynb #23d68f16
 def stage_runner(root: Path, nodes: dict, params: dict, progress: Progress):
     "The function that `schedule.run_changed` gives to its threads."
-    from mlkit.flow.runner import run_node, write_index
+    from mlkit.flow.runner import run_node
     def work(name, env, turn):
         if name == "index":
-            return write_index(root)
+            return # the page is written when the run has ended and the model is published
         out = progress.stream(name)
         return run_node(root, nodes[name], params[name], out, out, env, turn)
     return work

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DISK_FULL', 'DIED', 'FAILED', 'GRACE', 'SIGNALS', 'LOOK', 'flush', 'move_in_place', 'failure', 'write_pages',
            'keep_failed', 'run_node', 'load_project', 'Interrupted', 'processes', 'end_kernels', 'interruptible',
-           'wait_for', 'run_stage', 'write_index']
+           'wait_for', 'run_stage']
 
 # %% ../../nbs/flow/09_runner.ipynb #a8be2c4b
 import os, shutil, signal, sys, time
@@ -18,7 +18,7 @@ from ..core import MlkitError, StageError, nearest, write_atomic
 from .checks import check_values
 from .config import load_params
 from .kernels import ENDING, execute, kernel, make_portable
-from .pipeline import INDEX, Node, load_stages
+from .pipeline import Node, load_stages
 from .stage import OUTPUTS
 
 # %% ../../nbs/flow/09_runner.ipynb #2a17d15a
@@ -217,15 +217,3 @@ def run_stage(
         job = pool.submit(run_node, root, nodes[name], params[name], *streams)
         wait_for(job, parent)
         return job.result()
-
-# %% ../../nbs/flow/09_runner.ipynb #445c8d84
-def write_index(root: Path):
-    "Write `reports/index.html` from what the stages have left. Raises `StageError` where a report is missing."
-    from mlkit.flow.report import index_page
-    nodes = load_stages(root)
-    reports = {n: root / node.reports[0] for n, node in nodes.items()}
-    metrics = {n: [root / path for path in node.stage.metrics.values()] for n, node in nodes.items()}
-    for path in [*reports.values(), *(p for paths in metrics.values() for p in paths)]:
-        if not path.is_file():
-            raise StageError(f"{path.relative_to(root)} is missing; run 'dvc repro' first")
-    write_atomic(root / INDEX, index_page(reports, metrics))
