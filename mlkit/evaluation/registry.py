@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHAMPION_KEYS', 'PUBLISHED', 'champion_entry', 'read_champion', 'beats', 'Publication', 'store_stamp',
-           'note_publication', 'known_publication', 'versions_of', 'living_run', 'checked_bundle', 'upload', 'register',
-           'published_version', 'wanted_aliases', 'set_aliases', 'publish_locked', 'publish', 'find_version',
-           'is_bundle', 'fetch']
+           'publication_key', 'note_publication', 'known_publication', 'versions_of', 'living_run', 'checked_bundle',
+           'upload', 'register', 'published_version', 'wanted_aliases', 'set_aliases', 'publish_locked', 'publish',
+           'find_version', 'is_bundle', 'fetch']
 
 # %% ../../nbs/evaluation/05_registry.ipynb #82ffe85d
 import tempfile
@@ -16,12 +16,11 @@ from .bundle import MANIFEST, verify_bundle
 from .provenance import record
 from .verdict import check_model_name
 from ..training.store import artifacts_folder, fetch_artifacts, has_artifact, local_store, log_artifacts
-from ..training.store import mlflow_client, mlflow_errors, tracking_uri, without_password
+from ..training.store import mlflow_calls, mlflow_client, tracking_uri, without_password
 from ..training.track import Run
 
-# %% ../../nbs/evaluation/05_registry.ipynb #742540db
+# %% ../../nbs/evaluation/05_registry.ipynb #f0ad725a
 CHAMPION = "champion.json"
-CHAMPION_KEYS = {"model", "bundle", "compare", "value"}
 
 def champion_entry(
     verdict: dict, # of a model that becomes champion, see `verdict.verdict`
@@ -30,6 +29,9 @@ def champion_entry(
     compare = verdict["compare"]
     value = verdict["criteria"][compare]["value"]
     return {"model": verdict["model"], "bundle": verdict["bundle"], "compare": compare, "value": value}
+
+# %% ../../nbs/evaluation/05_registry.ipynb #742540db
+CHAMPION_KEYS = {"model", "bundle", "compare", "value"}
 
 def read_champion(
     root: Path, # the project
@@ -59,8 +61,6 @@ def beats(
     return new["value"] > champion["value"] if new["higher_is_better"] else new["value"] < champion["value"]
 
 # %% ../../nbs/evaluation/05_registry.ipynb #bdca4b0a
-PUBLISHED = ".mlkit/published.json"
-
 @dataclass(frozen=True)
 class Publication:
     "Where a bundle stands in the registry."
@@ -70,6 +70,7 @@ class Publication:
     new: bool # whether this call changed anything
     moved: dict = field(default_factory=dict) # alias: (version before, version now), where MLflow had another one
 
+# %% ../../nbs/evaluation/05_registry.ipynb #b64ce910
 def store_stamp(
     uri: str, # of the store
 ) -> list[int] | None: # size and time of change; None: on a server, or not there
@@ -80,22 +81,33 @@ def store_stamp(
     status = store.stat()
     return [status.st_size, status.st_mtime_ns]
 
-# %% ../../nbs/evaluation/05_registry.ipynb #d0cb9537
+# %% ../../nbs/evaluation/05_registry.ipynb #23aa5cd6
+PUBLISHED = ".mlkit/published.json"
+
+def publication_key(
+    root: Path, # the project
+    uri: str, # of the store
+    model: str,
+    bundle: str, # its identity
+) -> dict:
+    "All that a note of a publication rests on, except for the published files."
+    return {"uri": without_password(uri), "store": store_stamp(uri), "model": model, "bundle": bundle,
+            "champion": read_champion(root)}
+
 def note_publication(
     root: Path, # the project
     uri: str, # of the store
     version, # MLflow's `ModelVersion`
     bundle: str, # its identity
-    run, # MLflow's `Run`, which holds the files
+    artifact_uri: str, # of the run that holds the files
 ):
-    "Write down what is published, and what that rests on."
-    files = artifacts_folder(uri, run.info.artifact_uri)
-    write_json(root / PUBLISHED, {
-        "uri": without_password(uri), "model": version.name, "bundle": bundle, "champion": read_champion(root),
-        "version": str(version.version), "store": store_stamp(uri),
-        "files": files and str(files / "bundle" / MANIFEST),
-    })
+    "Write down what is published."
+    folder = artifacts_folder(uri, artifact_uri)
+    files = str(folder / "bundle" / MANIFEST) if folder else None # None: MLflow keeps them elsewhere
+    note = publication_key(root, uri, version.name, bundle) | {"version": str(version.version), "files": files}
+    write_json(root / PUBLISHED, note)
 
+# %% ../../nbs/evaluation/05_registry.ipynb #c01ea682
 def known_publication(
     root: Path, # the project
     uri: str, # of the store
@@ -106,23 +118,28 @@ def known_publication(
         note = read_json(root / PUBLISHED)
     except DataError:
         return None
-    champion = read_champion(root)
-    wins = beats(verdict, champion) or champion["bundle"] == verdict["bundle"]
-    now = {"uri": without_password(uri), "model": verdict["model"], "bundle": verdict["bundle"],
-           "champion": champion_entry(verdict) if wins else champion, "store": store_stamp(uri)}
-    if champion != now["champion"] or any(note.get(k) != v for k, v in now.items()):
-        return None
-    if local_store(uri) and not (note["store"] and (note["files"] is None or Path(note["files"]).is_file())):
+    key = publication_key(root, uri, verdict["model"], verdict["bundle"])
+    gone = local_store(uri) is not None and key["store"] is None or note["files"] and not Path(note["files"]).is_file()
+    wins = beats(verdict, key["champion"]) or key["champion"]["bundle"] == verdict["bundle"]
+    if gone or {k: note.get(k) for k in key} != key or wins and key["champion"] != champion_entry(verdict):
         return None
     return Publication(verdict["model"], note["version"], wins, False)
 
-# %% ../../nbs/evaluation/05_registry.ipynb #7b263899
-def versions_of(client, name: str, bundle: str) -> list: # MLflow's `ModelVersion`s
+# %% ../../nbs/evaluation/05_registry.ipynb #6906a544
+def versions_of(
+    client, # see `store.mlflow_client`
+    name: str, # of the model
+    bundle: str, # its identity
+) -> list: # MLflow's `ModelVersion`s
     "The versions that hold this bundle, the oldest first."
     found = client.search_model_versions(f"name = '{name}' and tags.bundle = '{bundle}'")
     return sorted(found, key=lambda version: int(version.version))
 
-def living_run(client, run_id: str): # MLflow's `Run`; None: it is gone
+# %% ../../nbs/evaluation/05_registry.ipynb #7b263899
+def living_run(
+    client, # see `store.mlflow_client`
+    run_id: str,
+): # MLflow's `Run`; None: it is gone
     "The run of a version, restored where it was deleted."
     from mlflow.exceptions import MlflowException
     try:
@@ -135,6 +152,7 @@ def living_run(client, run_id: str): # MLflow's `Run`; None: it is gone
         client.restore_run(run_id)
     return run
 
+# %% ../../nbs/evaluation/05_registry.ipynb #878f5d7d
 def checked_bundle(
     folder: Path, # of the bundle
     bundle: str, # the identity that it should have
@@ -160,6 +178,7 @@ def upload(
         run.log_artifacts(Path(d) / "provenance", "provenance")
     return run.run_id, commit
 
+# %% ../../nbs/evaluation/05_registry.ipynb #ce1f6f40
 def register(
     client, # see `store.mlflow_client`
     name: str, # of the model
@@ -177,11 +196,11 @@ def register(
     tags = {"bundle": bundle} | ({"commit": commit} if commit else {})
     made = client.create_model_version(name, f"runs:/{run_id}/bundle", run_id, tags=tags)
     first = versions_of(client, name, bundle)[0]
-    if first.version != made.version and living_run(client, first.run_id): # another process was quicker
-        client.delete_model_version(name, made.version)
-        client.delete_run(run_id)
-        return first
-    return made
+    if first.version == made.version or not living_run(client, first.run_id):
+        return made
+    client.delete_model_version(name, made.version)
+    client.delete_run(run_id)
+    return first
 
 # %% ../../nbs/evaluation/05_registry.ipynb #1f2bd42a
 def published_version(
@@ -190,7 +209,7 @@ def published_version(
     root: Path, # the project
     folder: Path, # of the bundle
     verdict: dict, # of this bundle
-): # MLflow's `ModelVersion`, and whether it is new
+): # MLflow's `ModelVersion`, and whether anything was done
     "The version of a bundle, with its files in place; made where there is none."
     name, bundle = verdict["model"], verdict["bundle"]
     for version in versions_of(client, name, bundle):
@@ -218,6 +237,7 @@ def wanted_aliases(
         wanted["champion"] = str(holders[0].version)
     return wanted
 
+# %% ../../nbs/evaluation/05_registry.ipynb #3187a2c9
 def set_aliases(
     client, # see `store.mlflow_client`
     name: str, # of the model
@@ -242,16 +262,17 @@ def publish_locked(
     wins = beats(verdict, champion) or champion["bundle"] == bundle
     entry = champion_entry(verdict) if wins else champion
     client = mlflow_client(uri)
-    with mlflow_errors(uri):
-        version, new = published_version(client, uri, root, folder, verdict)
+    with mlflow_calls(uri):
+        version, done = published_version(client, uri, root, folder, verdict)
         moved = set_aliases(client, version.name, wanted_aliases(client, version, bundle, entry))
         if champion != entry:
             write_json(root / CHAMPION, entry)
-        note_publication(root, uri, version, bundle, client.get_run(version.run_id))
-    changed = bool(new or moved or champion != entry)
-    elsewhere = {alias: versions for alias, versions in moved.items() if versions[0]}
-    return Publication(version.name, str(version.version), wins, changed, elsewhere)
+        note_publication(root, uri, version, bundle, client.get_run(version.run_id).info.artifact_uri)
+    new = bool(done or moved or champion != entry)
+    from_elsewhere = {alias: versions for alias, versions in moved.items() if versions[0]}
+    return Publication(version.name, str(version.version), wins, new, from_elsewhere)
 
+# %% ../../nbs/evaluation/05_registry.ipynb #7672794c
 def publish(
     root: Path, # the project; holds `champion.json`
     folder: Path, # of the bundle
@@ -259,7 +280,7 @@ def publish(
     uri: str | None = None, # see `store.tracking_uri`
     ask: bool = False, # ask MLflow also where the note says that all is done
 ) -> Publication:
-    "Put a released bundle into the registry. Raises `RegistryError` where it is not released, is damaged, or is not the verdict's."
+    "Put a released bundle into the registry. Raises `RegistryError` where it is refused, damaged, or not the verdict's."
     from filelock import FileLock
     if not verdict["released"]:
         raise RegistryError("the verdict refuses this release; nothing is published")
@@ -271,7 +292,7 @@ def publish(
     with FileLock(root / ".mlkit/publish.lock"):
         return publish_locked(root, folder, verdict, uri)
 
-# %% ../../nbs/evaluation/05_registry.ipynb #27af3162
+# %% ../../nbs/evaluation/05_registry.ipynb #42228268
 def find_version(
     client, # see `store.mlflow_client`
     name: str, # of the model
@@ -279,14 +300,16 @@ def find_version(
 ): # MLflow's `ModelVersion`
     "Raises `RegistryError` where there is none, with the versions that there are."
     from mlflow.exceptions import MlflowException
+    find = client.get_model_version if wanted.isdigit() else client.get_model_version_by_alias
     try:
-        return client.get_model_version(name, wanted) if wanted.isdigit() else client.get_model_version_by_alias(name, wanted)
+        return find(name, wanted)
     except MlflowException as e:
         reason = str(e).splitlines()[0]
         there = sorted((int(v.version) for v in client.search_model_versions(f"name = '{name}'")), reverse=True)
         hint = f"there is {', '.join(map(str, there[:10]))}" if there else "publish one with 'mlkit release'"
         raise RegistryError(f"the registry has no '{wanted}' of model '{name}' ({reason}); {hint}") from None
 
+# %% ../../nbs/evaluation/05_registry.ipynb #27af3162
 def is_bundle(
     folder: Path,
     bundle: str, # an identity
@@ -308,13 +331,12 @@ def fetch(
     check_model_name(name, "the model's name")
     uri = tracking_uri(uri)
     client = mlflow_client(uri)
-    with mlflow_errors(uri):
+    with mlflow_calls(uri):
         version = find_version(client, name, wanted)
-    target, bundle = out / name / str(version.version), version.tags.get("bundle", "")
-    if part == "bundle" and is_bundle(target / part, bundle):
-        return target / part
-    target.mkdir(parents=True, exist_ok=True)
-    with mlflow_errors(uri):
+        target, bundle = out / name / str(version.version), version.tags.get("bundle", "")
+        if part == "bundle" and is_bundle(target / part, bundle):
+            return target / part
+        target.mkdir(parents=True, exist_ok=True)
         folder = fetch_artifacts(client, uri, version.run_id, part, target)
     if part == "bundle" and verify_bundle(folder) != bundle:
         raise RegistryError(f"{name} version {version.version}: its bundle is not the one that was registered")

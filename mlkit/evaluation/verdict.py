@@ -18,6 +18,7 @@ def is_word_character(c: str) -> bool:
     "Whether a character is a letter with its marks, a digit or '_'."
     return c == "_" or unicodedata.category(c)[0] in "LMN"
 
+# %% ../../nbs/evaluation/03_verdict.ipynb #3abed14d
 def check_model_name(
     name: str, # 'digits'
     where: str = "params.yaml: release.model_name",
@@ -29,7 +30,7 @@ def check_model_name(
         raise ConfigError(f"{where}: {shown!r} cannot name a model: {NAME_RULE}")
     return name
 
-# %% ../../nbs/evaluation/03_verdict.ipynb #da24cd20
+# %% ../../nbs/evaluation/03_verdict.ipynb #ff06a789
 VERDICT = "reports/metrics/verdict.json" # where the stage `release` writes it, in the project
 
 def figures_of(
@@ -39,6 +40,7 @@ def figures_of(
     pairs = ((f"{stage}.{name}", v) for stage, metrics in measured.items() for name, v in metrics.items())
     return {name: v for name, v in pairs if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
+# %% ../../nbs/evaluation/03_verdict.ipynb #da24cd20
 def check_criteria(
     criteria: dict[str, dict[str, float]], # 'stage.metric': {'min': …, 'max': …}
     known, # names of figures that are measured
@@ -88,6 +90,7 @@ def verdict(
         "model": model_name, "bundle": bundle, "compare": compare, "criteria": judged,
     }
 
+# %% ../../nbs/evaluation/03_verdict.ipynb #8b05cd14
 def verdict_line(
     v: dict, # a verdict
 ) -> str:

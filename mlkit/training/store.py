@@ -3,19 +3,16 @@
 # %% auto #0
 __all__ = ['MLFLOW_WORDS', 'HOST_AND_PORT', 'WAIT', 'PORTS', 'LIBRARIES', 'SETTINGS', 'ARTIFACTS', 'tracking_root', 'server_uri',
            'sqlite_uri', 'folder_uri', 'tracking_uri', 'local_store', 'without_password', 'ask_http', 'check_server',
-           'mlflow_errors', 'make_database', 'check_database', 'quiet_mlflow', 'store_lock', 'mlflow_client',
-           'artifacts_folder', 'old_folder', 'copy_whole', 'log_artifacts', 'has_artifact', 'fetch_artifacts',
-           'left_behind', 'active_experiment', 'experiment_id']
+           'default_store', 'mlflow_calls', 'make_database', 'ready_database', 'quiet_mlflow', 'store_lock',
+           'mlflow_client', 'artifacts_folder', 'old_folder', 'copy_whole', 'log_artifacts', 'has_artifact',
+           'fetch_artifacts', 'left_behind', 'active_experiment', 'experiment_id']
 
 # %% ../../nbs/training/04_store.ipynb #317e7fa7
 import logging, os, re, shutil, socket, sqlite3, tempfile
 from contextlib import closing, contextmanager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
-from ssl import SSLError
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import urlopen
 
 from ..core import RegistryError, project_root, write_atomic
 
@@ -111,6 +108,9 @@ def ask_http(
     uri: str, # 'http://host:5000'
 ):
     "Raises `OSError` where nobody answers within `WAIT` seconds, `HTTPException` where the answer is not HTTP."
+    from ssl import SSLError
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
     try:
         urlopen(f"{without_password(uri)}/health", timeout=WAIT).close()
     except HTTPError:
@@ -125,26 +125,47 @@ def check_server(
     "Raises `RegistryError` where the server does not answer within `WAIT` seconds. A store on this machine always passes."
     parts = urlsplit(uri)
     kind = parts.scheme.partition("+")[0]
+    hint = "start it, or unset MLFLOW_TRACKING_URI"
     try:
         if kind in ("http", "https"):
             ask_http(uri)
         elif kind in PORTS and parts.hostname:
             socket.create_connection((parts.hostname, parts.port or PORTS[kind]), WAIT).close()
-    except (OSError, HTTPException, ValueError) as e:
+    except HTTPException: # its text is what the server sent
+        raise RegistryError(f"MLflow at {without_password(uri)} does not answer in HTTP; {hint}") from None
+    except (OSError, ValueError) as e:
         reason = f"no answer within {WAIT} s" if isinstance(e, TimeoutError) else e
-        raise RegistryError(f"MLflow at {without_password(uri)} does not answer ({reason}); start it, or unset "
-                            "MLFLOW_TRACKING_URI") from None
+        raise RegistryError(f"MLflow at {without_password(uri)} does not answer ({reason}); {hint}") from None
+
+# %% ../../nbs/training/04_store.ipynb #bc6e0417
+@contextmanager
+def default_store(
+    uri: str, # of the store that is called
+):
+    "Let `MLFLOW_TRACKING_URI` name a folder store while it is called."
+    if not uri.startswith("file:"):
+        yield
+        return
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 # %% ../../nbs/training/04_store.ipynb #840e7bfb
 LIBRARIES = {"mlflow", "sqlalchemy", "requests", "urllib3", "boto3", "botocore", "google", "azure"}
 
 @contextmanager
-def mlflow_errors(
-    uri: str, # of the store, for the message
+def mlflow_calls(
+    uri: str, # of the store that is called
 ):
     "Raise `RegistryError`, in one line, for what MLflow and the libraries under it raise inside."
     try:
-        yield
+        with default_store(uri):
+            yield
     except Exception as e:
         missing = isinstance(e, ImportError)
         if not missing and type(e).__module__.partition(".")[0] not in LIBRARIES:
@@ -166,10 +187,12 @@ def make_database(
         write_atomic(db, aside.read_bytes())
 
 # %% ../../nbs/training/04_store.ipynb #58ba87e3
-def check_database(
+def ready_database(
     db: Path, # an SQLite file
 ):
-    "Raises `RegistryError` where SQLite cannot read it."
+    "Make the database where there is none. Raises `RegistryError` where SQLite cannot open the one that is there."
+    if not db.exists() or db.is_file() and not db.stat().st_size:
+        return make_database(db)
     try:
         with closing(sqlite3.connect(f"{db.as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("pragma schema_version")
@@ -183,6 +206,7 @@ def check_database(
 SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", # a page must not name a server
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", # a server that went away is said, not waited for
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -215,14 +239,10 @@ def mlflow_client(
     "A client of a store that is there and answers. Raises `RegistryError`, within seconds, where it does not."
     check_server(uri)
     quiet_mlflow()
-    from mlflow.tracking import MlflowClient
-    with store_lock(uri), mlflow_errors(uri):
+    with store_lock(uri), mlflow_calls(uri):
+        from mlflow.tracking import MlflowClient
         if uri.startswith("sqlite:"):
-            db = local_store(uri)
-            if db.is_file() and db.stat().st_size:
-                check_database(db)
-            else:
-                make_database(db)
+            ready_database(local_store(uri))
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
     return client
