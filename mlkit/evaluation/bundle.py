@@ -34,6 +34,7 @@ def copy_parts(
         else:
             shutil.copyfile(source, target)
 
+# %% ../../nbs/evaluation/02_bundle.ipynb #ba27dab5
 def list_files(
     out: Path, # the bundle's folder
     builds: set[str], # first parts of the paths that do not count for the identity
@@ -68,6 +69,7 @@ def read_manifest(
         raise RegistryError(f"{folder / MANIFEST}: does not list 'files' and 'builds'; run 'mlkit repro release'")
     return listed
 
+# %% ../../nbs/evaluation/02_bundle.ipynb #eb2b73d5
 def check_file(
     folder: Path, # of a bundle
     name: str, # path in the bundle

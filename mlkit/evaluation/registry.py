@@ -94,6 +94,7 @@ def publication_key(
     return {"uri": without_password(uri), "store": store_stamp(uri), "model": model, "bundle": bundle,
             "champion": read_champion(root)}
 
+# %% ../../nbs/evaluation/05_registry.ipynb #bd3bb307
 def note_publication(
     root: Path, # the project
     uri: str, # of the store
@@ -119,9 +120,10 @@ def known_publication(
     except DataError:
         return None
     key = publication_key(root, uri, verdict["model"], verdict["bundle"])
-    gone = local_store(uri) is not None and key["store"] is None or note["files"] and not Path(note["files"]).is_file()
-    wins = beats(verdict, key["champion"]) or key["champion"]["bundle"] == verdict["bundle"]
-    if gone or {k: note.get(k) for k in key} != key or wins and key["champion"] != champion_entry(verdict):
+    champion = key["champion"]
+    wins = beats(verdict, champion) or champion["bundle"] == verdict["bundle"]
+    same = {k: note.get(k) for k in key} == key and champion == (champion_entry(verdict) if wins else champion)
+    if not same or local_store(uri) and not key["store"] or note["files"] and not Path(note["files"]).is_file():
         return None
     return Publication(verdict["model"], note["version"], wins, False)
 
@@ -309,7 +311,7 @@ def find_version(
         hint = f"there is {', '.join(map(str, there[:10]))}" if there else "publish one with 'mlkit release'"
         raise RegistryError(f"the registry has no '{wanted}' of model '{name}' ({reason}); {hint}") from None
 
-# %% ../../nbs/evaluation/05_registry.ipynb #27af3162
+# %% ../../nbs/evaluation/05_registry.ipynb #ce2215f9
 def is_bundle(
     folder: Path,
     bundle: str, # an identity
@@ -320,6 +322,7 @@ def is_bundle(
     except (RegistryError, DataError):
         return False
 
+# %% ../../nbs/evaluation/05_registry.ipynb #27af3162
 def fetch(
     name: str, # of the model
     wanted: str, # a version, or an alias

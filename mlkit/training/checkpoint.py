@@ -50,6 +50,7 @@ def seal(
     named = (x for name in sorted(tensors) for x in (name, tensors[name]))
     return fingerprint(*named, text)
 
+# %% ../../nbs/training/01_checkpoint.ipynb #91958cca
 def write_state(
     path: Path, # the file; it appears whole or not at all
     made_for: str, # see `fingerprint`

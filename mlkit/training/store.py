@@ -4,7 +4,7 @@
 __all__ = ['MLFLOW_WORDS', 'HOST_AND_PORT', 'WAIT', 'PORTS', 'LIBRARIES', 'SETTINGS', 'ARTIFACTS', 'tracking_root', 'server_uri',
            'sqlite_uri', 'folder_uri', 'tracking_uri', 'local_store', 'without_password', 'ask_http', 'check_server',
            'default_store', 'mlflow_calls', 'make_database', 'ready_database', 'quiet_mlflow', 'store_lock',
-           'mlflow_client', 'artifacts_folder', 'old_folder', 'copy_whole', 'log_artifacts', 'has_artifact',
+           'mlflow_client', 'old_folder', 'artifacts_folder', 'copy_whole', 'log_artifacts', 'has_artifact',
            'fetch_artifacts', 'left_behind', 'active_experiment', 'experiment_id']
 
 # %% ../../nbs/training/04_store.ipynb #317e7fa7
@@ -94,15 +94,15 @@ def local_store(
         return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
     return Path(unquote(urlsplit(uri).path)) if uri.startswith("file:") else None
 
-# %% ../../nbs/training/04_store.ipynb #23b8aea8
-WAIT = 10 # seconds that a server may take to answer
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
+# %% ../../nbs/training/04_store.ipynb #9b0ff753
 def without_password(
     uri: str, # 'postgresql://me:secret@host/runs'
 ) -> str: # 'postgresql://host/runs'
     "An address that may be shown."
     return re.sub("://[^/]*@", "://", uri)
+
+# %% ../../nbs/training/04_store.ipynb #23b8aea8
+WAIT = 10 # seconds that a server may take to answer
 
 def ask_http(
     uri: str, # 'http://host:5000'
@@ -118,6 +118,9 @@ def ask_http(
     except URLError as e:
         if not isinstance(e.reason, SSLError): # somebody is there; which certificates to trust is a setting of MLflow
             raise e.reason if isinstance(e.reason, OSError) else e
+
+# %% ../../nbs/training/04_store.ipynb #91e4d124
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 def check_server(
     uri: str, # see `tracking_uri`
@@ -247,9 +250,18 @@ def mlflow_client(
         client.search_experiments(max_results=1)
     return client
 
-# %% ../../nbs/training/04_store.ipynb #4ae0854f
+# %% ../../nbs/training/04_store.ipynb #6aa75736
 ARTIFACTS = "mlartifacts" # beside the store; the default of an MLflow server
 
+def old_folder(
+    store: Path, # see `local_store`
+    path: Path, # an absolute path from the store
+) -> Path | None: # None: not in the folders of this project
+    "The folder that an absolute path means in this project, wherever the project was."
+    here = store.parent / ARTIFACTS / Path(*path.parts[-2:]), store / Path(*path.parts[-3:])
+    return next((folder for folder in here if folder.is_dir()), None)
+
+# %% ../../nbs/training/04_store.ipynb #4ae0854f
 def artifacts_folder(
     uri: str, # of the store
     artifact_uri: str, # of a run, as MLflow notes it
@@ -265,15 +277,6 @@ def artifacts_folder(
     if ".." in path.parts:
         raise RegistryError(f"{uri}: the artifact address '{artifact_uri}' leaves the folder of artifacts")
     return store.parent / ARTIFACTS / path.relative_to("/")
-
-# %% ../../nbs/training/04_store.ipynb #6aa75736
-def old_folder(
-    store: Path, # see `local_store`
-    path: Path, # an absolute path from the store
-) -> Path | None: # None: not in the folders of this project
-    "The folder that an absolute path means in this project, wherever the project was."
-    here = store.parent / ARTIFACTS / Path(*path.parts[-2:]), store / Path(*path.parts[-3:])
-    return next((folder for folder in here if folder.is_dir()), None)
 
 # %% ../../nbs/training/04_store.ipynb #caa3c0aa
 def copy_whole(
@@ -302,7 +305,13 @@ def log_artifacts(
     else:
         copy_whole(folder, here / name)
 
-def has_artifact(client, uri: str, run_id: str, path: str) -> bool:
+# %% ../../nbs/training/04_store.ipynb #098c8e70
+def has_artifact(
+    client, # see `mlflow_client`
+    uri: str, # of the store
+    run_id: str,
+    path: str, # of a file, in the run
+) -> bool:
     "Whether a run holds this file."
     here = artifacts_folder(uri, client.get_run(run_id).info.artifact_uri)
     if here is not None:
@@ -335,17 +344,21 @@ def left_behind(
     uri: str, # of the store
     experiment, # MLflow's `Experiment`
 ) -> bool:
-    "Whether an experiment of a local store writes its artifacts to the folder that a copied project came from."
+    "Whether an experiment writes its artifacts to the folder that this project was copied or moved from."
     store, parts = local_store(uri), urlsplit(experiment.artifact_location)
     if store is None or parts.scheme not in ("file", ""):
         return False
     folder = Path(unquote(parts.path))
-    ours = folder.name == ARTIFACTS or store.is_dir() and folder.name == experiment.experiment_id
-    return ours and not folder.resolve().is_relative_to(store.parent.resolve())
+    by_default = folder.name == ARTIFACTS or store.is_dir() and folder.name == experiment.experiment_id
+    return by_default and not folder.resolve().is_relative_to(store.parent.resolve())
 
 # %% ../../nbs/training/04_store.ipynb #16f6e74d
-def active_experiment(client, uri: str, name: str) -> str | None: # its id
-    "The experiment of this name, restored where it was deleted; None where it is missing or left behind."
+def active_experiment(
+    client, # see `mlflow_client`
+    uri: str, # of the store
+    name: str, # of the experiment
+) -> str | None: # its id; None: it has to be made
+    "The experiment of this name, restored where it was deleted, and renamed where it was left behind."
     found = client.get_experiment_by_name(name)
     if found is None:
         return None
@@ -355,6 +368,7 @@ def active_experiment(client, uri: str, name: str) -> str | None: # its id
         return found.experiment_id
     client.rename_experiment(found.experiment_id, f"{name} @ {found.artifact_location}"[:500])
 
+# %% ../../nbs/training/04_store.ipynb #301f3bbb
 def experiment_id(
     client, # see `mlflow_client`
     uri: str, # of the store
