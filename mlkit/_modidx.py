@@ -1214,6 +1214,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'mlkit/training/store.py'),
                                       'mlkit.training.store.folder_uri': ('training/store.html#folder_uri', 'mlkit/training/store.py'),
                                       'mlkit.training.store.has_artifact': ('training/store.html#has_artifact', 'mlkit/training/store.py'),
+                                      'mlkit.training.store.host_and_port': ( 'training/store.html#host_and_port',
+                                                                              'mlkit/training/store.py'),
                                       'mlkit.training.store.left_behind': ('training/store.html#left_behind', 'mlkit/training/store.py'),
                                       'mlkit.training.store.local_store': ('training/store.html#local_store', 'mlkit/training/store.py'),
                                       'mlkit.training.store.log_artifacts': ( 'training/store.html#log_artifacts',

@@ -154,7 +154,8 @@ def strangers():
     ("http://127.0.0.1:{silent}", "no answer within"), ("http://127.0.0.1:{rude}", "does not answer"),
     ("http://127.0.0.1:{website}", "404"), ("https://127.0.0.1:{website}", "MLflow at"),
     ("localhost:5000", "write 'http://localhost:5000'"), ("my-host.org:5000/", "lacks its scheme"), ("http:///", "names no host"),
-    ("http://host:port", "write 'http://host:5000'"), ("sqlite://rel.db", "write 'sqlite:///mlflow.db'"), ("sqlite:///", "names no file"),
+    ("http://me:secret@host:port", "write 'http://host:5000'"), ("postgresql://me:sec/secret@host/runs", "no valid host"),
+    ("http://me:secret@127.0.0.1:{website}", "404"), ("sqlite://rel.db", "write 'sqlite:///mlflow.db'"), ("sqlite:///", "names no file"),
     ("file://mlruns", "write 'file:mlruns'"), ("sprocket://host", "sprocket"), ("mysql://me:secret@/runs", "install it"),
     ("sqlite:///damaged.db", "cannot open it"), ("sqlite:///folder.db", "cannot open it"), ("sqlite:///text.db", "cannot open it"),
 ])
@@ -271,10 +272,14 @@ def test_a_store_with_absolute_paths(shop, tmp_path, monkeypatch, address, act):
     old_store(shop, address)
     assert shop.publish().version == "1" and shop.got("champion") == "one"
     shop.released("two", 0.98).publish()
+    shop.released("one") # the bundle of version 1 is at hand again
     before = files(shop.root)
     other = act(shop, tmp_path / "other")
     monkeypatch.chdir(other.root)
     assert (other.got("1"), other.got("champion")) == ("one", "two")
+    if address.startswith("sqlite"): # what was lost in the move comes to the new folder, not to the old one
+        shutil.rmtree(other.root / "mlartifacts")
+        assert other.publish(ask=True).version == "1" and other.got("1") == "one"
     assert other.released("three", 0.99).publish().version == "3"
     with Run("digits", {}) as run:
         run.log_artifacts(other.root / BUNDLE, "more")
