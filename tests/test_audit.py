@@ -15,7 +15,7 @@ from mlkit.core import ConfigError, DataError, SetupError
 from mlkit.data.parts import ingest_table, read_parts
 from mlkit.data.scan import Frame
 from mlkit.data.shards import Sample, write_shards
-from mlkit.evaluation.release import verdict
+from mlkit.evaluation.verdict import verdict
 from mlkit.sources.registry import open_source
 
 BLOCK = {"image": ["unreadable", "conflict"], "rows": ["leakage"]} # as the stage notebooks have them

@@ -16,7 +16,7 @@ def standing(
 ) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None
     "Where the model of the last run stands. Empty where no stage gives a verdict."
     from mlkit.evaluation.registry import published_version, read_champion
-    from mlkit.evaluation.release import VERDICT
+    from mlkit.evaluation.verdict import VERDICT
     from mlkit.training.track import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
