@@ -12,20 +12,19 @@ from ..core import project_root, read_json
 
 # %% ../../nbs/commands/05_index.ipynb #8c617119
 def standing(
-    root: Path,
+    root: Path, # the project
 ) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None
     "Where the model of the last run stands. Empty where no stage gives a verdict."
-    from mlkit.evaluation.registry import published_version, read_champion
+    from mlkit.evaluation.registry import last_publication, read_champion
     from mlkit.evaluation.verdict import VERDICT
-    from mlkit.training.track import tracking_uri
+    from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
-    verdict, champion, uri = read_json(root / VERDICT), read_champion(root), tracking_uri()
-    def found(model, bundle):
-        version, aliases = published_version(uri, model, bundle) or (None, ())
-        return {"version": version, "aliases": sorted(aliases)} if version else None
-    crowned = champion and champion | {"version": (found(champion["model"], champion["bundle"]) or {}).get("version")}
-    return {"registry": found(verdict["model"], verdict["bundle"]), "champion": crowned}
+    verdict, champion, note = read_json(root / VERDICT), read_champion(root), last_publication(root, tracking_uri())
+    published = all(note.get(k) == verdict[k] for k in ("model", "bundle"))
+    aliases = sorted(alias for alias, v in note.get("aliases", {}).items() if v == note["version"])
+    crowned = champion and champion | {"version": note["aliases"].get("champion") if note.get("champion") == champion else None}
+    return {"registry": {"version": note["version"], "aliases": aliases} if published else None, "champion": crowned}
 
 # %% ../../nbs/commands/05_index.ipynb #890948f4
 def refresh(root: Path) -> bool: # Whether it was written

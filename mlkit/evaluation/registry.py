@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHAMPION_KEYS', 'PUBLISHED', 'champion_entry', 'read_champion', 'beats', 'Publication', 'store_stamp',
-           'publication_key', 'note_publication', 'known_publication', 'versions_of', 'living_run', 'checked_bundle',
-           'upload', 'register', 'published_version', 'wanted_aliases', 'set_aliases', 'publish_locked', 'publish',
-           'find_version', 'is_bundle', 'fetch']
+           'publication_key', 'note_publication', 'last_publication', 'known_publication', 'versions_of', 'living_run',
+           'checked_bundle', 'upload', 'register', 'published_version', 'wanted_aliases', 'set_aliases',
+           'publish_locked', 'publish', 'find_version', 'is_bundle', 'fetch']
 
 # %% ../../nbs/evaluation/07_registry.ipynb #82ffe85d
 import tempfile
@@ -101,12 +101,26 @@ def note_publication(
     version, # MLflow's `ModelVersion`
     bundle: str, # its identity
     artifact_uri: str, # of the run that holds the files
+    aliases: dict[str, str], # alias: version
 ):
     "Write down what is published."
     folder = artifacts_folder(uri, artifact_uri)
     files = str(folder / "bundle" / MANIFEST) if folder else None # None: MLflow keeps them elsewhere
-    note = publication_key(root, uri, version.name, bundle) | {"version": str(version.version), "files": files}
+    note = publication_key(root, uri, version.name, bundle) | {"version": str(version.version), "files": files, "aliases": aliases}
     write_json(root / PUBLISHED, note)
+
+# %% ../../nbs/evaluation/07_registry.ipynb #abb77500
+def last_publication(
+    root: Path, # the project
+    uri: str, # of the store
+) -> dict: # the note; empty: there is none, or its store is gone or another
+    "What was published last from this project."
+    try:
+        note = read_json(root / PUBLISHED)
+    except DataError:
+        return {}
+    gone = local_store(uri) is not None and store_stamp(uri) is None
+    return {} if gone or note["uri"] != without_password(uri) else note
 
 # %% ../../nbs/evaluation/07_registry.ipynb #c01ea682
 def known_publication(
@@ -266,10 +280,11 @@ def publish_locked(
     client = mlflow_client(uri)
     with mlflow_calls(uri):
         version, done = published_version(client, uri, root, folder, verdict)
-        moved = set_aliases(client, version.name, wanted_aliases(client, version, bundle, entry))
+        wanted = wanted_aliases(client, version, bundle, entry)
+        moved = set_aliases(client, version.name, wanted)
         if champion != entry:
             write_json(root / CHAMPION, entry)
-        note_publication(root, uri, version, bundle, client.get_run(version.run_id).info.artifact_uri)
+        note_publication(root, uri, version, bundle, client.get_run(version.run_id).info.artifact_uri, wanted)
     new = bool(done or moved or champion != entry)
     from_elsewhere = {alias: versions for alias, versions in moved.items() if versions[0]}
     return Publication(version.name, str(version.version), wins, new, from_elsewhere)

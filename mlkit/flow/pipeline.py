@@ -155,7 +155,7 @@ def is_written(
 
 def sections_of(node: Node, written: dict) -> list[str]: # 'train', 'prepare.seed'
     "The values that a stage depends on, as far as they are written."
-    named = [*([node.stage.name] if node.types else []), *node.stage.uses]
+    named = [*([node.stage.name] if node.types else []), *node.stage.uses, "pipeline"]
     return [path for path in named if is_written(path, written)]
 
 # %% ../../nbs/flow/04_pipeline.ipynb #f63bb72a
