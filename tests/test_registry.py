@@ -23,7 +23,8 @@ from mlkit.training.store import experiment_id, has_artifact, local_store, mlflo
 from mlkit.training.track import Run
 
 NAMES = ["digits", "my model", "a.b-c_1", "Модель 2", "हिन्दी", "モ" * MAX_NAME]
-BAD_NAMES = ["it's", 'say "hi"', "50%", "a/b", "a\\b", "a:b", "../up", "a\nb", "", " ", "x" * (MAX_NAME + 1), "x" * 5000, "a😀", "a`b", "a;b", "a<b>"]
+BAD_NAMES = ["it's", 'say "hi"', "50%", "a/b", "a\\b", "a:b", "../up", "a\nb", "", " ", "x" * (MAX_NAME + 1), "x" * 5000,
+             "a😀", "a`b", "a;b", "a<b>"]
 
 
 def a_verdict(bundle, value=0.97, name="digits", figure="accuracy"):
@@ -87,6 +88,21 @@ def shop(tmp_path, monkeypatch):
     (shop.root / "nbs").mkdir()
     monkeypatch.chdir(shop.root / "nbs")
     return shop.released("one")
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    "A database with MLflow's tables, which take seconds to make."
+    folder = tmp_path_factory.mktemp("tables")
+    mlflow_client(f"sqlite:///{folder}/mlflow.db")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def ready(shop, tables):
+    "The same, with a database."
+    shutil.copy(tables, shop.root / "mlflow.db")
+    return shop
 
 
 # Addresses
@@ -159,12 +175,11 @@ def strangers():
     ("file://mlruns", "write 'file:mlruns'"), ("sprocket://host", "sprocket"), ("mysql://me:secret@/runs", "install it"),
     ("sqlite:///damaged.db", "cannot open it"), ("sqlite:///folder.db", "cannot open it"), ("sqlite:///text.db", "cannot open it"),
 ])
-def test_addresses_that_cannot_work(shop, monkeypatch, strangers, address, says):
+def test_addresses_that_cannot_work(shop, monkeypatch, tables, strangers, address, says):
     "One line that says what is wrong, in some seconds; no password in it."
     (shop.root / "damaged.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 20)
     (shop.root / "text.db").write_text("not a database")
     (shop.root / "folder.db").mkdir()
-    mlflow_client(f"sqlite:///{shop.root.parent}/warm.db") # MLflow's import is not what is timed here
     monkeypatch.setattr("mlkit.training.store.WAIT", 2)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(**strangers))
     start = time.monotonic()
@@ -207,12 +222,12 @@ def test_a_bad_name_is_refused_before_anything_is_published(shop, name):
     assert not (shop.root / "mlflow.db").exists()
 
 
-def test_figures_with_any_name_are_published(shop):
+def test_figures_with_any_name_are_published(ready):
     "A metric may hold the name of a class."
     for i, figure in enumerate(["recall of 'dog' & co", 'a"b', "x/../y", "π ≥ 3", "a\nb", "y" * 1000]):
-        shop.released(f"model {i}")
-        write_json(shop.root / VERDICT, a_verdict(shop.verdict["bundle"], figure=figure))
-        assert shop.publish().version == str(i + 1)
+        ready.released(f"model {i}")
+        write_json(ready.root / VERDICT, a_verdict(ready.verdict["bundle"], figure=figure))
+        assert ready.publish().version == str(i + 1)
 
 
 # Copies
@@ -309,89 +324,89 @@ def test_a_deleted_experiment_comes_back(shop, monkeypatch, address):
     assert shop.released("two").publish().version == "2"
 
 
-def test_what_mlflow_lost_is_published_again(shop):
+def test_what_mlflow_lost_is_published_again(ready):
     "The run, its artifacts, the version, the model, the database: each alone."
     uri = tracking_uri("sqlite:///mlflow.db")
-    shop.publish()
+    ready.publish()
     client = mlflow_client(uri)
     run = client.get_model_version("digits", "1").run_id
     client.delete_run(run)
-    assert shop.publish().version == "1" and client.get_run(run).info.lifecycle_stage == "active"
-    shutil.rmtree(shop.root / "mlartifacts")
-    assert shop.publish().new and shop.got("1") == "one"
+    assert ready.publish().version == "1" and client.get_run(run).info.lifecycle_stage == "active"
+    shutil.rmtree(ready.root / "mlartifacts")
+    assert ready.publish().new and ready.got("1") == "one"
     client.delete_model_version("digits", "1")
-    assert shop.publish().version == "2" and aliases(uri) == {"champion": "2", "challenger": "2"}
+    assert ready.publish().version == "2" and aliases(uri) == {"champion": "2", "challenger": "2"}
     client.delete_registered_model_alias("digits", "champion")
-    assert shop.publish().new and aliases(uri) == {"champion": "2", "challenger": "2"}
+    assert ready.publish().new and aliases(uri) == {"champion": "2", "challenger": "2"}
     client.delete_registered_model("digits")
-    assert shop.publish().version == "1" and aliases(uri) == {"champion": "1", "challenger": "1"}
-    for f in shop.root.glob("mlflow.db*"):
+    assert ready.publish().version == "1" and aliases(uri) == {"champion": "1", "challenger": "1"}
+    for f in ready.root.glob("mlflow.db*"):
         f.unlink()
-    assert shop.publish().version == "1" and shop.got("champion") == "one"
+    assert ready.publish().version == "1" and ready.got("champion") == "one"
 
 
-def test_a_run_that_is_erased_for_good(shop):
+def test_a_run_that_is_erased_for_good(ready):
     "The version cannot be repaired: the bundle gets a new one."
     uri = tracking_uri("sqlite:///mlflow.db")
-    shop.publish()
+    ready.publish()
     client = mlflow_client(uri)
     run = client.get_model_version("digits", "1").run_id
     client.delete_run(run)
     client._tracking_client.store._hard_delete_run(run) # what 'mlflow gc' calls
-    assert shop.publish(ask=True).version == "2" and shop.got("champion") == "one"
+    assert ready.publish(ask=True).version == "2" and ready.got("champion") == "one"
 
 
-def test_an_alias_moved_by_hand(shop):
+def test_an_alias_moved_by_hand(ready):
     "`mlkit release` puts it back, and says so."
     uri = tracking_uri("sqlite:///mlflow.db")
-    shop.publish()
-    shop.released("two", 0.9).publish()
+    ready.publish()
+    ready.released("two", 0.9).publish()
     assert aliases(uri) == {"champion": "1", "challenger": "2"}
     mlflow_client(uri).set_registered_model_alias("digits", "champion", "2")
-    done = shop.command("release")
+    done = ready.command("release")
     assert "Registry: champion was version 2, is version 1" in done.stdout, done.stdout + done.stderr
     assert aliases(uri) == {"champion": "1", "challenger": "2"}
 
 
 # The note of the last publication
 
-def test_nobody_asks_mlflow_when_nothing_changed(shop, monkeypatch):
-    shop.publish()
+def test_nobody_asks_mlflow_when_nothing_changed(ready, monkeypatch):
+    ready.publish()
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None) # whoever asks MLflow fails
-    assert shop.publish() == shop.publish()
-    assert (shop.publish().version, shop.publish().new) == ("1", False)
+    assert ready.publish() == ready.publish()
+    assert (ready.publish().version, ready.publish().new) == ("1", False)
     with pytest.raises(RegistryError):
-        shop.publish(ask=True)
+        ready.publish(ask=True)
 
 
 @pytest.mark.parametrize("change", ["note", "broken note", "store", "no store", "files", "champion", "address", "verdict", "bundle"])
-def test_mlflow_is_asked_when_something_changed(shop, monkeypatch, change):
-    shop.publish()
+def test_mlflow_is_asked_when_something_changed(ready, monkeypatch, change):
+    ready.publish()
     if change == "note":
-        (shop.root / PUBLISHED).unlink()
+        (ready.root / PUBLISHED).unlink()
     elif change == "broken note":
-        (shop.root / PUBLISHED).write_text("{")
+        (ready.root / PUBLISHED).write_text("{")
     elif change == "store":
         with Run("another", {}):
             pass
     elif change == "no store":
-        (shop.root / "mlflow.db").unlink()
+        (ready.root / "mlflow.db").unlink()
     elif change == "files":
-        shutil.rmtree(shop.root / "mlartifacts")
+        shutil.rmtree(ready.root / "mlartifacts")
     elif change == "champion":
-        write_json(shop.root / CHAMPION, json.loads((shop.root / CHAMPION).read_text()) | {"value": 0.5})
+        write_json(ready.root / CHAMPION, json.loads((ready.root / CHAMPION).read_text()) | {"value": 0.5})
     elif change == "address":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "other.db")
     elif change == "verdict":
-        write_json(shop.root / VERDICT, a_verdict(shop.verdict["bundle"], 0.9, figure="recall"))
+        write_json(ready.root / VERDICT, a_verdict(ready.verdict["bundle"], 0.9, figure="recall"))
     elif change == "bundle":
-        shop.released("two")
+        ready.released("two")
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "mlflow.tracking", None)
         with pytest.raises(RegistryError):
-            shop.publish()
-    shop.publish()
-    assert shop.publish().new is False
+            ready.publish()
+    ready.publish()
+    assert ready.publish().new is False
 
 
 # Processes that die, or run at once
@@ -440,12 +455,11 @@ for die_at in range(1, 100):
 """
 
 
-def test_killed_at_any_step(shop, tmp_path, monkeypatch):
+def test_killed_at_any_step(ready, tmp_path, monkeypatch):
     "Whatever a publication that died has left, the next one makes of it one version, one champion, and files that are whole."
-    mlflow_client(tracking_uri()) # the tables are made once
     (tmp_path / "killed").mkdir()
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", DRIVER, shop.root, tmp_path / "killed"], env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", DRIVER, ready.root, tmp_path / "killed"], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     deaths = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:1].isdigit())
     for k, death in deaths.items():
@@ -464,10 +478,16 @@ def test_killed_at_any_step(shop, tmp_path, monkeypatch):
 
 def at_once(shops, uri, n):
     "Publications of `n` processes, started together."
-    code = ("import sys; from pathlib import Path; from mlkit.core import read_json; from mlkit.evaluation.registry import publish; root = Path.cwd(); "
-            "print(publish(root, root / 'models/bundle', read_json(root / 'reports/metrics/verdict.json'), sys.argv[1]).version)")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, "-c", code, uri], cwd=shops[i % len(shops)].root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(n)]
+    code = f"""
+import sys
+from pathlib import Path
+from mlkit.core import read_json
+from mlkit.evaluation.registry import publish
+root = Path.cwd()
+print(publish(root, root / '{BUNDLE}', read_json(root / '{VERDICT}'), sys.argv[1]).version)"""
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code, uri]
+    started = [subprocess.Popen(command, cwd=shops[i % len(shops)].root, **options) for i in range(n)]
     ended = [p.communicate(timeout=600) for p in started]
     assert all(p.returncode == 0 for p in started), [e for _, e in ended]
     return {out.strip() for out, _ in ended}
@@ -481,20 +501,20 @@ def test_several_processes_in_one_project(shop):
     assert aliases(uri) == {"champion": "1", "challenger": "1"} and shop.got("1") == "one"
 
 
-def test_several_projects_with_one_store(shop, tmp_path):
-    uri = tracking_uri("sqlite:///shared.db")
-    shops = [shop, copied(shop, tmp_path / "b"), copied(shop, tmp_path / "c")]
+def test_several_projects_with_one_store(ready, tmp_path):
+    uri = tracking_uri()
+    shops = [ready, copied(ready, tmp_path / "b"), copied(ready, tmp_path / "c")]
     assert len(at_once(shops, uri, 3)) == 1
     client = mlflow_client(uri)
-    assert len(versions_of(client, "digits", shop.verdict["bundle"])) == 1
-    assert len(set(aliases(uri).values())) == 1 and shop.got("champion", uri) == "one"
+    assert len(versions_of(client, "digits", ready.verdict["bundle"])) == 1
+    assert len(set(aliases(uri).values())) == 1 and ready.got("champion", uri) == "one"
 
 
-def test_two_versions_registered_at_the_same_moment(shop):
+def test_two_versions_registered_at_the_same_moment(ready):
     "The older one stays; who made the younger removes it, with its run."
     uri = tracking_uri()
-    shop.publish()
-    client, bundle = mlflow_client(uri), shop.verdict["bundle"]
+    ready.publish()
+    client, bundle = mlflow_client(uri), ready.verdict["bundle"]
     run = client.create_run(experiment_id(client, uri, "digits")).info.run_id
     version = register(client, "digits", bundle, run, None)
     assert str(version.version) == "1" and len(versions_of(client, "digits", bundle)) == 1
@@ -512,7 +532,8 @@ def server(tmp_path_factory):
     shutil.rmtree(start.root)
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db",
+               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     with open(home.root / "server.log", "w") as log:
         p = subprocess.Popen(command, cwd=home.root, env=env, stdout=log, stderr=log, start_new_session=True)
