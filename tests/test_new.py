@@ -124,6 +124,8 @@ def test_a_value(tmp_path):
     project, _ = new(tmp_path / "dia", "--from", "diabetes")
     v = verdict(project)
     drive(project, tmp_path)
+    apart = project.dvc("exp", "run", "--temp", "-S", "train.n_epochs=1", "evaluate") # in another folder, by DVC's own copy of git's settings
+    assert ran(apart.stdout) == ["train", "evaluate"] and not status(project)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
     assert project.json("reports/metrics/export.json")["input_difference"] < 1e-5
 
