@@ -212,7 +212,8 @@ def run_both(text, folder, parameters={}):
     from papermill.exceptions import PapermillExecutionError
     def one(kernel):
         path = folder / f"{kernel}.ipynb"
-        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, cwd=str(folder), progress_bar=False, execution_timeout=600, start_timeout=300) and None
+        # papermill's own `cwd` changes the folder of the whole process, and another thread is at work: a kernel may start, and write, in the wrong one
+        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}, progress_bar=False, execution_timeout=600, start_timeout=300) and None
         except Exception as e: raised = [type(e).__name__, plain(str(e)), *(map(repr, (e.cell_index, e.exec_count, e.ename, e.evalue)) if isinstance(e, PapermillExecutionError) else [])]
         return raised, comparable(nbformat.read(path, 4))
     with ThreadPoolExecutor(2) as pool: return list(pool.map(one, KERNELS))
@@ -249,7 +250,9 @@ def as_mlkit_asks(monkeypatch):
     "No warning of tqdm when it is imported: in a warm kernel that has happened already."
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    return len(LAUNCHED)
+    before = set(os.listdir(ROOT)), os.getcwd()
+    yield len(LAUNCHED)
+    assert (set(os.listdir(ROOT)) - {".pytest_cache"}, os.getcwd()) == (before[0] - {".pytest_cache"}, before[1]), "a test has left something, or moved"
 
 @pytest.mark.parametrize("name", ["displays", "streams", "parameters"])
 def test_outputs(name, tmp_path, as_mlkit_asks):
