@@ -148,7 +148,7 @@ ATTRIBUTES = ["dvc.lock merge=mlkit-lock", "nbs/**/*.ipynb filter=mlkit-notebook
 def settings(command: str) -> dict[str, str]: # key: value
     "git's configuration for a project."
     return {"merge.mlkit-lock.name": "stages of dvc.lock",
-            "merge.mlkit-lock.driver": f"'{command}' merge-lock %O %A %B",
+            "merge.mlkit-lock.driver": f"exec '{command}' merge-lock %O %A %B",
             "filter.mlkit-notebooks.process": filter_command(command)}
 
 def add_lines(path: Path, lines: list[str]): # Without their ends

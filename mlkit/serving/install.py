@@ -111,6 +111,7 @@ def _reason(stderr): # the line of pip that says it
     errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
     return (errors or lines)[-1].removeprefix("ERROR: ")
 
+# %% ../../nbs/serving/04_install.ipynb #9216d626
 def _pip_install(target, packages, progress):
     "Raises `SetupError` in one line where a package cannot be had."
     code, said = _pip(target, packages, progress)
@@ -147,6 +148,7 @@ def _drop(paths):
         else:
             path.unlink(missing_ok=True) # it may have gone with a folder above it
 
+# %% ../../nbs/serving/04_install.ipynb #155a8099
 def _fill(env, progress):
     import venv
     version = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -30,6 +30,7 @@ def _value(t, a): # one value of the tensor `t`, as perf_analyzer reads it
         return shape | {"content": a.ravel().tolist()}
     return shape | {"b64": base64.b64encode(a.tobytes()).decode()}
 
+# %% ../../nbs/serving/09_load.ipynb #3055fe88
 def input_data(
     client: Client,
     inputs: list[np.ndarray], # One (n, *shape) array an input of the model
@@ -70,6 +71,7 @@ def _why(stderr): # the line of perf_analyzer that says it
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it does not say why"]
     return next((line for line in lines if re.match(r"Thread \[|error:", line)), lines[0])
 
+# %% ../../nbs/serving/09_load.ipynb #f9a8ff17
 def _level(concurrency, stdout, table): # one row of the result
     row, = csv.DictReader(table.splitlines())
     return {

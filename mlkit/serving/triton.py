@@ -126,12 +126,13 @@ def decisive(log: str) -> str: # One line
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return [*complaints(log), *lines[-1:], "it left no log"][0]
 
-# %% ../../nbs/serving/07_triton.ipynb #bf3587d0
+# %% ../../nbs/serving/07_triton.ipynb #286ef12e
 CHANCE = r"terminate called|boost::interprocess|is not healthy|health mutex"
 
 class FailedByChance(ServeError):
     "A start failed in a way in which the next one may not."
 
+# %% ../../nbs/serving/07_triton.ipynb #bf3587d0
 def by_chance(
     log: str, # What Triton wrote since it was started
     code: int | None, # Its exit code; None: it runs, and was not ready in time
@@ -224,6 +225,7 @@ def client(self: Triton) -> Client:
     "A client of the ensemble."
     return Client(self.url, self.name, self.signatures.served, self.max_batch_size)
 
+# %% ../../nbs/serving/07_triton.ipynb #a27c1dd3
 @patch(as_prop=True)
 def alive(self: Triton) -> bool:
     "Whether its processes run; that it answers is asked by `mlkit.serving.supervise.probe`."
@@ -243,6 +245,7 @@ def control_client(server: Triton, timeout: float = 30.0):
     from tritonclient.http import InferenceServerClient
     return InferenceServerClient(server.url, connection_timeout=timeout, network_timeout=timeout)
 
+# %% ../../nbs/serving/07_triton.ipynb #b42b2fdf
 def _is_ready(server): # another program that listens there may answer anything
     from tritonclient.utils import InferenceServerException
     try:
