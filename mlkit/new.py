@@ -261,7 +261,7 @@ def new_project(
         else:
             contract, *rest = look_at_table(found, Path(d) / "shards", target)
             sections = choose_for_table(source, out.name, contract, *rest)
-            found.reasons += [f"{f.name}: {f.dtype}{', the target' if f is contract.target else ''}; {f.why}" for f in contract.columns]
+            found.seen += [f"{f.name}: {f.dtype}{', the target' if f is contract.target else ''}; {f.why}" for f in contract.columns]
     write_project(out, found.modality, params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change."), README.format(name=out.name, source=f"`{source}`"))
     return sections, [found.description, *found.reasons]
 
