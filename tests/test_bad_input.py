@@ -98,6 +98,27 @@ def test_unreadable_image_blocks_by_name(pictures):
     assert "cannot be decoded" in failed and "Balance" in failed
     assert ran(pictures.mlkit("repro", "audit", rc=1).stdout) == ["audit"] # what was finished is kept
 
+def test_what_is_left_out_is_counted_on_the_page(fresh, tmp_path):
+    "By reason, with names; the rest is brought in. A class that loses all its images stops the run in one line."
+    project, random = fresh.clone(tmp_path / "project"), np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (project / "raw" / label).mkdir(parents=True)
+        for i, ending in enumerate([".png"] * 6 + [".jpg", ".gif"]):
+            image = random.integers(0, 255, (20, 20, 3)).astype(np.uint8)
+            (project / f"raw/{label}/{i}{ending}").write_bytes(cv2.imencode(ending, image)[1].tobytes())
+    deep = random.integers(0, 65535, (20, 20, 3)).astype(np.uint16)
+    (project / "raw/cat/deep.png").write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+    for i in range(3): (project / f"raw/dog/{i}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    project.param(ingest__source="raw")
+    assert ran(project.mlkit("repro", "ingest").stdout) == ["ingest"]
+    assert project.json("reports/metrics/ingest.json")["samples"] == 17
+    page = (project / "reports/ingest.html").read_text()
+    for line in ("left out: 3 images: HEIC, which OpenCV does not decode; save it as PNG or JPEG (dog/0.heic, dog/1.heic, dog/2.heic)",
+                 "changed: 1 image: 16 bits a channel, scaled to 8 (cat/deep.png)", "changed: 2 images: GIF"): assert line in page, line
+    for f in (project / "raw/dog").glob("?.[pgj]*"): f.unlink()
+    line = one_line(project.mlkit("repro", "ingest", rc=1), "raw: class 'dog' has lost all its samples (3)", "3 images: HEIC", "dog/0.heic")
+    assert "save it as PNG or JPEG" in line
+
 def test_folder_of_images(pictures):
     assert pictures.json("reports/metrics/ingest.json").items() >= {"samples": 121, "classes": 3}.items()
     pictures.param(audit__block=["conflict"])
