@@ -27,7 +27,8 @@ def hf_features(
     import pyarrow as pa
     import pyarrow.parquet as pq
     with reading(path):
-        schema = pq.read_schema(path) if kind_of(path) == "Parquet" else pa.ipc.open_stream(pa.memory_map(str(path))).schema
+        arrow = None if kind_of(path) == "Parquet" else pa.ipc.open_stream(pa.memory_map(str(path)))
+        schema = arrow.schema if arrow else pq.read_schema(path)
     info = (schema.metadata or {}).get(b"huggingface")
     features = (json.loads(info)["info"].get("features") or {}) if info else {}
     return {n: f if isinstance(f, dict) else {} for n, f in features.items()}
@@ -55,23 +56,26 @@ class HuggingFace(Source):
         super().__init__(name)
         if not files: raise DataError(f"{name}: a Hugging Face dataset without rows; save it again")
         self.files, self.base, self.features = files, base, hf_features(files[0])
-        self.classes = {n: f["names"] for n, f in self.features.items() if f.get("_type") == "ClassLabel" and f.get("names")}
-        pictures = [n for n, f in self.features.items() if f.get("_type") == "Image"]
+        labels, pictures = ([n for n, f in self.features.items() if f.get("_type") == t] for t in ("ClassLabel", "Image"))
+        self.classes = {n: self.features[n]["names"] for n in labels if self.features[n].get("names")}
         self.modality = "image" if pictures else "rows"
         self.image, self.label = next(iter(pictures), None), self.label_column(options)
         if len(pictures) > 1 or pictures and not self.label:
-            raise DataError(f"{name}: {len(pictures)} columns of images and {'a' if self.label else 'no'} label; mlkit needs one "
-                            "of each: keep the columns that you mean (?label=COLUMN names a label)")
+            raise DataError(f"{name}: {len(pictures)} columns of images and {'a' if self.label else 'no'} label; mlkit needs "
+                            "one of each: keep the columns that you mean (?label=COLUMN names a label)")
         self.says(f"a Hugging Face dataset of {'labelled images' if pictures else 'rows'}, {counted(len(files), 'file')}",
             f"features written by `datasets`: {listed(self.features, 6)}",
             f"column '{self.image}' holds images, column '{self.label}' their labels" if pictures else "")
 
-    def label_column(self, options):
-        own = (n for n in self.features if n.lower() in LABELS)
-        label = options.get("label") or next(iter([*self.classes, *own]), None)
-        if label and label not in self.features:
-            raise DataError(f"{self.name}: no column '{label}'{nearest(label, self.features)}")
-        return label
+# %% ../../nbs/sources/08_hugging_face.ipynb #46b2074f
+@patch
+def label_column(self: HuggingFace, options: dict[str, str]) -> str | None: # None: there is none
+    "The column of labels: the one that is named, the first of classes, or one with a label's name."
+    own = (n for n in self.features if n.lower() in LABELS)
+    label = options.get("label") or next(iter([*self.classes, *own]), None)
+    if label and label not in self.features:
+        raise DataError(f"{self.name}: no column '{label}'{nearest(label, self.features)}")
+    return label
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #c5566b14
 @patch
@@ -82,11 +86,13 @@ def batches(self: HuggingFace, chunk_rows: int) -> Iterator[tuple[Path, pl.DataF
     names = {n: dict(enumerate(c)) | {-1: None} for n, c in self.classes.items()}
     for f in self.files:
         with reading(f):
-            parquet = kind_of(f) == "Parquet"
-            for b in pq.ParquetFile(f).iter_batches(chunk_rows) if parquet else pa.ipc.open_stream(pa.memory_map(str(f))):
+            arrow = None if kind_of(f) == "Parquet" else pa.ipc.open_stream(pa.memory_map(str(f)))
+            for b in arrow or pq.ParquetFile(f).iter_batches(chunk_rows):
                 df = pl.DataFrame(pl.from_arrow(b))
-                yield f, df.with_columns(pl.col(n).replace_strict(c, return_dtype=pl.String) for n, c in names.items() if n in df)
+                labels = (pl.col(n).replace_strict(c, return_dtype=pl.String) for n, c in names.items() if n in df.columns)
+                yield f, df.with_columns(labels)
 
+# %% ../../nbs/sources/08_hugging_face.ipynb #f323193b
 @patch
 def rows(self: HuggingFace, chunk_rows: int = 100_000) -> Iterator[pl.DataFrame]:
     "All rows, with plain columns. Raises `DataError`."
@@ -94,6 +100,16 @@ def rows(self: HuggingFace, chunk_rows: int = 100_000) -> Iterator[pl.DataFrame]
         yield from Source.rows(self, chunk_rows)
     for f, df in self.batches(chunk_rows):
         yield from flat(df.lazy(), f).collect().iter_slices(chunk_rows)
+
+# %% ../../nbs/sources/08_hugging_face.ipynb #95168b3f
+def row_fault(
+    image: dict[str, bytes | str | None], # `bytes` and `path`, as `datasets` writes an image
+    label: str | None,
+) -> str: # empty: the row is a sample
+    "Why a row gives no sample."
+    if not image.get("bytes"):
+        return "a path instead of the image; save the dataset with its images" if image.get("path") else "no image"
+    return "" if label and label.strip() else "no label"
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #fd367d1b
 @patch
@@ -114,12 +130,3 @@ def images(self: HuggingFace) -> Iterator[Sample]:
             yield (s := self.sample(name, image["bytes"], label, path=image.get("path") or ""))
             counts[s.label] += 1
     self.check_left(counts, self.name)
-
-def row_fault(
-    image: dict[str, bytes | str | None], # `bytes` and `path`, as `datasets` writes an image
-    label: str | None,
-) -> str: # empty: the row is a sample
-    "Why a row gives no sample."
-    if not image.get("bytes"):
-        return "a path instead of the image; save the dataset with its images" if image.get("path") else "no image"
-    return "" if label and label.strip() else "no label"

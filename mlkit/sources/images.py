@@ -47,13 +47,14 @@ class ImageFolder(Source):
                             f"found {len(counts)}")
         self.says(f"{counted(len(self.files), 'image')} in {len(counts)} classes", *clues(self, counts))
 
-# %% ../../nbs/sources/05_images.ipynb #8736f484
+# %% ../../nbs/sources/05_images.ipynb #1d7817a5
 @patch
 def label(self: ImageFolder, path: Path) -> str | None: # None: it lies in no class folder
     "The class of a file: the folder at the top, or the one below a split."
     at, parts = bool(self.splits), self.listing.parts(path)
     return parts[at] if len(parts) > at + 1 else None
 
+# %% ../../nbs/sources/05_images.ipynb #c62182d1
 @patch
 def take(self: ImageFolder, images: list[Path]):
     "Images in class folders are samples."
@@ -63,6 +64,7 @@ def take(self: ImageFolder, images: list[Path]):
         else:
             self.files.append((f, label))
 
+# %% ../../nbs/sources/05_images.ipynb #8736f484
 @patch
 def leave(self: ImageFolder, pictures: list[Path]):
     "Count what OpenCV does not decode, and links that are not followed. A link that was to be a class folder loses it."

@@ -32,13 +32,16 @@ class Images:
             self.meant |= own
         self.meant |= {printable(name): f for f, name in self.names.items()}
 
-    def find(self, value) -> Path | None: # None: there is none, or several
-        "The image that a value means."
-        return self.meant.get(os.path.normpath(str(value).strip()))
+# %% ../../nbs/sources/06_labels.ipynb #0ca3f178
+@patch
+def find(self: Images, value) -> Path | None: # None: there is none, or several
+    "The image that a value means."
+    return self.meant.get(os.path.normpath(str(value).strip()))
 
-    def several(self, value) -> bool:
-        "Whether a value means more than one image."
-        return os.path.normpath(str(value).strip()) in self.meant and self.find(value) is None
+@patch
+def several(self: Images, value) -> bool:
+    "Whether a value means more than one image."
+    return os.path.normpath(str(value).strip()) in self.meant and self.find(value) is None
 
 # %% ../../nbs/sources/06_labels.ipynb #19c607bd
 HEAD_ROWS = 100 # that are looked at
@@ -48,10 +51,10 @@ def seems_labels(
     images: Images,
 ) -> bool:
     "Whether most of the first lines of a file that cannot be read hold the name of an image."
+    def names_one(line): return any(v.strip() and (images.find(v) or images.several(v)) for v in re.split("[,;\t|\"']", line))
     with reading(table), opened(table) as raw: text = raw.read(1 << 16).decode("latin-1").replace("\0", "")
-    rows = [re.split(r"""[,;\t|"']""", line) for line in text.splitlines()[1:HEAD_ROWS + 1] if line.strip()]
-    named = sum(any(v.strip() and (images.find(v) or images.several(v)) for v in row) for row in rows)
-    return 2 * named > len(rows)
+    lines = [line for line in text.splitlines()[1:HEAD_ROWS + 1] if line.strip()]
+    return 2 * sum(map(names_one, lines)) > len(lines)
 
 # %% ../../nbs/sources/06_labels.ipynb #5b4de68d
 LABELS = {"label", "labels", "class", "target", "category"} # what a column of labels is called
@@ -78,21 +81,22 @@ class LabelledImages(Source):
         self.table, self.beside, self.where = table, images, printable(table)
         head = next(self.table_rows(HEAD_ROWS), pl.DataFrame())
         hits = {c: sum(v is not None and images.find(v) is not None for v in head[c]) for c in head.columns}
-        for c in options.values():
-            if c not in hits: raise DataError(f"{self.where}: no column '{c}'{nearest(c, hits)}")
+        if wrong := [c for c in options.values() if c not in hits]:
+            raise DataError(f"{self.where}: no column '{wrong[0]}'{nearest(wrong[0], hits)}")
         self.column = options.get("file") or max(hits, key=hits.get, default=None)
-        self.matches = hits[self.column] / max(1, len(head)) if self.column else 0 # Share of the first rows that name one
+        self.matches = hits.get(self.column, 0) / max(1, len(head)) # Share of the first rows that name an image
         self.rest = [c for c in hits if c != self.column]
         self.label = options.get("label") or label_column(self.rest)
         self.says(f"images with labels in {table.name}",
             f"column '{self.column}' of {table.name} names images, column '{self.label}' holds the labels",
             f"{counted(len(images.names), 'image')} in the folder")
 
-    def table_rows(self, n: int) -> Iterator[pl.DataFrame]: # At most `n` rows each
-        "The rows of the label file."
-        return TableFiles(self.name, [self.table], kind_of(self.table) or "CSV", self.table.parent).rows(n)
-
 # %% ../../nbs/sources/06_labels.ipynb #73d86680
+@patch
+def table_rows(self: LabelledImages, n: int) -> Iterator[pl.DataFrame]: # At most `n` rows each
+    "The rows of the label file."
+    return TableFiles(self.name, [self.table], kind_of(self.table) or "CSV", self.table.parent).rows(n)
+
 @patch
 def checked(self: LabelledImages) -> LabelledImages:
     "The same. Raises `DataError` where it is unclear which column is which."
@@ -100,8 +104,8 @@ def checked(self: LabelledImages) -> LabelledImages:
         raise DataError(f"{self.where}: no column names images in {printable(self.table.parent)}; "
                         "put the file beside its images, with their paths in one column")
     if not self.label:
-        raise DataError(f"{self.where}: which column holds the label: {listed(self.rest, 6) or 'there is one column only'}? "
-                        f"Write {self.name}?label=COLUMN")
+        columns = listed(self.rest, 6) or "there is one column only"
+        raise DataError(f"{self.where}: which column holds the label: {columns}? Write {self.name}?label=COLUMN")
     return self
 
 # %% ../../nbs/sources/06_labels.ipynb #6c18e6f1
@@ -117,8 +121,9 @@ def fault(self: LabelledImages,
     if not value:
         return "no image is named"
     if image is None:
-        several = self.beside.several(value)
-        return "several images have this name; write the path" if several else f"no such image in {printable(self.table.parent)}"
+        if self.beside.several(value):
+            return "several images have this name; write the path"
+        return f"no such image in {printable(self.table.parent)}"
     if image in self.beside.pictures:
         return why_no_image(image)
     if not label:
@@ -129,10 +134,10 @@ def fault(self: LabelledImages,
 @patch
 def labelled(self: LabelledImages) -> Iterator[tuple[int, str, str]]:
     "Number, file and label of each row."
-    columns = [pl.col(c).cast(pl.String).fill_null("").str.strip_chars().alias(str(i)) for i, c in enumerate((self.column, self.label))]
     n = 0
     for df in self.checked().table_rows(10_000):
-        yield from ((n + i, *row) for i, row in enumerate(df.select(columns).iter_rows(), 1))
+        pair = (df[c].cast(pl.String).fill_null("").str.strip_chars() for c in (self.column, self.label))
+        yield from zip(range(n + 1, n + 1 + len(df)), *pair)
         n += len(df)
 
 # %% ../../nbs/sources/06_labels.ipynb #8c66e56b

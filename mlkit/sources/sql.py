@@ -39,6 +39,7 @@ def which_table(
         raise DataError(f"{where}: holds {len(tables)} tables ({listed(tables, 8)}); say which: ?table={tables[0]}")
     return tables[0]
 
+# %% ../../nbs/sources/09_sql.ipynb #96cefa18
 def quoted(name: str) -> str:
     "A name as SQL writes it."
     return '"' + name.replace('"', '""') + '"'

@@ -63,18 +63,6 @@ class TarFiles(Source):
             "written again as shards: training reads at random, which packed tars do not allow, and DVC keeps the bytes "
             "that a model has seen, whatever becomes of the source")
 
-    def images(self) -> Iterator[Sample]:
-        "All samples, in the order of the tars. Raises `DataError`."
-        self.left_out.clear()
-        self.changed.clear()
-        counts = Counter()
-        for path in self.files:
-            for group in groups(path):
-                for s in self.samples(path, group):
-                    counts[s.label] += 1
-                    yield s
-        self.check_left(counts, listed(map(printable, self.files)))
-
 # %% ../../nbs/sources/07_tar.ipynb #028176f5
 @patch
 def samples(self: TarFiles,
@@ -82,12 +70,11 @@ def samples(self: TarFiles,
     group: dict[PurePosixPath, tuple[str, bytes]], # See `groups`
 ) -> Iterator[Sample]:
     "The samples of one group; what gives none is counted."
-    labels = {p: data.decode("utf-8", "surrogateescape").strip() for p, (kind, data) in group.items() if kind == "cls"}
     images = {p: data for p, (kind, data) in group.items() if kind != "cls"}
-    label = next(iter(labels.values()), None)
-    if labels and len(images) != 1:
-        why = "a .cls beside several images" if images else "a .cls without an image"
-        self.leave_out(why, f"{path.name}/{next(iter(labels))}", label)
+    cls, label = next(((p, data) for p, (kind, data) in group.items() if kind == "cls"), (None, None))
+    label = label and label.decode("utf-8", "surrogateescape").strip()
+    if cls and len(images) != 1:
+        self.leave_out(f"a .cls {'beside several images' if images else 'without an image'}", f"{path.name}/{cls}", label)
         return
     for p, data in images.items():
         name, own = f"{path.name}/{p}", p.parent.name if label is None else label
@@ -97,3 +84,17 @@ def samples(self: TarFiles,
             self.leave_out("a format that OpenCV does not decode; save it as PNG or JPEG", name, own)
         else:
             yield self.sample(name, data, own)
+
+# %% ../../nbs/sources/07_tar.ipynb #041db2c3
+@patch
+def images(self: TarFiles) -> Iterator[Sample]:
+    "All samples, in the order of the tars. Raises `DataError`."
+    self.left_out.clear()
+    self.changed.clear()
+    counts = Counter()
+    for path in self.files:
+        for group in groups(path):
+            for s in self.samples(path, group):
+                counts[s.label] += 1
+                yield s
+    self.check_left(counts, listed(map(printable, self.files)))
