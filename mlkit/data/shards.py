@@ -68,8 +68,8 @@ SIGNATURES = ( # where, bytes, format
     (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"\xff\xd8\xff", "JPEG"), (8, b"WEBP", "WebP"), (0, b"GIF8", "GIF"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftypavif", "AVIF"), (4, b"ftypavis", "AVIF"),
     (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"), (4, b"ftypmsf1", "HEIC"),
-    (4, b"jP  ", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (4, b"JXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"#?RADIANCE", "HDR"), (0, b"v/1\x01", "OpenEXR"), (0, b"8BPS", "Photoshop"), (128, b"DICM", "DICOM"))
+    (4, b"jP  ", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (4, b"JXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (0, b"#?RADIANCE", "HDR"), (0, b"v/1\x01", "OpenEXR"), (0, b"8BPS", "Photoshop"), (128, b"DICM", "DICOM"))
 HEAD = 160 # Bytes that are needed to name a format
 
 # %% ../../nbs/data/08_shards.ipynb #dcb1f745
@@ -176,6 +176,7 @@ def read_decoded(cache: Path) -> dict[bytes, tuple]: # SHA-256 of an encoded ima
         return {}
     return {file: tuple(rest) for file, *rest in pl.read_parquet(io.BytesIO(data[32:])).iter_rows()}
 
+# %% ../../nbs/data/08_shards.ipynb #be139f67
 def write_decoded(cache: Path, known: dict[bytes, tuple]) -> Path:
     "As `read_decoded` gives it."
     buffer = io.BytesIO()
@@ -256,8 +257,8 @@ def check_classes(
                         "mend them, or take the class out")
 
 # %% ../../nbs/data/08_shards.ipynb #876284a2
-SCHEMA = {"key": pl.String, "name": pl.String, "label": pl.String, "shard": pl.String, "offset": pl.Int64, "size": pl.Int64,
-          "content": pl.String, "height": pl.Int32, "width": pl.Int32, "channels": pl.Int32}
+SCHEMA = {"key": pl.String, "name": pl.String, "label": pl.String, "shard": pl.String, "offset": pl.Int64,
+          "size": pl.Int64, "content": pl.String, "height": pl.Int32, "width": pl.Int32, "channels": pl.Int32}
 
 def write_shards(
     samples: Iterable[Sample], # In the order in which they are numbered

@@ -118,12 +118,13 @@ def says(self: Source, description: str, *seen: str) -> Source:
 def look(cls: Source, name: str, root: Path): # A value as JSON has it; None: nobody can tell, or DVC watches the files
     "What a cheap look tells: it changes when the data do. Nothing is fetched."
 
-# %% ../../nbs/sources/02_base.ipynb #dae07bef
+# %% ../../nbs/sources/02_base.ipynb #7eb7876d
 @patch
 def images(self: Source) -> Iterator[Sample]:
     "All samples, in an order that holds. Raises `DataError`."
     raise DataError(f"{self.name} is a table, not images; the stages for tables take it ('mlkit new' chooses them)")
 
+# %% ../../nbs/sources/02_base.ipynb #dae07bef
 @patch
 def rows(self: Source,
     chunk_rows: int = 100_000, # At most, in a frame
@@ -184,7 +185,7 @@ def source(*names: str): # A decorator of a subclass of `Source`, or of a functi
         return opener
     return register
 
-# %% ../../nbs/sources/02_base.ipynb #17782922
+# %% ../../nbs/sources/02_base.ipynb #d2e4a8be
 @contextmanager
 def importing(what: str, todo: str): # For the message
     "A context in which whatever goes wrong becomes a `DataError` of one line."
@@ -193,6 +194,7 @@ def importing(what: str, todo: str): # For the message
     except Exception as e:
         raise DataError(f"{what} cannot be imported ({type(e).__name__}: {first_line(e)}); {todo}") from None
 
+# %% ../../nbs/sources/02_base.ipynb #17782922
 def import_task(root: Path):
     "Import `task.py` of a project, once, if it has to do with sources. Raises `DataError` where that fails."
     task = root / "task.py"
@@ -208,7 +210,7 @@ def find_source(
     name: str, # Of a source, or the scheme of a URL
     root: Path | None = None, # The project, whose `task.py` may register sources; None: it is not looked at
 ): # function(name, root) -> Source; None: not known
-    "What is registered by mlkit, by an entry point, or by the project. Raises `DataError` where its code cannot be imported."
+    "What mlkit, an entry point or the project has registered. Raises `DataError` where its code cannot be imported."
     if name in SOURCES:
         return SOURCES[name]
     for e in entry_points(group="mlkit.sources", name=name):

@@ -27,6 +27,7 @@ KINDS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".ndjson": "JSON 
          **dict.fromkeys(IMAGES, "image"), **dict.fromkeys(PICTURES, "picture")} # ending: what it is
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 
+# %% ../../nbs/sources/03_folders.ipynb #ecefa165
 def kind_of(
     path: PurePath,
 ) -> str | None: # As in `KINDS`; 'picture': an image that OpenCV does not decode; None: not known
@@ -40,8 +41,8 @@ def kind_of(
 # %% ../../nbs/sources/03_folders.ipynb #2eaebefe
 ELSEWISE = {".json": "mlkit reads JSON with one object a line: save it as .jsonl", ".xlsx": "save it as CSV",
             ".xls": "save it as CSV", ".zip": "unpack it", ".7z": "unpack it", ".feather": "save it as Parquet",
-            ".arrow": "save it as Parquet", ".h5": "save it as Parquet or images", ".npz": "save it as Parquet or images",
-            ".npy": "save it as Parquet or images", ".pkl": "mlkit unpickles nothing: save it as Parquet"} # ending: the way out
+            ".arrow": "save it as Parquet", ".pkl": "mlkit unpickles nothing: save it as Parquet",
+            **dict.fromkeys((".h5", ".npz", ".npy"), "save it as Parquet or images")} # ending: the way out
 TEXT = {".txt", ".data", ".dat"} # taken for delimited text where such a file is named, not found in a folder
 NO_IMAGE = {*ELSEWISE, *TEXT, ".md", ".html", ".xml", ".yaml", ".yml", ".toml", ".ini", ".log", ".py", ".ipynb", ".pdf",
             ".mp4", ".mov", ".avi", ".wav", ".mp3"}
@@ -104,13 +105,14 @@ def _identity(path): # the same by whatever name
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
-# %% ../../nbs/sources/03_folders.ipynb #78809203
+# %% ../../nbs/sources/03_folders.ipynb #26261be2
 def walk(folder: Path) -> Listing:
     "What lies under `folder`. Raises `DataError` where it may not be read."
     found = Listing(folder)
     with reading(folder): _enter(found, folder, {_identity(folder)})
     return found
 
+# %% ../../nbs/sources/03_folders.ipynb #78809203
 def _enter(found, folder, above): # `above`: the identities of the folders that this one lies in
     with reading(folder), os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not hidden(e.name)), key=lambda e: e.name)

@@ -43,7 +43,8 @@ def hf_files(
     try:
         return [folder / Path(f["filename"]).name for f in read_json(folder / "state.json")["_data_files"]]
     except KeyError:
-        raise DataError(f"{folder / 'state.json'}: not as Hugging Face's save_to_disk writes it; save the dataset again") from None
+        note = folder / "state.json"
+        raise DataError(f"{note}: not as Hugging Face's save_to_disk writes it; save the dataset again") from None
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #4652a49d
 class HuggingFace(Source):
@@ -56,14 +57,17 @@ class HuggingFace(Source):
         super().__init__(name)
         if not files: raise DataError(f"{name}: a Hugging Face dataset without rows; save it again")
         self.files, self.base, self.features = files, base, hf_features(files[0])
-        labels, pictures = ([n for n, f in self.features.items() if f.get("_type") == t] for t in ("ClassLabel", "Image"))
+        kinds = {n: f.get("_type") for n, f in self.features.items()}
+        labels, pictures = ([n for n, kind in kinds.items() if kind == k] for k in ("ClassLabel", "Image"))
         self.classes = {n: self.features[n]["names"] for n in labels if self.features[n].get("names")}
         self.modality = "image" if pictures else "rows"
         self.image, self.label = next(iter(pictures), None), self.label_column(options)
         if len(pictures) > 1 or pictures and not self.label:
-            raise DataError(f"{name}: {len(pictures)} columns of images and {'a' if self.label else 'no'} label; mlkit needs "
-                            "one of each: keep the columns that you mean (?label=COLUMN names a label)")
-        self.says(f"a Hugging Face dataset of {'labelled images' if pictures else 'rows'}, {counted(len(files), 'file')}",
+            label = "a" if self.label else "no"
+            raise DataError(f"{name}: {len(pictures)} columns of images and {label} label; mlkit needs one of each: "
+                            "keep the columns that you mean (?label=COLUMN names a label)")
+        what = "labelled images" if pictures else "rows"
+        self.says(f"a Hugging Face dataset of {what}, {counted(len(files), 'file')}",
             f"features written by `datasets`: {listed(self.features, 6)}",
             f"column '{self.image}' holds images, column '{self.label}' their labels" if pictures else "")
 
@@ -79,7 +83,9 @@ def label_column(self: HuggingFace, options: dict[str, str]) -> str | None: # No
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #c5566b14
 @patch
-def batches(self: HuggingFace, chunk_rows: int) -> Iterator[tuple[Path, pl.DataFrame]]: # At most `chunk_rows` rows of Parquet
+def batches(self: HuggingFace,
+    chunk_rows: int, # At most, of Parquet; Arrow has batches of its own
+) -> Iterator[tuple[Path, pl.DataFrame]]:
     "Rows with their file; classes by name, -1 and no label as null."
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,8 +95,7 @@ def batches(self: HuggingFace, chunk_rows: int) -> Iterator[tuple[Path, pl.DataF
             arrow = None if kind_of(f) == "Parquet" else pa.ipc.open_stream(pa.memory_map(str(f)))
             for b in arrow or pq.ParquetFile(f).iter_batches(chunk_rows):
                 df = pl.DataFrame(pl.from_arrow(b))
-                labels = (pl.col(n).replace_strict(c, return_dtype=pl.String) for n, c in names.items() if n in df.columns)
-                yield f, df.with_columns(labels)
+                yield f, df.with_columns(pl.col(n).replace_strict(names[n], return_dtype=pl.String) for n in names if n in df.columns)
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #f323193b
 @patch

@@ -66,8 +66,8 @@ def kafka_fault(
 
 # %% ../../nbs/sources/14_kafka.ipynb #15983192
 WAIT = 15 # Seconds that a broker may be silent
-OWN = {"group.id": "mlkit", "enable.auto.commit": False, "enable.auto.offset.store": False, "auto.offset.reset": "error",
-       "enable.partition.eof": True, "allow.auto.create.topics": False, "fetch.wait.max.ms": 50, "log_level": 0}
+OWN = {"group.id": "mlkit", "enable.auto.commit": False, "enable.auto.offset.store": False,
+       "auto.offset.reset": "error", "enable.partition.eof": True, "allow.auto.create.topics": False, "fetch.wait.max.ms": 50, "log_level": 0}
 
 @contextmanager
 def kafka_consumer(
@@ -81,7 +81,8 @@ def kafka_consumer(
         raise SetupError(f"{url}: Kafka needs a client: pip install confluent-kafka") from None
     trouble, consumer = [], None
     try:
-        yield (consumer := Consumer(kafka_settings() | OWN | {"bootstrap.servers": brokers, "error_cb": trouble.append}))
+        own = OWN | {"bootstrap.servers": brokers, "error_cb": trouble.append}
+        yield (consumer := Consumer(kafka_settings() | own))
     except KafkaException as e:
         if consumer: consumer.poll(0) # hands over what its threads met with
         raise DataError(f"{url}: {kafka_fault(e.args[0], trouble)}") from None
@@ -97,7 +98,8 @@ class Kafka(Source):
         self.url, options = split_options(name)
         self.brokers, _, self.topic = self.url.partition("://")[2].partition("/")
         if not self.brokers or "@" in self.brokers or not re.fullmatch(r"[\w.-]+", self.topic):
-            raise DataError(f"{self.url}: write kafka://HOST:PORT/TOPIC; a user and the like stand in ~/.config/kcat.conf")
+            raise DataError(f"{self.url}: write kafka://HOST:PORT/TOPIC; "
+                            "a user and the like stand in ~/.config/kcat.conf")
         self.start, self.limit, self.skip = kafka_options(self.url, options)
         folder = root / ".mlkit/kafka"
         if not (root / "params.yaml").is_file():
@@ -107,8 +109,8 @@ class Kafka(Source):
         with kafka_consumer(self.url, self.brokers) as c: self.bounds = self.ends(c)
         n = sum(hi - lo for lo, hi in self.bounds.values())
         self.says(f"Kafka, topic {self.topic}",
-            f"{counted(len(self.bounds), 'partition')} with about {counted(n, 'message')}, taken for one JSON object each",
-            "no consumer group is joined; what was fetched is kept in .mlkit/kafka, and the next fetch goes on from there")
+            f"{counted(len(self.bounds), 'partition')} with about {counted(n, 'message')}, each a JSON object",
+            "no consumer group is joined; what was fetched is kept in .mlkit/kafka, where the next fetch goes on")
 
 # %% ../../nbs/sources/14_kafka.ipynb #a908d8f5
 @patch
@@ -122,23 +124,27 @@ def ends(self: Kafka, consumer) -> dict[int, tuple[int, int]]: # Partition: the 
     partitions = [TopicPartition(self.topic, p) for p in sorted(found.partitions)]
     bounds = {t.partition: consumer.get_watermark_offsets(t, timeout=WAIT) for t in partitions}
     if mute := [p for p, b in bounds.items() if b is None]:
-        raise DataError(f"{self.url}: partition {mute[0]} did not answer within {WAIT} s; check host, port and the network")
+        raise DataError(f"{self.url}: partition {mute[0]} did not answer within {WAIT} s; "
+                        "check host, port and the network")
     return bounds if self.start is None else self.since(consumer, bounds)
 
 # %% ../../nbs/sources/14_kafka.ipynb #8e3bce52
 @patch
-def since(self: Kafka, consumer, bounds: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]: # As `ends` gives them
+def since(self: Kafka,
+    consumer, bounds: dict[int, tuple[int, int]], # As `ends` gives them
+) -> dict[int, tuple[int, int]]: # Of the same form
     "The same from the first message that is not before the start."
     from confluent_kafka import TopicPartition
     at = consumer.offsets_for_times([TopicPartition(self.topic, p, self.start) for p in bounds], timeout=WAIT)
     first = {t.partition: t.offset for t in at} # -1: none is that late
     return {p: (first[p] if first[p] >= 0 else end, end) for p, (_, end) in bounds.items()}
 
-# %% ../../nbs/sources/14_kafka.ipynb #8b56ef1d
+# %% ../../nbs/sources/14_kafka.ipynb #44e92a24
 def nothing_kept() -> dict: # 'next': {partition: offset to go on from}; 'files': {name: rows}; numbers of messages
     "What `kept.json` holds before the first fetch."
     return {"next": {}, "files": {}, "left_out": 0, "lost": 0}
 
+# %% ../../nbs/sources/14_kafka.ipynb #8b56ef1d
 @patch
 def fetch(self: Kafka) -> dict: # As `nothing_kept`
     "Bring what is kept up to where the topic ended when it was opened. Raises `DataError`; then it stays as it was."
@@ -233,8 +239,8 @@ def messages(self: Kafka,
         if some:
             heard = time.monotonic()
         elif time.monotonic() - heard > WAIT:
-            raise DataError(f"{self.url}: nothing came of partition {partition} within {WAIT} s, at offset {at:,} of {end:,}; "
-                            "check the broker and the network, then run again")
+            raise DataError(f"{self.url}: nothing came of partition {partition} within {WAIT} s, "
+                            f"at offset {at:,} of {end:,}; check the broker and the network, then run again")
 
 # %% ../../nbs/sources/14_kafka.ipynb #4b93a2d3
 @patch

@@ -32,12 +32,13 @@ class Images:
             self.meant |= own
         self.meant |= {printable(name): f for f, name in self.names.items()}
 
-# %% ../../nbs/sources/06_labels.ipynb #0ca3f178
+# %% ../../nbs/sources/06_labels.ipynb #cc0614c4
 @patch
 def find(self: Images, value) -> Path | None: # None: there is none, or several
     "The image that a value means."
     return self.meant.get(os.path.normpath(str(value).strip()))
 
+# %% ../../nbs/sources/06_labels.ipynb #0ca3f178
 @patch
 def several(self: Images, value) -> bool:
     "Whether a value means more than one image."
@@ -51,7 +52,8 @@ def seems_labels(
     images: Images,
 ) -> bool:
     "Whether most of the first lines of a file that cannot be read hold the name of an image."
-    def names_one(line): return any(v.strip() and (images.find(v) or images.several(v)) for v in re.split("[,;\t|\"']", line))
+    def names_one(line):
+        return any(v.strip() and (images.find(v) or images.several(v)) for v in re.split("[,;\t|\"']", line))
     with reading(table), opened(table) as raw: text = raw.read(1 << 16).decode("latin-1").replace("\0", "")
     lines = [line for line in text.splitlines()[1:HEAD_ROWS + 1] if line.strip()]
     return 2 * sum(map(names_one, lines)) > len(lines)
@@ -91,12 +93,13 @@ class LabelledImages(Source):
             f"column '{self.column}' of {table.name} names images, column '{self.label}' holds the labels",
             f"{counted(len(images.names), 'image')} in the folder")
 
-# %% ../../nbs/sources/06_labels.ipynb #73d86680
+# %% ../../nbs/sources/06_labels.ipynb #e5ce547b
 @patch
 def table_rows(self: LabelledImages, n: int) -> Iterator[pl.DataFrame]: # At most `n` rows each
     "The rows of the label file."
     return TableFiles(self.name, [self.table], kind_of(self.table) or "CSV", self.table.parent).rows(n)
 
+# %% ../../nbs/sources/06_labels.ipynb #73d86680
 @patch
 def checked(self: LabelledImages) -> LabelledImages:
     "The same. Raises `DataError` where it is unclear which column is which."

@@ -22,6 +22,7 @@ def split_options(
     pairs = (p.partition("=") for p in after.split("&") if p)
     return before, {key: unquote(value) for key, _, value in pairs}
 
+# %% ../../nbs/sources/00_locator.ipynb #0cb2e0fd
 def join_options(
     name: str, options: dict[str, str], # As `split_options` gives them
 ) -> str: # 'path?key=value&key=value'

@@ -51,8 +51,8 @@ def look(cls: Postgres, name: str, root: Path) -> list[str]: # Number of rows, a
         return [str(x) for x in ask(cursor, f"{figures} FROM ({self.base}) AS q")]
 
 # %% ../../nbs/sources/11_postgres.ipynb #c835af96
-NOISE = (r"^([A-Z_]+: )?(\[libpq\] )?(Execution error \[\w+\]: )?", r"^Failed to (connect|prepare query|execute query .*?): ",
-         r"connection to server at .*? failed: ", r"(ERROR|FATAL):\s*", r"\.? SQLSTATE: \w+$")
+NOISE = (r"^([A-Z_]+: )?(\[libpq\] )?(Execution error \[\w+\]: )?",
+         r"^Failed to (connect|prepare query|execute query .*?): ", r"connection to server at .*? failed: ", r"(ERROR|FATAL):\s*", r"\.? SQLSTATE: \w+$")
 
 def postgres_fault(
     text: str, # What the driver says
@@ -87,7 +87,8 @@ def cursor(self: Postgres):
 # %% ../../nbs/sources/11_postgres.ipynb #e8a04e78
 TABLES = """SELECT CASE WHEN table_schema = current_schema() THEN table_name ELSE table_schema || '.' || table_name END
 FROM information_schema.tables WHERE table_schema NOT IN ('pg_catalog', 'information_schema') ORDER BY 1"""
-KEYS = """SELECT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
+KEYS = """SELECT a.attname::text FROM pg_index i
+JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
 WHERE i.indrelid = {table}::regclass AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)"""
 
 @patch
@@ -109,7 +110,8 @@ def plan(self: Postgres, cursor) -> str: # What the rows are ordered by, for a p
     return f"all columns: {'there is no primary key' if self.table else 'the query has no ORDER BY'}"
 
 # %% ../../nbs/sources/11_postgres.ipynb #e3293e73
-PLAIN = {"bool", "int2", "int4", "int8", "float4", "float8", "text", "varchar", "bpchar", "date", "timestamp", "timestamptz"}
+PLAIN = {"bool", "int2", "int4", "int8", "float4", "float8", "text", "varchar", "bpchar",
+         "date", "timestamp", "timestamptz"}
 
 def column_sql(
     name: str, dtype: str, # A column, and its type in PostgreSQL

@@ -22,7 +22,7 @@ BUILT_IN = (bundled, kafka, postgres, sqlite) # importing them registers their s
 def opener(
     name: str, root: Path, # As in `open_source`
 ): # function(name, root) -> Source; None: it is a path
-    "What opens a source that is no path: a registered name or scheme, or fsspec. Raises `DataError` on a password in a URL."
+    "What opens a source that is no path: a registered name or scheme, or fsspec. Raises `DataError` on a password."
     if "://" in name:
         return find_source(without_password(name).split("://")[0], root) or Remote
     return find_source(name, root)
@@ -37,7 +37,8 @@ def nothing_there(
         beside = nearest(path.name, (printable(p.name) for p in path.parent.iterdir() if not hidden(p.name)))
         close = beside if "did you mean" in beside else close
     mend = "; put it back, or change ingest.source in params.yaml" if (root / "params.yaml").is_file() else ""
-    return f"'{printable(name)}' is neither a file nor a folder ({printable(path)}) nor a source that mlkit knows{close}{mend}"
+    what = f"'{printable(name)}' is neither a file nor a folder ({printable(path)})"
+    return f"{what} nor a source that mlkit knows{close}{mend}"
 
 # %% ../../nbs/sources/16_registry.ipynb #e95e296e
 def open_source(
@@ -62,7 +63,8 @@ def normalised(
 ) -> str: # As `params.yaml` should say it; seen from `root`
     "The one way to write a source. Raises `DataError` where its name cannot stand in a file."
     if printable(source) != source.replace("\\", "\\\\"):
-        raise DataError(f"{printable(source)}: its name is not UTF-8 in one line, so params.yaml cannot hold it; rename it")
+        raise DataError(f"{printable(source)}: its name is not UTF-8 in one line, so params.yaml cannot hold it; "
+                        "rename it")
     here = Path(os.path.abspath(here or root))
     lite = LITE if source.startswith(LITE) else ""
     if not lite and opener(source, here):

@@ -22,13 +22,14 @@ from .files import open_path
 from .folders import hidden, kind_of
 from .locator import split_options, without_password
 
-# %% ../../nbs/sources/13_remote.ipynb #8fbb9366
+# %% ../../nbs/sources/13_remote.ipynb #cba30f43
 class Found(NamedTuple):
     "What a URL stands for."
     fs: object # fsspec's file system
     files: dict[str, tuple[str, str]] # path from the folder: (path there, all that is known of it)
     one: bool # Whether the URL is one file
 
+# %% ../../nbs/sources/13_remote.ipynb #8fbb9366
 def there(
     fs, path: str, # As `fsspec.core.url_to_fs` gives them
 ) -> Found:
@@ -169,12 +170,13 @@ def named(self: Remote):
     except DataError as e:
         raise DataError(str(e).replace(str(self.copy), self.url.split("*")[0].rstrip("/"))) from None
 
-# %% ../../nbs/sources/13_remote.ipynb #e2780461
+# %% ../../nbs/sources/13_remote.ipynb #91d87b5c
 @patch
 def images(self: Remote) -> Iterator[Sample]:
     "As the files' own source gives them."
     with self.named(): yield from self.inner.images()
 
+# %% ../../nbs/sources/13_remote.ipynb #e2780461
 @patch
 def rows(self: Remote, chunk_rows: int = 100_000) -> Iterator[pl.DataFrame]:
     "As the files' own source gives them."
