@@ -1,4 +1,6 @@
 "Data that grow: new files, new rows, new messages come in with the next `mlkit repro`, and no old row changes its split."
+import json
+
 import numpy as np, polars as pl
 import pytest
 from conftest import ran
@@ -53,6 +55,30 @@ def grows(project, source, add):
     after = splits(project)
     assert len(before) == 300 and len(after) == 350 and before.items() <= after.items()
     assert repro() == ([], False)
+
+OWN = """#| export
+from mlkit.sources.base import Source, source
+
+@source("clinic")
+class Clinic(Source):
+    "The patients of our clinic."
+    @classmethod
+    def look(cls, name, root): return (root / "patients.csv").stat().st_size
+    def rows(self, chunk_rows=100_000):
+        import polars as pl
+        yield pl.read_csv(self.root / "patients.csv", infer_schema=False)
+    def __init__(self, name, root):
+        super().__init__(name, root)
+        self.says("patients of our clinic")"""
+
+def test_a_source_of_ones_own(project):
+    "One class in the project's notebook, and no edit of mlkit: the pipeline knows it by name, and looks at it."
+    notebook = project.json("nbs/task.ipynb")
+    cell = {"cell_type": "code", "id": "0c0ffee0", "metadata": {}, "execution_count": None, "outputs": [], "source": OWN.splitlines(keepends=True)}
+    (project / "nbs/task.ipynb").write_text(json.dumps(notebook | {"cells": [*notebook["cells"], cell]}))
+    people(300).write_csv(project / "patients.csv")
+    def add(rows): pl.concat([people(300), rows]).write_csv(project / "patients.csv")
+    grows(project, "clinic", add)
 
 def test_a_database(project, postgres):
     def insert(rows): ask(postgres, f"INSERT INTO people VALUES {', '.join(map(str, rows.rows()))}")

@@ -123,7 +123,7 @@ def test_a_message_that_is_no_row(broker, project, value):
     says(lambda: rows(f"{broker.url}/{topic}", project), topic, "partition 2, offset 2 is not one JSON object", "bad=skip")
     assert kept(project) == {}
     found = open_source(f"{broker.url}/{topic}?bad=skip", project)
-    assert pl.concat(found.rows())["n"].to_list() == [1, 2, None] and found.reasons[-1] == "2 messages left out: they hold no row"
+    assert pl.concat(found.rows())["n"].to_list() == [1, 2, None] and found.reasons[-1] == "left out: 2 messages: no row in them"
 
 def test_topic_made_anew(broker, project):
     broker.send("anew", *({"n": i} for i in range(8)))

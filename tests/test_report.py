@@ -163,7 +163,7 @@ def test_the_index_says_what_the_run_is_made_from(project):
     assert commit.startswith(shown["commit"]) and len(shown["commit"]) == 9 and shown["data"] == f"data/shards {data[:12]}"
     assert re.fullmatch(r"\d+ \w+ 20\d\d, \d\d:\d\d UTC", shown["written"])
     assert (shown["registry"], shown["champion"]) == ("version 1 (challenger, champion)", "this run")
-    project.param(explain__n_correct=7)
+    project.param(explain__n_ordinary=7)
     champion = project.json("champion.json") | {"bundle": "0" * 64, "value": 0.9999}
     (project / "champion.json").write_text(json.dumps(champion))
     project.mlkit("index")
@@ -183,9 +183,9 @@ def test_the_index_is_a_view(project):
     page.unlink()
     project.mlkit("repro")
     assert facts(page.read_text()) | {"written": ""} == facts(first.decode()) | {"written": ""}
-    project.param(explain__n_correct=4, explain__n_steps=8)
+    project.param(explain__n_ordinary=4, explain__method={"n_steps": 8})
     project.dvc("repro") # as people do who know DVC
-    assert page.read_bytes() != first and "correct shown 4" in text(page.read_text())
+    assert page.read_bytes() != first and "ordinary shown 4" in text(page.read_text())
     assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
 
 def test_a_label_is_text_and_no_code(browse, pictures, tmp_path):
