@@ -30,7 +30,7 @@ def stage_notebooks(
 
 # %% ../../nbs/project/00_stages.ipynb #f9a78acc
 REGISTRIES = {f"mlkit.{m}" for m in (
-    "sources.base", "data.columns", "inputs.base", "inputs.columns", "targets.base", "audit.base", "audit.data", "training.model",
+    "sources.base", "data.columns.base", "inputs.base", "inputs.columns", "targets.base", "audit.base", "audit.data", "training.model",
     "training.augment", "training.optimize", "evaluation.evaluate", "evaluation.baselines", "evaluation.explain", "monitoring.statistics")} # modules whose decorators a task may use
 IMPORT_TASK = "import task # nbs/task.ipynb: your own code\n"
 
