@@ -306,7 +306,7 @@ def make_contract(
     contract = infer_table(seen, plan.target, plan.task, plan.content, plan.why)
     return contract, judge(contract, seen, False, TABLE_CHECKS, now), seen
 
-# %% ../../nbs/data/06_scan.ipynb #7226dfe1
+# %% ../../nbs/data/06_scan.ipynb #c16b706c
 def scan_table(
     source, # See `mlkit.sources.registry`: has `name` and `rows(chunk_rows)`
     contract: Contract | None = None, # None: it is inferred
@@ -329,6 +329,7 @@ def scan_table(
     except DataError as e:
         raise e if source.name in str(e) else DataError(f"{source.name}: {e}") from None
 
+# %% ../../nbs/data/06_scan.ipynb #1ce34883
 def infer_table_contract(
     source, # See `scan_table`; a frame too
     target: str | None = None,
