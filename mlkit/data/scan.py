@@ -114,10 +114,10 @@ def count_words(f: Feature, s: pl.Series) -> tuple[dict[str, int], dict[str, int
     gaps = s.cast(pl.String).filter(x.is_null()).drop_nulls().str.strip_chars()
     return count_values(x), count_values(gaps)
 
-# %% ../../nbs/data/06_scan.ipynb #6064433e
+# %% ../../nbs/data/06_scan.ipynb #cbdbea41
 def planned_task(f: Feature, s: pl.Series, known: Known) -> tuple[str, str]: # Task, and why
     "What to predict, by the target's first values and what is known of all."
-    if known.regression:
+    if known.regression and type_of(f).numeric:
         return "regression", f"'{f.name}' has more than {MAX_CLASSES} different numbers, or decimals"
     return choose_task(f, s)
 

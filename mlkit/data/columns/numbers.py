@@ -115,7 +115,7 @@ def count_plain(
         zeros=int(values.str.contains(r"^0\d+$").sum()),
         missing=int(spells_missing(values.filter(x.is_null())).sum()))
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #7ad27d95
+# %% ../../../nbs/data/columns/01_numbers.ipynb #4b854867
 def count_forms(
     values: pl.Series, # String, trimmed
 ) -> Counter:
@@ -129,16 +129,18 @@ def count_forms(
     return Counter({f"affix {a}": k for a, k in affixes.items()}) + Counter(
         point=p["point"].count(), comma=p["comma"].count(), both=len(both),
         differ=int((both["point"] != both["comma"]).sum()), bare=len(bare),
+        short=int(p["body"].str.contains(r"^\d{1,3}$").sum()), ungrouped=int(p["body"].str.contains(r"^\d{4,}$").sum()),
         parentheses=int(p["parentheses"].sum()), negative=int(p["negative"].sum()))
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #ea9bce72
+# %% ../../../nbs/data/columns/01_numbers.ipynb #f881fd02
 class Unclear(Exception):
     "Numbers, but nobody can say which. The message says why."
 
 def decimal_sign(t: Counter) -> str: # See `count_forms`
     "The sign that most values fit. Raises `Unclear`."
     only_point, only_comma = t["point"] - t["both"], t["comma"] - t["both"]
-    if t["differ"] and bool(only_point) == bool(only_comma):
+    grouped = t["differ"] >= 50 and t["short"] and not t["ungrouped"] and not only_comma
+    if t["differ"] and bool(only_point) == bool(only_comma) and not grouped:
         raise Unclear("numbers whose comma could be decimal or between the thousands")
     return "." if t["point"] >= t["comma"] else ","
 
@@ -482,11 +484,12 @@ def without_huge(x: pl.Series) -> tuple[pl.Series, dict[str, pl.Series]]: # What
     faults = {k: m.fill_null(False) for k, m in kinds.items() if m.any()}
     return x.set(x.abs() > HUGE, None), faults
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #d5c8b058
+# %% ../../../nbs/data/columns/01_numbers.ipynb #7fafb2df
 def in_words(form: NumberForm) -> str:
     "How a form is told."
-    sign = "a decimal comma" if form.sign == "," else "a decimal point and digits in groups"
-    return sign + (f" and '{form.affix}'" if form.affix else "") + (", (5) for -5," if form.parentheses else "")
+    sign = "a decimal comma" if form.sign == "," else "a decimal point"
+    more = f" and '{form.affix}'" if form.affix else " and digits in groups" if form.sign == "." else ""
+    return sign + more + (", (5) for -5," if form.parentheses else "")
 
 # %% ../../../nbs/data/columns/01_numbers.ipynb #cb3e0d2b
 def unclear_text(census, why: Unclear) -> Guess:
