@@ -144,6 +144,13 @@ def test_nobody_guesses_where_a_number_could_be_another(case):
     assert f.dtype == "text" and words in f.why and "kept aside" in f.why
 
 
+def test_short_numbers_say_what_a_comma_means():
+    incomes = [f"{v:,}" for v in R.integers(500, 90_000, 400)]
+    assert any("," not in v for v in incomes)
+    assert (taken(incomes).dtype, taken(incomes).format) == ("float64", ".")
+    assert taken([v for v in incomes if "," in v]).dtype == "text" # nothing decides
+
+
 # Whole numbers beyond 2^53
 
 

@@ -65,15 +65,18 @@ class Document(Strict):
     content: tuple[str, ...] = () # Of tables: the columns whose values decide a row's split, or `_row`: its position
     why: dict[str, str] = {} # Field of the contract: why it is so; for people
 
-# %% ../../nbs/data/00_contract.ipynb #27e31fe8
-def unknown_name(c: Document) -> str: # Empty: all are columns
+# %% ../../nbs/data/00_contract.ipynb #de74ee38
+def unknown_name(
+    c: Document,
+    names: list[str], # Of its columns
+) -> str: # Empty: all are columns
     "What is said of a rule that names no column."
-    names = [f.name for f in c.columns]
     for field, named in (("group", [c.group]), ("time", [c.time]), ("content", c.content)):
         if unknown := next((n for n in named if n not in (None, "_row", *names)), None):
             return f"'{field}' names '{unknown}', which is no column{nearest(unknown, names)}"
     return ""
 
+# %% ../../nbs/data/00_contract.ipynb #be92895b
 class Contract(Document):
     "What data must be to enter the pipeline."
     @property
@@ -86,7 +89,7 @@ class Contract(Document):
         "Raises `ValueError`, which `load_contract` turns into one line."
         if twice := next((n for n, k in Counter(f.name for f in self.columns).items() if k > 1), None):
             raise ValueError(f"'{twice}' is there twice")
-        if wrong := unknown_name(self):
+        if wrong := unknown_name(self, [f.name for f in self.columns]):
             raise ValueError(wrong)
         if self.time and type_of(next(f for f in self.columns if f.name == self.time)).encoder != "date":
             raise ValueError(f"'time' names '{self.time}', which is no datetime")

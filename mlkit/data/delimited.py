@@ -63,7 +63,7 @@ def head_text(
         raise DataError(f"{name}: holds zero bytes, so it is no text in UTF-8; check how it was written")
     return head.decode("utf-8", "replace")
 
-# %% ../../nbs/data/03_delimited.ipynb #478ea488
+# %% ../../nbs/data/03_delimited.ipynb #6a2193a0
 DELIMITERS = ",\t;|"
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Row:
     fields: list[str]
     end: int # How many lines of the file end with it
 
+# %% ../../nbs/data/03_delimited.ipynb #46671027
 def split_rows(
     text: str, # The beginning of a file
     delimiter: str,
@@ -176,7 +177,7 @@ def commented_header(
     named = len(fields) > 1 and not last.startswith(" ") and not is_header(rows[0], rows[1:])
     return Row(fields, len(lines)) if named or is_data(rows[0]) else None
 
-# %% ../../nbs/data/03_delimited.ipynb #2392423a
+# %% ../../nbs/data/03_delimited.ipynb #d197805c
 @dataclass(frozen=True)
 class Layout:
     "How a delimited text is written."
@@ -185,6 +186,7 @@ class Layout:
     skip: int # Lines before the first row, the header's among them
     empty: int = 0 # Fields behind the last column, empty in every row
 
+# %% ../../nbs/data/03_delimited.ipynb #3427f29c
 @dataclass(frozen=True)
 class Candidate:
     "What a text is by one delimiter."

@@ -33,7 +33,7 @@ def hash_text(
     found = pl.DataFrame({"v": s}).join(known, on="v", how="left", maintain_order="left")
     return found["h"].fill_null(int(NULL)).to_numpy()
 
-# %% ../../nbs/data/04_hashing.ipynb #3525b8f8
+# %% ../../nbs/data/04_hashing.ipynb #9dee98c6
 EXACT = 2**53 # Up to here a float64 tells every whole number from the next
 
 def exact_bits(
@@ -46,6 +46,7 @@ def exact_bits(
     same = fits & (np.where(fits, x, 0).astype(whole.dtype) == whole)
     return np.where(same, x.view(np.uint64), ~whole.astype(np.uint64))
 
+# %% ../../nbs/data/04_hashing.ipynb #37024217
 def hash_number(
     s: pl.Series, # Numbers, truth values, or datetimes (hashed as microseconds)
 ) -> np.ndarray: # (n,) uint64
@@ -100,7 +101,7 @@ class Repeats:
         self.extra = 0 # How many repeat another
         self.first = None # The first (row, row that it repeats)
 
-# %% ../../nbs/data/04_hashing.ipynb #476850be
+# %% ../../nbs/data/04_hashing.ipynb #6d92af75
 @patch
 def merge(self: Repeats):
     "Count the repeats among what is pending."
@@ -115,6 +116,7 @@ def merge(self: Repeats):
     self.kept = every.filter(new)
     self.shrink()
 
+# %% ../../nbs/data/04_hashing.ipynb #d338b98e
 @patch
 def shrink(self: Repeats):
     "Keep the lower half of the hashes, until there are no more than the limit."
@@ -123,7 +125,7 @@ def shrink(self: Repeats):
         self.kept = self.kept.filter(pl.col("hash") <= self.below)
         self.extra = round(self.extra * len(self.kept) / seen)
 
-# %% ../../nbs/data/04_hashing.ipynb #125696d0
+# %% ../../nbs/data/04_hashing.ipynb #65ec3217
 @patch
 def add(self: Repeats,
     h: np.ndarray, # (n,) uint64
@@ -136,6 +138,7 @@ def add(self: Repeats,
     if self.n_pending >= self.limit // 2:
         self.merge()
 
+# %% ../../nbs/data/04_hashing.ipynb #828fb8e0
 @patch
 def count(self: Repeats, rows: int) -> int:
     "Of `rows`, how many repeat another; an estimate where not all could be kept."

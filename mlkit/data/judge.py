@@ -243,7 +243,7 @@ def columns(case: Case) -> Iterator[Noticed]:
     for n in extra:
         yield Noticed("extra", "is not in the contract; it is left out", n)
 
-# %% ../../nbs/data/01_judge.ipynb #e72268d8
+# %% ../../nbs/data/01_judge.ipynb #fa0433a4
 def order(case: Case) -> Iterator[Noticed]:
     "Columns in another order."
     target = case.contract.target.name
@@ -253,6 +253,7 @@ def order(case: Case) -> Iterator[Noticed]:
         first = next(n for n, m in zip(there, wanted) if n != m)
         yield Noticed("order", "stands elsewhere than in the contract; harmless, columns are taken by name", first)
 
+# %% ../../nbs/data/01_judge.ipynb #2e29b524
 def rows(case: Case) -> Iterator[Noticed]:
     "Too few rows."
     n, least = case.seen.rows, case.contract.min_samples
@@ -261,7 +262,7 @@ def rows(case: Case) -> Iterator[Noticed]:
     elif n < least:
         yield Noticed("rows", f"too few samples: {n:,} rows, the contract asks for {least:,}", row=n)
 
-# %% ../../nbs/data/01_judge.ipynb #de4f3522
+# %% ../../nbs/data/01_judge.ipynb #aca5154e
 def values(case: Case) -> Iterator[Noticed]:
     "The checks of each column."
     for f in case.contract.columns if case.seen.rows else ():
@@ -269,6 +270,7 @@ def values(case: Case) -> Iterator[Noticed]:
             one = ColumnCase(c, f, case)
             yield from (n for check in COLUMN_CHECKS for n in check(one))
 
+# %% ../../nbs/data/01_judge.ipynb #807502ed
 def classes(case: Case) -> Iterator[Noticed]:
     "A target with one value."
     target = case.contract.target
@@ -290,7 +292,7 @@ def features(case: Case) -> Iterator[Noticed]:
         shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
         yield Noticed("features", NO_FEATURE.format(shown))
 
-# %% ../../nbs/data/01_judge.ipynb #d05445ca
+# %% ../../nbs/data/01_judge.ipynb #fc47b839
 def copies(case: Case) -> Iterator[Noticed]:
     "Rows that repeat another."
     x, n = case.seen.copies, case.seen.rows
@@ -299,6 +301,7 @@ def copies(case: Case) -> Iterator[Noticed]:
         allowed = f"; the contract allows {limit:.0%}" if case.owned else ""
         yield Noticed("copies", f"repeats row {x.value} ({x.count:,} of {n:,} rows repeat another{allowed})", row=x.row)
 
+# %% ../../nbs/data/01_judge.ipynb #1534e402
 def fresh(case: Case) -> Iterator[Noticed]:
     "Data that are too old."
     limit, c = case.contract.max_age_days, case.seen.columns.get(case.contract.time)

@@ -62,7 +62,7 @@ def write(self: Parts, rows: pl.DataFrame):
         if self.written % self.size == 0:
             self.end()
 
-# %% ../../nbs/data/07_parts.ipynb #e2381f2a
+# %% ../../nbs/data/07_parts.ipynb #4071e692
 @patch
 def add(self: Parts, rows: pl.DataFrame):
     "Take rows, however many."
@@ -76,6 +76,7 @@ def add(self: Parts, rows: pl.DataFrame):
     for some in every[:n].iter_slices(ROW_GROUP):
         self.write(some)
 
+# %% ../../nbs/data/07_parts.ipynb #e15ad9c8
 @patch
 def close(self: Parts):
     "Write what is held back, and end the last file."

@@ -98,7 +98,7 @@ class Survey:
         self.types = {t.tallied_as or t.name: t for t in types}
         self.repeats, self.census = Repeats(), Census(name, "", tallies={k: Counter() for k in self.types})
 
-# %% ../../../nbs/data/columns/00_base.ipynb #11880aa6
+# %% ../../../nbs/data/columns/00_base.ipynb #848f68c5
 @patch
 def add(self: Survey, s: pl.Series): # The next values, as a source gives them
     "Count one more chunk."
@@ -109,6 +109,7 @@ def add(self: Survey, s: pl.Series): # The next values, as a source gives them
     for key, t in self.types.items():
         c.tallies[key] += t.tally(values, thorough=True)
 
+# %% ../../../nbs/data/columns/00_base.ipynb #e49d1a4d
 @patch
 def done(self: Survey) -> Census:
     "The census of all rows."
@@ -186,12 +187,13 @@ def hash(self: ColumnType, s: pl.Series) -> np.ndarray: # (n,) uint64
     "A hash of each value, the same for ever; `s` is as `read` gives it."
     return hash_column(s)
 
-# %% ../../../nbs/data/columns/00_base.ipynb #3ecb9ac3
+# %% ../../../nbs/data/columns/00_base.ipynb #f5439c83
 @patch
 def observe(self: ColumnType, c, typed: pl.Series, f, now) -> dict[str, pl.Series]: # kind of fault: which rows
     "Add a chunk to what was seen."
     return {}
 
+# %% ../../../nbs/data/columns/00_base.ipynb #d1647c77
 @patch
 def settle(self: ColumnType,
     c, # `SeenColumn`
