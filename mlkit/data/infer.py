@@ -96,11 +96,12 @@ def settle(
     new["why"] = new.get("why", f.why) + spelled_missing(c)
     return f.model_copy(update=new)
 
-# %% ../../nbs/data/02_infer.ipynb #dfb0ebe7
+# %% ../../nbs/data/02_infer.ipynb #7651bfcc
 def no_classes(c: SeenColumn) -> str:
     "Why a target has no classes."
     return "no value" if c.counts == {} else f"more than {MAX_CATEGORIES} classes"
 
+# %% ../../nbs/data/02_infer.ipynb #64724347
 def infer_table(
     seen: Seen,
     target: str, # Its name

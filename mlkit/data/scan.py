@@ -114,10 +114,10 @@ def count_words(f: Feature, s: pl.Series) -> tuple[dict[str, int], dict[str, int
     gaps = s.cast(pl.String).filter(x.is_null()).drop_nulls().str.strip_chars()
     return count_values(x), count_values(gaps)
 
-# %% ../../nbs/data/06_scan.ipynb #6064433e
+# %% ../../nbs/data/06_scan.ipynb #cbdbea41
 def planned_task(f: Feature, s: pl.Series, known: Known) -> tuple[str, str]: # Task, and why
     "What to predict, by the target's first values and what is known of all."
-    if known.regression:
+    if known.regression and type_of(f).numeric:
         return "regression", f"'{f.name}' has more than {MAX_CLASSES} different numbers, or decimals"
     return choose_task(f, s)
 
@@ -306,7 +306,7 @@ def make_contract(
     contract = infer_table(seen, plan.target, plan.task, plan.content, plan.why)
     return contract, judge(contract, seen, False, TABLE_CHECKS, now), seen
 
-# %% ../../nbs/data/06_scan.ipynb #7226dfe1
+# %% ../../nbs/data/06_scan.ipynb #c16b706c
 def scan_table(
     source, # See `mlkit.sources.registry`: has `name` and `rows(chunk_rows)`
     contract: Contract | None = None, # None: it is inferred
@@ -329,6 +329,7 @@ def scan_table(
     except DataError as e:
         raise e if source.name in str(e) else DataError(f"{source.name}: {e}") from None
 
+# %% ../../nbs/data/06_scan.ipynb #1ce34883
 def infer_table_contract(
     source, # See `scan_table`; a frame too
     target: str | None = None,

@@ -95,15 +95,15 @@ def same_code(root: Path, entry: dict) -> bool:
     files = [d for d in entry.get("deps", ()) if d["path"].endswith((".ipynb", ".py"))]
     return all(md5_of(root / d["path"]) == d.get("md5") for d in files)
 
-# %% ../../nbs/flow/05_checks.ipynb #f36ad316
+# %% ../../nbs/flow/05_checks.ipynb #82587957
 def same_values(
     params: dict[str, dict], # stage: its section as `params.yaml` has it
     locked: dict[str, dict], # From `last_run`
 ) -> bool:
-    "Whether all sections but that of `release` are those of the last run."
+    "Whether the sections of all stages that have run, but that of `release`, are those of the last run."
     def before(stage):
         return locked[stage].get("params", {}).get("params.yaml", {}).get(stage, {})
-    return all(s in locked and before(s) == values for s, values in params.items() if s != "release")
+    return all(before(s) == params[s] for s in locked if s in params and s != "release")
 
 # %% ../../nbs/flow/05_checks.ipynb #170d3794
 def figures(

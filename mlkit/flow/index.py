@@ -163,7 +163,7 @@ dd { margin: 0; overflow-wrap: anywhere } table th[scope=row] { color: var(--ink
 .verdict h1, .verdict p { margin: .2rem 0 .5rem } .verdict > div { flex: 1 1 19rem; min-width: 0 }
 .verdict > .scroll { flex: 2 1 26rem; margin: 0 } .verdict tr:last-child > * { border-bottom: 0 }
 .facts > div { display: grid; grid-template-columns: 5.5rem 1fr; align-items: baseline; font-size: .9rem }
-.verdict td { white-space: nowrap } .yes, .no { font-weight: 700 } .yes { color: var(--good) } .no { color: var(--bad) }
+.yes, .no { font-weight: 700 } .yes { color: var(--good) } .no { color: var(--bad) }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem }
 .card { position: relative; display: flex; flex-direction: column; background: var(--paper);
   border: 1px solid var(--line); border-radius: 8px; overflow: hidden }

@@ -46,13 +46,14 @@ def hour_of_day() -> pl.Expr:
     afternoon = (pl.col("half").str.to_lowercase() == "pm").cast(pl.Int64)
     return pl.when(pl.col("half").is_null()).then(whole("hour")).otherwise(whole("hour") % 12 + 12 * afternoon)
 
-# %% ../../../nbs/data/columns/03_dates.ipynb #9ba413da
+# %% ../../../nbs/data/columns/03_dates.ipynb #c16a7bee
 def minutes_from_utc() -> pl.Expr:
     "The offset; none, Z and UTC are 0."
     digits = pl.col("offset").str.replace(":", "")
     def part(i): return digits.str.slice(i, 2).cast(pl.Int64, strict=False).fill_null(0)
     return (part(1) * 60 + part(3)) * pl.when(digits.str.starts_with("-")).then(-1).otherwise(1)
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #7d35b381
 def time_of_day() -> pl.Expr: # Duration
     "How long after midnight in UTC."
     us = pl.col("fraction").str.pad_end(6, "0").str.head(6).cast(pl.Int64).fill_null(0)
@@ -88,7 +89,7 @@ def count_formats(
         formats = [f for f in formats if head.str.contains(f"^{DATES[f]}").any()]
     return Counter({f"format {f}": int(instants(values, f)[0].count()) for f in formats})
 
-# %% ../../../nbs/data/columns/03_dates.ipynb #1461daea
+# %% ../../../nbs/data/columns/03_dates.ipynb #7155a8e0
 @column_type
 class Date(ColumnType):
     "Dates and times."
@@ -101,6 +102,7 @@ class Date(ColumnType):
         t = count_formats(values, thorough)
         return t + Counter(missing=int(spells_missing(values).sum())) if t else t
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #ba25d4cb
 @patch
 def guess(self: Date, census) -> Guess | None:
     "The format that reads most."
@@ -148,7 +150,7 @@ def doubts(self: Date, f, raw: pl.Series, typed: pl.Series, faults: dict) -> boo
     other = count_formats(written(raw.filter(bad)), thorough=True)
     return max(other.values()) > 0 or ColumnType.doubts(self, f, raw, typed, faults)
 
-# %% ../../../nbs/data/columns/03_dates.ipynb #b71316de
+# %% ../../../nbs/data/columns/03_dates.ipynb #98d7d18b
 DAY = 86_400e6 # microseconds
 
 def microseconds(text: str) -> float: # Since 1970
@@ -156,6 +158,7 @@ def microseconds(text: str) -> float: # Since 1970
     when = datetime.fromisoformat(text)
     return when.replace(tzinfo=when.tzinfo or timezone.utc).timestamp() * 1e6
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #5c964a8a
 def outside(
     x: pl.Series, # Microseconds
     f, # `Feature`
@@ -169,7 +172,7 @@ def outside(
     faults["future"] = (x > limit).fill_null(False)
     return {k: m for k, m in faults.items() if m.any()}
 
-# %% ../../../nbs/data/columns/03_dates.ipynb #911d4a86
+# %% ../../../nbs/data/columns/03_dates.ipynb #ede51317
 @patch
 def observe(self: Date, c, typed: pl.Series, f, now) -> dict[str, pl.Series]:
     "First and last date; which lie outside the range, or in the future."
@@ -180,6 +183,7 @@ def observe(self: Date, c, typed: pl.Series, f, now) -> dict[str, pl.Series]:
     c.high = x.max() if c.high is None else max(c.high, x.max())
     return outside(x, f, now)
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #0c371368
 @patch
 def settle(self: Date, c, rows: int, median) -> dict:
     "Whether the dates come with their offset."
@@ -191,7 +195,7 @@ def constant(self: Date, c) -> str:
     "As ISO 8601."
     return datetime.fromtimestamp(c.low / 1e6, timezone.utc).isoformat() if c.low is not None and c.low == c.high else ""
 
-# %% ../../../nbs/data/columns/03_dates.ipynb #167d51d3
+# %% ../../../nbs/data/columns/03_dates.ipynb #bfc8ccb0
 def zone_findings(case):
     "Dates with and without an offset in one column, or otherwise than in the contract."
     faults, f = case.c.faults, case.f
@@ -205,6 +209,7 @@ def zone_findings(case):
             has = "has a" if f.zone == "none" else "has no"
             yield case.say("offset", f"{x.value} {has} time zone, unlike the contract's ({case.of(x)} rows); all are taken to UTC", x.row)
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #eff3f8c0
 @patch
 def judge(self: Date, case):
     "Dates outside the range, zones that are mixed or changed, dates in the future."

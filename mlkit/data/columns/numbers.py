@@ -6,7 +6,7 @@ __all__ = ['FORM_HELP', 'BODIES', 'CURRENCIES', 'AFFIX', 'DRESSED', 'PARTS', 'HU
            'count_plain', 'count_forms', 'Unclear', 'decimal_sign', 'usual_affix', 'means_negative', 'dressed_form',
            'best_format', 'mask', 'read_again', 'plain_floats', 'read_floats', 'expected_repeats', 'given_out',
            'is_epoch', 'is_named_id', 'is_named_order', 'once_by', 'names_rows', 'may_be_negative', 'round_out',
-           'wide_range', 'Number', 'has_codes', 'other_unit', 'guess_whole', 'unread', 'read_rest', 'Int64',
+           'wide_range', 'Number', 'has_codes', 'other_unit', 'unread', 'guess_whole', 'read_rest', 'Int64',
            'without_huge', 'in_words', 'unclear_text', 'guess_float', 'Float64']
 
 # %% ../../../nbs/data/columns/01_numbers.ipynb #36701cc7
@@ -116,7 +116,7 @@ def count_plain(
         zeros=int(values.str.contains(r"^0\d+$").sum()),
         missing=int(spells_missing(values.filter(x.is_null())).sum()))
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #7ad27d95
+# %% ../../../nbs/data/columns/01_numbers.ipynb #4b854867
 def count_forms(
     values: pl.Series, # String, trimmed
 ) -> Counter:
@@ -130,16 +130,18 @@ def count_forms(
     return Counter({f"affix {a}": k for a, k in affixes.items()}) + Counter(
         point=p["point"].count(), comma=p["comma"].count(), both=len(both),
         differ=int((both["point"] != both["comma"]).sum()), bare=len(bare),
+        short=int(p["body"].str.contains(r"^\d{1,3}$").sum()), ungrouped=int(p["body"].str.contains(r"^\d{4,}$").sum()),
         parentheses=int(p["parentheses"].sum()), negative=int(p["negative"].sum()))
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #ea9bce72
+# %% ../../../nbs/data/columns/01_numbers.ipynb #f881fd02
 class Unclear(Exception):
     "Numbers, but nobody can say which. The message says why."
 
 def decimal_sign(t: Counter) -> str: # See `count_forms`
     "The sign that most values fit. Raises `Unclear`."
     only_point, only_comma = t["point"] - t["both"], t["comma"] - t["both"]
-    if t["differ"] and bool(only_point) == bool(only_comma):
+    grouped = t["differ"] >= 50 and t["short"] and not t["ungrouped"] and not only_comma
+    if t["differ"] and bool(only_point) == bool(only_comma) and not grouped:
         raise Unclear("numbers whose comma could be decimal or between the thousands")
     return "." if t["point"] >= t["comma"] else ","
 
@@ -194,13 +196,14 @@ def best_format(
             raise
     return str(form) if form else "" if usual else None
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #a1b331a6
+# %% ../../../nbs/data/columns/01_numbers.ipynb #f74156ba
 def mask(n: int, at: pl.Series) -> pl.Series: # (n,) Boolean
     "True at these positions."
     m = np.zeros(n, bool)
     m[at.to_numpy()] = True
     return pl.Series(m)
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #e18b6ea3
 def read_again(
     s: pl.Series, # String, as written
     out: pl.Series, # What was read of it; null: nothing
@@ -235,7 +238,7 @@ def read_floats(
     x, bad = read_again(s, plain_floats(s), plain_floats)
     return x.fill_nan(None), bad
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #7cab16c2
+# %% ../../../nbs/data/columns/01_numbers.ipynb #178d6319
 FEW = 20 # Rows below which nothing is said about names
 
 def expected_repeats(
@@ -245,6 +248,7 @@ def expected_repeats(
     "How many of n even draws repeat another, on average."
     return n + width * math.expm1(-n / width)
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #85c5a683
 def given_out(
     n: int, repeats: int, # Whole numbers, and how many of them repeat another
     low: float, high: float, # The smallest and the largest
@@ -317,7 +321,7 @@ def may_be_negative(
     leans = high - median >= 1.5 * (median - low) # as amounts and counts do
     return near and not leans
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #3ca435b3
+# %% ../../../nbs/data/columns/01_numbers.ipynb #18d72856
 def round_out(x: float, up: bool) -> float:
     "Rounded outwards, to three digits."
     if not x or not math.isfinite(x):
@@ -325,6 +329,7 @@ def round_out(x: float, up: bool) -> float:
     step = 10.0 ** (math.floor(math.log10(abs(x))) - 2)
     return float(f"{(math.ceil if up else math.floor)(x / step) * step:.6g}")
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #c30c4eb4
 def wide_range(
     name: str, # Of the column
     low: float, high: float, # As seen
@@ -417,10 +422,15 @@ def judge(self: Number, case):
     elif x:
         yield case.say("range", f"{x.value} is outside {self.show_range(case.f)} ({case.of(x)} rows)", x.row)
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #8167191d
+# %% ../../../nbs/data/columns/01_numbers.ipynb #3d5c4018
 TOO_LONG = ("whole numbers beyond 2^53, which a float64 cannot tell apart: kept aside; "
             "'float64' in the contract makes them numbers")
 
+def unread(t: Counter, n: int) -> str: # Empty: all can be read
+    "What a guess says of values that are no numbers."
+    return f", but {1 - t['plain'] / n:.1%} cannot be read" if t["plain"] < n else ""
+
+# %% ../../../nbs/data/columns/01_numbers.ipynb #3d86dac8
 def guess_whole(census, t: Counter) -> Guess | None: # None: no whole numbers
     "What a column is of which all numbers are digits alone."
     n = census.n - t["missing"]
@@ -434,11 +444,7 @@ def guess_whole(census, t: Counter) -> Guess | None: # None: no whole numbers
         return Guess("id", TOO_LONG)
     return Guess("int64", f"whole numbers in {census.where}{unread(t, n)}")
 
-def unread(t: Counter, n: int) -> str: # Empty: all can be read
-    "What a guess says of values that are no numbers."
-    return f", but {1 - t['plain'] / n:.1%} cannot be read" if t["plain"] < n else ""
-
-# %% ../../../nbs/data/columns/01_numbers.ipynb #9cc8fbaa
+# %% ../../../nbs/data/columns/01_numbers.ipynb #c4ef0de6
 def read_rest(
     x: pl.Series, # Int64, what was read
     rest: pl.Series, # What was not, as a source gives it
@@ -451,6 +457,7 @@ def read_rest(
     faults = {k: mask(len(x), at.filter(m)) for k, m in faults.items() if m.any()}
     return x.scatter(at, y.set(~whole, None).cast(pl.Int64)), faults
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #35bb7596
 @column_type
 class Int64(Number):
     "Whole numbers."
@@ -478,12 +485,14 @@ def without_huge(x: pl.Series) -> tuple[pl.Series, dict[str, pl.Series]]: # What
     faults = {k: m.fill_null(False) for k, m in kinds.items() if m.any()}
     return x.set(x.abs() > HUGE, None), faults
 
-# %% ../../../nbs/data/columns/01_numbers.ipynb #80517915
+# %% ../../../nbs/data/columns/01_numbers.ipynb #7fafb2df
 def in_words(form: NumberForm) -> str:
     "How a form is told."
-    sign = "a decimal comma" if form.sign == "," else "a decimal point and digits in groups"
-    return sign + (f" and '{form.affix}'" if form.affix else "") + (", (5) for -5," if form.parentheses else "")
+    sign = "a decimal comma" if form.sign == "," else "a decimal point"
+    more = f" and '{form.affix}'" if form.affix else " and digits in groups" if form.sign == "." else ""
+    return sign + more + (", (5) for -5," if form.parentheses else "")
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #cb3e0d2b
 def unclear_text(census, why: Unclear) -> Guess:
     "What is said of numbers that nobody can read for sure."
     values = census.values if census.values is not None else pl.Series([], dtype=pl.String)
@@ -491,6 +500,7 @@ def unclear_text(census, why: Unclear) -> Guess:
     example = f" (such as {odd[0]!r})" if len(odd) else ""
     return Guess("text", f"{why}{example}: kept aside; write them in one way", open=True)
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #ee62037f
 def guess_float(census, t: Counter) -> Guess | None: # None: no numbers
     "Numbers in any form."
     n = census.n - t["missing"]

@@ -133,7 +133,7 @@ def read_category(s: pl.Series, f) -> pl.Series: # `f`: `Feature`
         return s
     return pl.DataFrame({"v": s}).join(known, on="v", how="left", maintain_order="left")["t"]
 
-# %% ../../../nbs/data/columns/02_words.ipynb #40ef0601
+# %% ../../../nbs/data/columns/02_words.ipynb #afe6709e
 MAX_CATEGORIES = 100 # More values than that are not listed in a contract: any may occur
 
 def sorted_categories(counts: dict[str, int]) -> tuple[str, ...]:
@@ -141,6 +141,7 @@ def sorted_categories(counts: dict[str, int]) -> tuple[str, ...]:
     numbers = all(v.removeprefix("-").isdecimal() for v in counts)
     return tuple(sorted(counts, key=int if numbers else None))
 
+# %% ../../../nbs/data/columns/02_words.ipynb #db19bab0
 @column_type
 class Category(Counted):
     "Categories, and the classes of a target."
@@ -208,7 +209,7 @@ class Id(Words):
 
     def settle(self, c, rows, median): return {"unique": True} if c.tracked and not c.repeated else {}
 
-# %% ../../../nbs/data/columns/02_words.ipynb #aab7e60d
+# %% ../../../nbs/data/columns/02_words.ipynb #b7b768a1
 def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
     "What text is whose values hardly repeat."
     n, distinct = census.n, census.distinct
@@ -220,6 +221,7 @@ def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
         why = f"named as an id, {distinct:,} different values in {census.where}"
         return Guess("id", f"{why}: kept aside; it may be a group")
 
+# %% ../../../nbs/data/columns/02_words.ipynb #83b14a6f
 @column_type
 class Text(Words):
     "Free text; also a column without values, since nobody knows what it is."
