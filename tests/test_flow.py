@@ -1,8 +1,6 @@
 "What a project meets outside: notebooks of other editors, other locales, other tools on the PATH, git; and values that are wrong."
 import json
 import os
-import shutil
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path

@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import ROOT, Project, ran
+from conftest import ROOT, ran
 from test_new import Made
 
 SIGNALS = '''

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2, numpy as np, polars as pl
 import pytest
 
-from mlkit.core import DataError, MlkitError, SetupError
+from mlkit.core import MlkitError, SetupError
 from mlkit.data.shards import decode, read_encoded, write_shards
 from mlkit.sources.base import SOURCES
 from mlkit.sources.locator import original

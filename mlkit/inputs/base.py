@@ -26,7 +26,7 @@ def modality(cls):
 def find_input(name: str) -> type:
     "The class of a modality. Raises `DataError` on an unknown one."
     from importlib.metadata import entry_points
-    from mlkit.inputs import image, rows # they register themselves
+    from mlkit.inputs import image, rows # noqa: F401, they register themselves
     if name not in INPUTS:
         for entry in entry_points(group="mlkit.inputs", name=name):
             return entry.load()

@@ -22,7 +22,7 @@ def target(cls):
 def find_target(task: str) -> type:
     "The class of a task. Raises `DataError` on an unknown one."
     from importlib.metadata import entry_points
-    from mlkit.targets import classes, value # they register themselves
+    from mlkit.targets import classes, value # noqa: F401, they register themselves
     if task not in TARGETS:
         for entry in entry_points(group="mlkit.targets", name=task):
             return entry.load()
