@@ -2,7 +2,7 @@
 import os, random, signal, sys, time
 
 import pytest
-from conftest import one_line, quick, wait_for
+from conftest import one_line, quick, ran, wait_for
 
 def test_ten_kills(fresh, uninterrupted, tmp_path):
     "The whole group dies, ten times, at random moments of one run; each next run goes on from there."
