@@ -115,7 +115,7 @@ done = set(sys.modules)
 for c in code_cells(sys.argv[1]):
     for line in c["source"].splitlines():
         if line.lstrip().startswith(("import ", "from ")): exec(line.strip())
-print(json.dumps(sorted(m.replace(".", "/") + ".py" for m in sys.modules if m.startswith("mlkit."))))"""
+print(json.dumps(sorted(m.replace(".", "/") + ".py" for m, module in sys.modules.items() if m.startswith("mlkit.") and not hasattr(module, "__path__"))))"""
     for s in ("ingest", "tune", "train", "export"):
         loaded = set(json.loads(finished.run(sys.executable, "-c", code, f"nbs/stages/{s}.ipynb").stdout)) - {"mlkit/flow/notebook.py"} # of the line above
         assert loaded <= deps[s], f"{s}: {loaded - deps[s]} is missing in dvc.yaml"
