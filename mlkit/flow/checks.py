@@ -78,7 +78,7 @@ def measuring(nodes: dict[str, Node]) -> dict[str, list[str]]: # stage: paths
             found[name] = reports
     return found
 
-# %% ../../nbs/flow/05_checks.ipynb #52a85754
+# %% ../../nbs/flow/05_checks.ipynb #c336dce8
 def last_run(root: Path) -> dict[str, dict]: # stage: its entry; empty: none, or unreadable
     "The stages in `dvc.lock`."
     from ruamel.yaml import YAML, YAMLError
@@ -87,6 +87,7 @@ def last_run(root: Path) -> dict[str, dict]: # stage: its entry; empty: none, or
     except (OSError, ValueError, AttributeError, YAMLError):
         return {}
 
+# %% ../../nbs/flow/05_checks.ipynb #96802594
 def md5_of(path: Path) -> str | None: # As DVC hashes; None: not there
     return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
 

@@ -15,13 +15,14 @@ from typing import BinaryIO
 from ..core import write_json
 from .notebook import clean, notebook_text
 
-# %% ../../nbs/flow/16_git.ipynb #6f099031
+# %% ../../nbs/flow/16_git.ipynb #7cc35ce6
 def merged_entry(base, ours, theirs): # None: no entry
     "A three-way merge of one entry: the side that changed it wins; where both did, neither."
     if ours == theirs or theirs == base:
         return ours
     return theirs if ours == base else None
 
+# %% ../../nbs/flow/16_git.ipynb #80500470
 def merge_stages(
     base: dict, # stage: its entry
     ours: dict, # The same
@@ -59,7 +60,7 @@ def clean_bytes(
     except Exception: # no notebook, one in the midst of a merge, no nbdev here
         return content
 
-# %% ../../nbs/flow/16_git.ipynb #33be1277
+# %% ../../nbs/flow/16_git.ipynb #058481d0
 LARGEST = 65516 # Bytes in a packet
 
 def read_list(stream: BinaryIO) -> list[bytes] | None: # None: git has closed the pipe
@@ -72,6 +73,7 @@ def read_list(stream: BinaryIO) -> list[bytes] | None: # None: git has closed th
         found.append(stream.read(size - 4))
     return None
 
+# %% ../../nbs/flow/16_git.ipynb #cba18e78
 def write_list(stream: BinaryIO, *packets: bytes):
     "Packets and the end of their list."
     for packet in packets:
@@ -92,7 +94,7 @@ def serve_filter(stdin: BinaryIO, stdout: BinaryIO):
         write_list(stdout, *(content[i:i + LARGEST] for i in range(0, len(content), LARGEST)))
         write_list(stdout)
 
-# %% ../../nbs/flow/16_git.ipynb #c8480fdc
+# %% ../../nbs/flow/16_git.ipynb #633f0a39
 def git_lines(folder: Path, *args: str, given: list[str] = ()) -> list[str]:
     "What a command of git prints, which ends each item with a zero byte; empty where it fails."
     text = "".join(f"{line}\0" for line in given)
@@ -102,6 +104,7 @@ def git_lines(folder: Path, *args: str, given: list[str] = ()) -> list[str]:
         return []
     return done.stdout.decode(errors="surrogateescape").split("\0")[:-1] if not done.returncode else []
 
+# %% ../../nbs/flow/16_git.ipynb #0a169a9d
 def settle(
     folder: Path, # In a repository
     what: str = ".", # A path in it
@@ -142,7 +145,7 @@ def filter_command(command: str) -> str: # For the shell
     "The command of this environment; where it is not there or fails, a filter that does nothing."
     return f"command -v '{command}' >/dev/null && '{command}' clean-notebooks || {{ {NO_FILTER}; }}"
 
-# %% ../../nbs/flow/16_git.ipynb #87c52e00
+# %% ../../nbs/flow/16_git.ipynb #21c21231
 ATTRIBUTES = ["dvc.lock merge=mlkit-lock", "nbs/**/*.ipynb filter=mlkit-notebooks"]
 
 def settings(command: str) -> dict[str, str]: # key: value
@@ -151,6 +154,7 @@ def settings(command: str) -> dict[str, str]: # key: value
             "merge.mlkit-lock.driver": f"exec '{command}' merge-lock %O %A %B",
             "filter.mlkit-notebooks.process": filter_command(command)}
 
+# %% ../../nbs/flow/16_git.ipynb #225710b9
 def add_lines(path: Path, lines: list[str]): # Without their ends
     "Add those lines to a text file that it does not have."
     text = path.read_text(encoding="utf-8") if path.is_file() else ""

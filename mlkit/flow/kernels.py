@@ -155,7 +155,7 @@ def kernel(
         with client.setup_kernel():
             yield client
 
-# %% ../../nbs/flow/08_kernels.ipynb #729a82ff
+# %% ../../nbs/flow/08_kernels.ipynb #5d5e4b30
 def runnable(
     notebook: Path,
 ): # nbformat's notebook
@@ -163,6 +163,7 @@ def runnable(
     import nbformat
     return nbformat.reads(json.dumps(complete(read_notebook(notebook))), as_version=4)
 
+# %% ../../nbs/flow/08_kernels.ipynb #c201afe6
 def execute(
     root: Path, # The project
     node: Node,
@@ -212,7 +213,7 @@ def without_folders(
         text = re.sub(rf"(?<![\w.~-])(?<![^/]/){pattern}(/|(?![\w.-]))", relative, text)
     return text
 
-# %% ../../nbs/flow/08_kernels.ipynb #a251eacc
+# %% ../../nbs/flow/08_kernels.ipynb #6962f807
 def output_texts(
     output: dict, # Of a cell, as nbformat has it
 ): # Triples: a dictionary, a key, the text or the lines in it
@@ -222,6 +223,7 @@ def output_texts(
     fields += [(data, k) for k in data if k.startswith("text/")]
     yield from ((holder, k, holder[k]) for holder, k in fields)
 
+# %% ../../nbs/flow/08_kernels.ipynb #13d197d9
 def relative_output(output: dict, known: list[tuple[str, str]]):
     "Make the paths in an output relative, in place."
     for holder, key, text in list(output_texts(output)):

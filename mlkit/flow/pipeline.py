@@ -258,13 +258,14 @@ def stale_modules(
     stale = [(nb, py) for nb, py in pairs if not py.is_file() or py.stat().st_mtime < nb.stat().st_mtime]
     return pairs, stale
 
-# %% ../../nbs/flow/04_pipeline.ipynb #27566555
+# %% ../../nbs/flow/04_pipeline.ipynb #040dbc8a
 def export_one_by_one(pairs: list, root: Path):
     "Export the notebooks of a project of one's own, which has no settings of nbdev."
     from nbdev.export import nb_export
     for notebook, _ in pairs:
         nb_export(str(notebook), lib_path=str(root), solo_nb=True)
 
+# %% ../../nbs/flow/04_pipeline.ipynb #0833866f
 def export_stale(root: Path) -> list[str]: # Modules
     "Export the notebooks in `nbs` that are newer than their module, if nbdev is installed."
     from importlib.util import find_spec

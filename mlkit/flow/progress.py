@@ -42,7 +42,7 @@ def shown(self: Progress):
 
 Progress.shown = shown
 
-# %% ../../nbs/flow/11_progress.ipynb #72ce7331
+# %% ../../nbs/flow/11_progress.ipynb #bab8e1cb
 WIDTH = 9 # Characters that a stage's name takes; a longer one takes more
 
 class Lines:
@@ -63,6 +63,7 @@ class Lines:
     def flush(self):
         "Nothing is held back but a line that has no end yet."
 
+# %% ../../nbs/flow/11_progress.ipynb #0c6a7df6
 def stream(self: Progress, stage: str) -> Lines:
     "A file for what a stage prints."
     return Lines(self.console, stage)

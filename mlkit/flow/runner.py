@@ -138,10 +138,11 @@ def load_project(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # stage
     check_values(params, root)
     return nodes, params
 
-# %% ../../nbs/flow/09_runner.ipynb #ff7ac6e2
+# %% ../../nbs/flow/09_runner.ipynb #b25e5213
 class Interrupted(BaseException):
     "Ctrl-C, or the end of the terminal."
 
+# %% ../../nbs/flow/09_runner.ipynb #3ca6b2d2
 def processes() -> list: # psutil's
     "The kernels that this process has started, and what they have started."
     import psutil

@@ -108,7 +108,7 @@ class Slots:
         "A stage has ended."
         self.taken.pop(name, None)
 
-# %% ../../nbs/flow/10_schedule.ipynb #6ac0b927
+# %% ../../nbs/flow/10_schedule.ipynb #e4dd0823
 def fits(self: Slots, stage: Stage, n_gpus: int) -> bool:
     "Whether a stage may run beside those that run now."
     if not self.running:
@@ -117,6 +117,7 @@ def fits(self: Slots, stage: Stage, n_gpus: int) -> bool:
         return False
     return sum(s.memory_gb for s in (stage, *self.running)) * 1e9 <= self.memory
 
+# %% ../../nbs/flow/10_schedule.ipynb #3ec5de66
 def take(self: Slots, stage: Stage) -> dict[str, str] | None: # Environment variables for it; None: it has to wait
     "Let a stage start. When one runs at a time it may see all GPUs."
     n_gpus, free = min(stage.gpus, len(self.gpus)), self.free_gpus
@@ -256,7 +257,7 @@ def begin(run: Run, stage):
     run.slots.give(name)
     run.done.add(stage)
 
-# %% ../../nbs/flow/10_schedule.ipynb #d72e3be1
+# %% ../../nbs/flow/10_schedule.ipynb #a0e71e48
 LOOK = 0.2 # Seconds: a signal is seen between two waits
 
 def wait_a_moment(run: Run):
@@ -268,6 +269,7 @@ def wait_a_moment(run: Run):
         wait([*starting, *(w.job for w in run.running.values())], timeout=LOOK, return_when=FIRST_COMPLETED)
     run.record.write(every=1)
 
+# %% ../../nbs/flow/10_schedule.ipynb #9a4298c9
 def collect(run: Run):
     "Take the results of the stages that have ended."
     from dvc.exceptions import DvcException

@@ -34,13 +34,14 @@ def read_lock(root: Path) -> dict[str, dict]: # stage: its entry
     except (YAMLError, UnicodeDecodeError, TypeError, KeyError):
         raise DataError(f"{path}: half-written; 'mlkit repro' heals it") from None
 
-# %% ../../nbs/flow/14_verify.ipynb #c60a59eb
+# %% ../../nbs/flow/14_verify.ipynb #cb2a0aad
 def listed(root: Path, digest: str) -> list[dict]: # Each with 'relpath' and 'md5'; empty: the list is damaged, which is found as such
     "The files of a folder, as its object in the cache lists them."
     path = cached(root, digest)
     whole = path.is_file() and md5(path) == digest.removesuffix(".dir")
     return json.loads(path.read_bytes()) if whole else []
 
+# %% ../../nbs/flow/14_verify.ipynb #82225bc8
 def expected(root: Path, stages: dict[str, dict]) -> Iterator[tuple[str, str, str]]: # stage, path of a file or folder, its MD5
     "All that the stages have written: files, folders, and the files in these."
     for stage, entry in stages.items():
@@ -49,7 +50,7 @@ def expected(root: Path, stages: dict[str, dict]) -> Iterator[tuple[str, str, st
             if out["md5"].endswith(".dir"):
                 yield from ((stage, f"{out['path']}/{f['relpath']}", f["md5"]) for f in listed(root, out["md5"]))
 
-# %% ../../nbs/flow/14_verify.ipynb #f55aa6f8
+# %% ../../nbs/flow/14_verify.ipynb #922784a5
 @dataclass(frozen=True)
 class Fault:
     "A file that is not what `dvc.lock` says."
@@ -59,6 +60,7 @@ class Fault:
     what: str # 'differs', 'missing'
     file: Path # Absolute
 
+# %% ../../nbs/flow/14_verify.ipynb #34c9ff98
 def wrong(file: Path, digest: str) -> str | None: # 'missing', 'differs'; None: nothing
     "What is wrong with a file."
     if not file.is_file():
@@ -85,13 +87,14 @@ def verify(
             checks.append((OLDER, file.name, "cache", wrong(file, digest), file))
     return [Fault(*c) for c in checks if c[3]], len(checks)
 
-# %% ../../nbs/flow/14_verify.ipynb #085fb94c
+# %% ../../nbs/flow/14_verify.ipynb #ad712e9c
 def restore_object(fault: Fault, output: Path):
     "Make an object of the cache again from the output, write-protected as DVC does."
     fault.file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output, fault.file)
     os.chmod(fault.file, 0o444)
 
+# %% ../../nbs/flow/14_verify.ipynb #f55aa6f8
 def repair_one(
     fault: Fault,
     root: Path,

@@ -93,7 +93,7 @@ def socket_path(env: dict = os.environ) -> Path:
         raise OSError(f"{path}: too long for a socket")
     return path
 
-# %% ../../nbs/flow/06_warm.ipynb #ea5ebbb1
+# %% ../../nbs/flow/06_warm.ipynb #a14c134d
 def listen(path: str | Path) -> socket.socket: # That only this user can open
     "A socket. It appears under its name when it listens. Raises `FileExistsError` where another parent was first."
     listener, aside = socket.socket(socket.AF_UNIX), f"{path}.{os.getpid()}"
@@ -109,6 +109,7 @@ def listen(path: str | Path) -> socket.socket: # That only this user can open
         os.unlink(aside)
     return listener
 
+# %% ../../nbs/flow/06_warm.ipynb #1751796c
 def connects(path: Path) -> bool:
     "Whether somebody listens there."
     with socket.socket(socket.AF_UNIX) as s:
@@ -178,7 +179,7 @@ def ended_children() -> set[int]: # Process ids
         pass
     return found
 
-# %% ../../nbs/flow/06_warm.ipynb #54fe3256
+# %% ../../nbs/flow/06_warm.ipynb #8474c9c8
 def receive(connection: socket.socket) -> tuple[dict, list[int]] | None: # The request and its file descriptors; None: nobody to answer
     "One request."
     connection.settimeout(5)
@@ -188,6 +189,7 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]] | None: # The r
         return None
     return (json.loads(data), fds) if data and fds else None
 
+# %% ../../nbs/flow/06_warm.ipynb #1c5aaa36
 def answer(listener: socket.socket) -> int | None: # Process id of the new kernel; None: nobody to answer
     "Fork a kernel for who has connected."
     connection, _ = listener.accept()
@@ -209,7 +211,7 @@ def inherited() -> dict:
     status = process_status()
     return {"umask": int(status["Umask"], 8), "ignored": int(status["SigIgn"], 16), "limits": limits(0)}
 
-# %% ../../nbs/flow/06_warm.ipynb #94977467
+# %% ../../nbs/flow/06_warm.ipynb #7b81b516
 PYTHONS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ} # nobody may change two of these; Python ignores the others
 
 def take_signals(ignored: int): # Bits, as Linux counts signals from 1
@@ -220,6 +222,7 @@ def take_signals(ignored: int): # Bits, as Linux counts signals from 1
         elif signal.getsignal(s) == signal.SIG_IGN:
             signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
 
+# %% ../../nbs/flow/06_warm.ipynb #4528bcdc
 def take_process(request: dict):
     "Umask, limits, signals, environment and folder of who asks."
     os.umask(request["umask"])
@@ -252,7 +255,7 @@ def module_name(entry: os.DirEntry) -> str | None: # None: no module
     is_module = dot + rest in all_suffixes() or os.path.isfile(f"{entry.path}/__init__.py")
     return name if is_module else None
 
-# %% ../../nbs/flow/06_warm.ipynb #345856e9
+# %% ../../nbs/flow/06_warm.ipynb #7e82d12d
 def takes_the_place(
     name: str | None, # Of a module in `folder`
     folder: str,
@@ -266,6 +269,7 @@ def takes_the_place(
     imported = getattr(sys.modules[name], "__file__", None) or ""
     return not imported.startswith(os.path.realpath(folder) + os.sep)
 
+# %% ../../nbs/flow/06_warm.ipynb #e6a1f385
 def needs_own_python(env: dict) -> bool:
     "Whether this folder, or `PYTHONPATH`, would have given other modules than the parent has imported, or other settings."
     here = os.getcwd()
@@ -275,7 +279,7 @@ def needs_own_python(env: dict) -> bool:
             return True
     return os.path.isfile("matplotlibrc")
 
-# %% ../../nbs/flow/06_warm.ipynb #f30495db
+# %% ../../nbs/flow/06_warm.ipynb #a6093a99
 def end_with(
     owner: int, # Process id
     kernel: int | None = None, # Process id; None: this process
@@ -290,6 +294,7 @@ def end_with(
     except ProcessLookupError:
         pass
 
+# %% ../../nbs/flow/06_warm.ipynb #687b25df
 def run_python(request: dict, command: list[str]):
     "Become an ordinary kernel."
     kernel = os.getpid()
@@ -374,7 +379,7 @@ def finish():
         stream.flush()
     os._exit(0)
 
-# %% ../../nbs/flow/06_warm.ipynb #59508c4c
+# %% ../../nbs/flow/06_warm.ipynb #e685da46
 def start_kernel(request: dict, command: list[str]):
     "Run a kernel until it is told to end."
     from importlib.util import find_spec
@@ -392,6 +397,7 @@ def start_kernel(request: dict, command: list[str]):
     app.control_thread.stop()
     app.control_thread.join() # it may wait for IOPub, which `close` ends before it: seconds
 
+# %% ../../nbs/flow/06_warm.ipynb #f8165b94
 def kernel_or_exit(request: dict, stderr: int):
     "What a forked child does; it does not return."
     try:
@@ -435,7 +441,7 @@ def start_parent(env: dict = os.environ) -> Path | None: # Its socket; None: it 
     except OSError:
         return None
 
-# %% ../../nbs/flow/06_warm.ipynb #a14c134d
+# %% ../../nbs/flow/06_warm.ipynb #55249ee6
 def ask_once(path: Path, request: bytes, patience: float) -> int | None: # Process id; None: no answer
     "One request to a parent. Its socket's time says when it was asked last."
     with socket.socket(socket.AF_UNIX) as s:
@@ -450,6 +456,7 @@ def ask_once(path: Path, request: bytes, patience: float) -> int | None: # Proce
             pass
     return None
 
+# %% ../../nbs/flow/06_warm.ipynb #68bd1efc
 def ask(argv: list[str], env: dict, cwd: str | None, patience: float = 10) -> int | None: # Process id
     "A kernel from the parent, which is started if need be; None where there is none within `patience` seconds."
     if not (path := start_parent(env)):

@@ -33,7 +33,7 @@ def changed_values(
         else:
             yield from changed_values(old[key], new[key], path)
 
-# %% ../../nbs/flow/15_why.ipynb #2269f571
+# %% ../../nbs/flow/15_why.ipynb #984b6e72
 def definitions(source: str) -> dict[str, str]: # name: what it is, normalised; '' is the rest of the module
     "Functions, classes and constants of a module."
     found, rest = {}, []
@@ -45,6 +45,7 @@ def definitions(source: str) -> dict[str, str]: # name: what it is, normalised; 
             rest.append(ast.dump(node))
     return found | {"": "".join(rest)}
 
+# %% ../../nbs/flow/15_why.ipynb #8442ffcf
 def changed_definitions(old: str, new: str) -> list[str]: # Names
     "What differs between two versions of a module; empty: comments only."
     before, after = definitions(old), definitions(new)
@@ -99,7 +100,7 @@ def changed_input(
         return f"{path}: has changed, by the stage '{maker}'"
     return f"{path}: {module_change(root, dep)}" if path.endswith(".py") else f"{path}: has changed"
 
-# %% ../../nbs/flow/15_why.ipynb #8442ffcf
+# %% ../../nbs/flow/15_why.ipynb #86694634
 def changed_output(root: Path, out: dict) -> str | None: # A line; None: it is the same
     "Whether an output is no longer what the stage has left."
     file = root / out["path"]
