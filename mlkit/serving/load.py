@@ -105,15 +105,16 @@ def measure_load(
 
 # %% ../../nbs/serving/09_load.ipynb #a4c0dad7
 def plot_load(
-    levels: list[dict], # See `measure_load`
+    levels: list[dict], # From `measure_load`
 ):
     "Latency and throughput by the number of requests at a time."
     from mlkit.plot import BLUE, GREEN, axes
     left, right = axes(2, width=8, height=2.8)
-    at, ticks = np.arange(len(levels)), [r["concurrency"] for r in levels]
-    for i, (key, color) in enumerate((("p50_ms", GREEN), ("p99_ms", BLUE))):
+    at = np.arange(len(levels))
+    labels = {"xticks": at, "xticklabels": [r["concurrency"] for r in levels], "xlabel": "requests at a time"}
+    for i, (key, color) in enumerate({"p50_ms": GREEN, "p99_ms": BLUE}.items()):
         left.bar(at + 0.36 * i - 0.18, [r[key] for r in levels], 0.34, color=color, label=key[:3])
-    left.set(title="Latency, ms", xticks=at, xticklabels=ticks, xlabel="requests at a time")
+    left.set(title="Latency, ms", **labels)
     left.legend()
     right.bar(at, [r["throughput"] for r in levels], 0.6, color=GREEN)
-    right.set(title="Samples a second", xticks=at, xticklabels=ticks, xlabel="requests at a time")
+    right.set(title="Samples a second", **labels)

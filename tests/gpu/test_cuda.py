@@ -50,15 +50,17 @@ def test_cuda_and_cpu_agree(tmp_path):
     X, _ = stripes(128, 2)
     net.eval()
     front = task().input.front().cuda()
-    with torch.no_grad(): on_gpu = net(front(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
+    with torch.no_grad():
+        on_gpu = net(front(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
     assert same == task() and np.abs(on_gpu - predict(again, same, X)).max() < 1e-3
 
 def test_doctor_finds_it():
     from mlkit.jobs import choose
     from mlkit.device import find
     found = find()
-    assert found.gpus and choose("train", found=found).engine == "cuda"
-    assert choose("train", found=found).options["precision"] == ("bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed")
+    chosen = choose("train", found=found)
+    expected = "bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed"
+    assert found.gpus and (chosen.engine, chosen.options["precision"]) == ("cuda", expected)
 
 @pytest.mark.parametrize("package", ["tensorrt", "tensorrt_rtx"])
 def test_plan_agrees(tmp_path, package):
@@ -72,5 +74,6 @@ def test_plan_agrees(tmp_path, package):
     X, _ = stripes(32, 2)
     signatures = export_onnx(net, task(), tmp_path, 20)
     x = OnnxChain(tmp_path)(X, steps=1)
-    plan = Plan(package, build_plan(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
+    onnx = (tmp_path / "model.onnx").read_bytes()
+    plan = Plan(package, build_plan(package, onnx, signatures.steps["model"], 32))
     assert np.abs(plan(x) - predict(net, task(), X)).max() < 1e-2
