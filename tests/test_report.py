@@ -64,7 +64,7 @@ def test_the_browser_sees_what_it_should(browse, tmp_path):
     assert "<title>1337</title>" in seen.dom and "nowhere is not defined" in seen.console[0] and seen.asked == {"https://example.com/x.png"}
     assert {f.split()[0] for f in serious(seen.page)} == {"color-contrast", "html-has-lang", "image-alt"}
 
-@pytest.mark.parametrize("page", ["index", "evaluate", "serve", "drift_noisy"])
+@pytest.mark.parametrize("page", ["index", "evaluate", "serve", "drift_faulty"])
 def test_page(browse, finished, page):
     path = finished / f"reports/{page}.html"
     seen = browse(path)

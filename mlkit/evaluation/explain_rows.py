@@ -137,16 +137,11 @@ def plot_row_parts(
     titles: list[str], # n
     n_columns: int = 6, # Of a row, those that moved most
 ):
-    "A small chart a row: the columns that moved its answer most, for it in green and against it in pink."
-    import matplotlib.pyplot as plt
-    from mlkit.plot import LOOK
-    plt.rcParams.update(LOOK)
-    k, n_lines = min(n_columns, parts.shape[1]), -(-len(rows) // 2)
-    _, axs = plt.subplots(n_lines, 2, figsize=(9, (0.75 + 0.2 * k) * n_lines), layout="constrained", squeeze=False)
-    for ax in axs.flat[len(rows):]:
-        ax.axis("off")
-    for ax, row, part, title in zip(axs.flat, rows, parts, titles):
-        _plot_row(ax, row, part, title, k)
+    "A small figure a row: the columns that moved its answer most, for it in green and against it in pink."
+    from mlkit.plot import axes
+    k = min(n_columns, parts.shape[1])
+    for row, part, title in zip(rows, parts, titles):
+        _plot_row(axes(width=4.2, height=0.8 + 0.24 * k), row, part, title, k)
 
 def _plot_row(ax, row, part, title, k):
     import matplotlib.pyplot as plt
@@ -156,9 +151,9 @@ def _plot_row(ax, row, part, title, k):
     ax.barh(range(k), part[most], color=colors, height=0.7)
     ax.axvline(0, color="0.3", lw=0.8)
     ax.set(yticks=range(k), ylim=(k - 0.4, -0.6))
-    ax.set_title(*words([title]), fontsize=9)
-    ax.set_yticklabels(words(f"{names[j]} = {shown(row[names[j]])}" for j in most), fontsize=8)
-    ax.tick_params(axis="x", labelsize=8)
+    ax.set_title(*words([title]))
+    ax.set_yticklabels(words(f"{names[j]} = {shown(row[names[j]])}" for j in most))
+    ax.locator_params(axis="x", nbins=4)
 
 # %% ../../nbs/evaluation/04_explain_rows.ipynb #a029da27
 @explainer("rows")

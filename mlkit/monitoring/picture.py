@@ -56,13 +56,14 @@ def plot_drift(
 ): # matplotlib Figure
     "Evidence of drift for each column, the samples side by side."
     import matplotlib.pyplot as plt
+    from mlkit.plot import axes
     columns = most_evident(results, n_columns)
-    fig, ax = plt.subplots(figsize=(8, 1.6 + 0.34 * len(columns)), layout="constrained")
+    ax = axes(height=1.5 + 0.2 * len(results) + 0.34 * len(columns))
     largest = max(drift_evidence(c) for r in results.values() for c in r["columns"].values())
     _draw_axes(ax, columns, 1.6 * max(1, largest))
     for i, (name, r) in enumerate(results.items()):
         ax.plot([drift_evidence(r["columns"][c]) for c in columns], range(len(columns)), MARKERS[i % len(MARKERS)],
                 ms=7, alpha=0.85, label=_label(name, r), clip_on=False)
-    fig.legend(loc="outside upper left", ncols=2, frameon=False)
-    plt.close(fig)
-    return fig
+    ax.figure.legend(loc="outside upper left")
+    plt.close(ax.figure)
+    return ax.figure

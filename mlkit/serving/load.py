@@ -115,6 +115,6 @@ def plot_load(
     for i, (key, color) in enumerate({"p50_ms": GREEN, "p99_ms": BLUE}.items()):
         left.bar(at + 0.36 * i - 0.18, [r[key] for r in levels], 0.34, color=color, label=key[:3])
     left.set(title="Latency, ms", **labels)
-    left.legend()
+    left.figure.legend(loc="outside upper right", ncols=2)
     right.bar(at, [r["throughput"] for r in levels], 0.6, color=GREEN)
     right.set(title="Samples a second", **labels)

@@ -201,16 +201,19 @@ def plot(self: Classes, p: np.ndarray, y: np.ndarray):
     names, side = words(self.classes), range(self.n_outputs)
     m = confusion_matrix(y, p.argmax(1), labels=side)
     errors = np.where(np.eye(len(names), dtype=bool), 0, m)
-    ax = axes(width=5.2, height=4.6)
+    ax = axes(height=5)
     ax.imshow(errors, cmap="Oranges", vmin=0, vmax=max(3, errors.max()))
     ax.set(title="Confusions on the test set", xlabel="predicted", ylabel="actual", xticks=side, yticks=side, xticklabels=names, yticklabels=names)
     if self.n_outputs <= 20:
-        _write_counts(ax, m)
+        _write_counts(ax, m, 0.6 * max(3, errors.max()))
 
-def _write_counts(ax, m):
+def _write_counts(ax, m, dark): # dark: cells with more are dark
+    from mlkit.plot import GREY, SMALLEST
+    size = SMALLEST if len(m) <= 14 else 8
     for i, j in zip(*np.nonzero(m)):
-        color, weight = ("#8a939d", "normal") if i == j else ("#1b1f24", "bold")
-        ax.text(j, i, m[i, j], ha="center", va="center", fontsize=9, color=color, weight=weight)
+        ink = "white" if m[i, j] > dark else "#1b1f24"
+        color, weight = (GREY, "normal") if i == j else (ink, "bold")
+        ax.text(j, i, m[i, j], ha="center", va="center", fontsize=size, color=color, weight=weight)
 
 @patch
 def plot_calibration(self: Classes, p: np.ndarray, y: np.ndarray, n_bins: int):
