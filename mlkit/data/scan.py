@@ -37,24 +37,24 @@ class Frame:
         "The rows in chunks."
         return self.frame.iter_slices(chunk_rows)
 
-# %% ../../nbs/data/06_scan.ipynb #b054b7db
+# %% ../../nbs/data/06_scan.ipynb #4542fcbb
 def with_large_first(
-    chunks: Iterator[pl.DataFrame],
+    chunks: Iterator[pl.DataFrame], # None of them empty
     rows: int, # Wanted in the first one
 ) -> Iterator[pl.DataFrame]:
-    "The chunks, the first ones put together; empty ones are left out."
+    "The chunks, the first ones put together, as long as they are stored alike."
     held, n = [], 0
     for chunk in chunks:
-        if held is None:
-            yield chunk
-            continue
+        if held and chunk.schema != held[0].schema:
+            chunks = chain([chunk], chunks)
+            break
         held.append(chunk)
         n += len(chunk)
         if n >= rows or sum(f.estimated_size() for f in held) >= 4 * BLOCK:
-            yield pl.concat(held)
-            held = None
-    if n and held:
+            break
+    if held:
         yield pl.concat(held)
+    yield from chunks
 
 # %% ../../nbs/data/06_scan.ipynb #62393cd7
 @dataclass
@@ -283,12 +283,13 @@ def keep_contract(
     seen = profile.done()
     return contract, judge(contract, seen, True, TABLE_CHECKS, now), seen
 
-# %% ../../nbs/data/06_scan.ipynb #d01c2312
+# %% ../../nbs/data/06_scan.ipynb #46062080
 def make_contract(
     source, target: str | None, known: Known, into: Sink | None, chunk_rows: int, now: datetime, # See `scan_table`
 ) -> tuple[Contract, list[Breach], Seen]:
     "Read a table by a plan, and make its contract. Raises `Doubt` where the plan does not hold."
-    first, chunks = first_of(with_large_first(source.rows(chunk_rows), chunk_rows))
+    filled = (chunk for chunk in source.rows(chunk_rows) if len(chunk))
+    first, chunks = first_of(with_large_first(filled, chunk_rows))
     plan = make_plan(first, target, known)
     reading = Reading(Profile(first.columns, plan.features, now), plan.features, plan.content, plan.target, into)
     seen, at_first = reading.profile.seen, None
