@@ -13,7 +13,7 @@ from ..core import DataError, nearest
 from .columns.words import MAX_CATEGORIES
 from .contract import Contract, Feature, type_of
 from .hashing import row_hash
-from .judge import SeenColumn, Seen
+from .judge import Seen, SeenColumn
 
 # %% ../../nbs/data/02_infer.ipynb #815656a0
 TARGETS = ("target", "label", "class", "y", "outcome", "response", "diagnosis", "survived", "churn")

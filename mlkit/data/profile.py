@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .columns.base import count_values, spells_missing
 from .contract import Feature, type_of
 from .hashing import Repeats, mix
-from .judge import SeenColumn, Fault, Seen
+from .judge import Fault, Seen, SeenColumn
 
 # %% ../../nbs/data/05_profile.ipynb #ab94b9a1
 def shown(value) -> str:

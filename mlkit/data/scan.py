@@ -22,7 +22,7 @@ from .contract import Contract, Feature, type_of
 from .delimited import BLOCK
 from .hashing import hash_column, in_unit, mix, row_hash
 from .infer import LAST, MAX_CLASSES, choose_content, choose_target, choose_task, infer_table
-from .judge import TABLE_CHECKS, Breach, SeenColumn, Seen, judge
+from .judge import Breach, Seen, SeenColumn, TABLE_CHECKS, judge
 from .profile import Profile
 
 # %% ../../nbs/data/06_scan.ipynb #827ef7ad

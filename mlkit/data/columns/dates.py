@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import polars as pl
 from fastcore.basics import patch
 
-from .base import MIN_SHARE, ColumnType, Guess, column_type, spells_missing, written
+from .base import ColumnType, Guess, MIN_SHARE, column_type, spells_missing, written
 
 # %% ../../../nbs/data/columns/03_dates.ipynb #0f9b90e2
 DATES = { # format of the date, as `strptime` has it: what it looks like

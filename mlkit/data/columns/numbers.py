@@ -18,7 +18,8 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 
 from ...core import DataError
-from .base import COLUMN_TYPES, MIN_SHARE, ColumnType, Guess, column_type, count_values, spells_missing, written
+from .base import COLUMN_TYPES, ColumnType, Guess, MIN_SHARE, column_type, count_values
+from .base import spells_missing, written
 
 # %% ../../../nbs/data/columns/01_numbers.ipynb #22914e43
 @dataclass(frozen=True)

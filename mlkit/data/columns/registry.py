@@ -10,7 +10,7 @@ import polars as pl
 from ...core import DataError, nearest
 from .base import COLUMN_TYPES, Census, ColumnType, Guess, census_of, load_plugins
 from .dates import Date
-from .numbers import EXACT, TOO_LONG, Float64, Int64, names_rows
+from .numbers import EXACT, Float64, Int64, TOO_LONG, names_rows
 from .words import Bool, Category, Id, Text
 
 # %% ../../../nbs/data/columns/04_registry.ipynb #508e9ad0

@@ -11,7 +11,7 @@ from statistics import median
 
 import polars as pl
 
-from .base import MIN_SHARE, NULLS, ColumnType, Guess, column_type, count_values
+from .base import ColumnType, Guess, MIN_SHARE, NULLS, column_type, count_values
 from .numbers import FEW, count_plain, is_named_id, plain_floats, read_again
 
 # %% ../../../nbs/data/columns/02_words.ipynb #7da2369b
