@@ -76,13 +76,16 @@ def unknown_name(
             return f"'{field}' names '{unknown}', which is no column{nearest(unknown, names)}"
     return ""
 
-# %% ../../nbs/data/00_contract.ipynb #be92895b
+# %% ../../nbs/data/00_contract.ipynb #ad22b80d
 class Contract(Document):
     "What data must be to enter the pipeline."
     @property
-    def features(self) -> tuple[Feature, ...]: return tuple(f for f in self.inputs if type_of(f).feature) # that a model may use
+    def features(self) -> tuple[Feature, ...]: # That a model may use
+        return tuple(f for f in self.inputs if type_of(f).feature)
+
     @property
-    def columns(self) -> tuple[Feature, ...]: return (*self.inputs, self.target)
+    def columns(self) -> tuple[Feature, ...]:
+        return (*self.inputs, self.target)
 
     @model_validator(mode="after")
     def names_fit(self):
@@ -138,13 +141,14 @@ def first_names(names, n: int = 12) -> str:
     "The first names, and how many there are."
     return ", ".join(names[:n]) + (f", … ({len(names)})" if len(names) > n else "")
 
-# %% ../../nbs/data/00_contract.ipynb #ad92ce04
+# %% ../../nbs/data/00_contract.ipynb #91a113a6
 def feature_row(contract: Contract, f: Feature) -> dict:
     "What a contract says of a column, for people."
     shape = " x ".join("any" if s is None else str(s) for s in f.shape)
     return {
-        "column": f.name, "role": role(contract, f), "type": f.dtype, "shape": shape, "range": type_of(f).show_range(f), "unit": f.unit,
-        "categories": first_names(f.categories), "missing": missing_words(f), "unique": "yes" if f.unique else "", "why": f.why}
+        "column": f.name, "role": role(contract, f), "type": f.dtype, "shape": shape, "range": type_of(f).show_range(f),
+        "unit": f.unit, "categories": first_names(f.categories), "missing": missing_words(f),
+        "unique": "yes" if f.unique else "", "why": f.why}
 
 def contract_rows(contract: Contract) -> list[dict]:
     "A row a column, for people."

@@ -101,6 +101,15 @@ class Repeats:
         self.extra = 0 # How many repeat another
         self.first = None # The first (row, row that it repeats)
 
+# %% ../../nbs/data/04_hashing.ipynb #d338b98e
+@patch
+def shrink(self: Repeats):
+    "Keep the lower half of the hashes, until there are no more than the limit."
+    while (seen := len(self.kept)) > self.limit:
+        self.below >>= 1
+        self.kept = self.kept.filter(pl.col("hash") <= self.below)
+        self.extra = round(self.extra * len(self.kept) / seen)
+
 # %% ../../nbs/data/04_hashing.ipynb #6d92af75
 @patch
 def merge(self: Repeats):
@@ -115,15 +124,6 @@ def merge(self: Repeats):
         self.first = self.first or (row, every["row"][every["hash"].index_of(hash_)])
     self.kept = every.filter(new)
     self.shrink()
-
-# %% ../../nbs/data/04_hashing.ipynb #d338b98e
-@patch
-def shrink(self: Repeats):
-    "Keep the lower half of the hashes, until there are no more than the limit."
-    while (seen := len(self.kept)) > self.limit:
-        self.below >>= 1
-        self.kept = self.kept.filter(pl.col("hash") <= self.below)
-        self.extra = round(self.extra * len(self.kept) / seen)
 
 # %% ../../nbs/data/04_hashing.ipynb #65ec3217
 @patch

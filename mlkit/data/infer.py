@@ -83,15 +83,15 @@ def spelled_missing(c: SeenColumn) -> str: # Empty: only blank cells are missing
     words = [repr(w) for w in sorted(c.spelled) if w and w not in c.feature.not_missing]
     return f"; {', '.join(words)} read as missing" if words else ""
 
-# %% ../../nbs/data/02_infer.ipynb #9c66e4c3
+# %% ../../nbs/data/02_infer.ipynb #bd787838
 def settle(
     c: SeenColumn,
     rows: int, # All of the table
     median: float | None, # Of a sample of its values, where they are numbers
 ) -> Feature:
     "What may occur from now on in this column."
-    f = c.feature
-    new = {"nullable": c.nulls > 0, "max_null": share(c.nulls, rows, 0.05) if c.nulls else 1.0, "max_bad": share(c.bad, rows, 0)}
+    f, max_null = c.feature, share(c.nulls, rows, 0.05) if c.nulls else 1.0
+    new = {"nullable": c.nulls > 0, "max_null": max_null, "max_bad": share(c.bad, rows, 0)}
     new |= type_of(f).settle(c, rows, median)
     new["why"] = new.get("why", f.why) + spelled_missing(c)
     return f.model_copy(update=new)
@@ -101,7 +101,7 @@ def no_classes(c: SeenColumn) -> str:
     "Why a target has no classes."
     return "no value" if c.counts == {} else f"more than {MAX_CATEGORIES} classes"
 
-# %% ../../nbs/data/02_infer.ipynb #64724347
+# %% ../../nbs/data/02_infer.ipynb #ddb4446d
 def infer_table(
     seen: Seen,
     target: str, # Its name
@@ -120,5 +120,5 @@ def infer_table(
     inputs = tuple(f for n, f in features.items() if n != target)
     max_duplicates = share(seen.copies.count, seen.rows, 0.01) if seen.copies else 0.01
     return Contract(
-        task=task, inputs=inputs, target=features[target], min_samples=max(1, seen.rows // 2), max_duplicates=max_duplicates,
-        content=content, why=why)
+        task=task, inputs=inputs, target=features[target], content=content, why=why,
+        min_samples=max(1, seen.rows // 2), max_duplicates=max_duplicates)

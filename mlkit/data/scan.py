@@ -37,26 +37,26 @@ class Frame:
         "The rows in chunks."
         return self.frame.iter_slices(chunk_rows)
 
-# %% ../../nbs/data/06_scan.ipynb #b054b7db
+# %% ../../nbs/data/06_scan.ipynb #4542fcbb
 def with_large_first(
-    chunks: Iterator[pl.DataFrame],
+    chunks: Iterator[pl.DataFrame], # None of them empty
     rows: int, # Wanted in the first one
 ) -> Iterator[pl.DataFrame]:
-    "The chunks, the first ones put together; empty ones are left out."
+    "The chunks, the first ones put together, as long as they are stored alike."
     held, n = [], 0
     for chunk in chunks:
-        if held is None:
-            yield chunk
-            continue
+        if held and chunk.schema != held[0].schema:
+            chunks = chain([chunk], chunks)
+            break
         held.append(chunk)
         n += len(chunk)
         if n >= rows or sum(f.estimated_size() for f in held) >= 4 * BLOCK:
-            yield pl.concat(held)
-            held = None
-    if n and held:
+            break
+    if held:
         yield pl.concat(held)
+    yield from chunks
 
-# %% ../../nbs/data/06_scan.ipynb #62393cd7
+# %% ../../nbs/data/06_scan.ipynb #78a48282
 @dataclass
 class Plan:
     "As what a table is read, while there is no contract."
@@ -71,7 +71,8 @@ class Plan:
 @dataclass
 class Known:
     "What all rows have said in readings before."
-    features: dict[str, Feature] = field(default_factory=dict) # Columns that are settled
+    features: dict[str, Feature] = field(default_factory=dict) # Columns whose type is settled
+    words: set[str] = field(default_factory=set) # Categories of which the spellings of 'missing' are settled
     regression: bool = False # Whether the target has too many values to be classes
 
 # %% ../../nbs/data/06_scan.ipynb #5d08f9c3
@@ -114,7 +115,7 @@ def count_words(f: Feature, s: pl.Series) -> tuple[dict[str, int], dict[str, int
     gaps = s.cast(pl.String).filter(x.is_null()).drop_nulls().str.strip_chars()
     return count_values(x), count_values(gaps)
 
-# %% ../../nbs/data/06_scan.ipynb #cbdbea41
+# %% ../../nbs/data/06_scan.ipynb #a6e177a8
 def planned_task(f: Feature, s: pl.Series, known: Known) -> tuple[str, str]: # Task, and why
     "What to predict, by the target's first values and what is known of all."
     if known.regression and type_of(f).numeric:
@@ -123,11 +124,13 @@ def planned_task(f: Feature, s: pl.Series, known: Known) -> tuple[str, str]: # T
 
 def as_classes(f: Feature, why: str) -> Feature:
     "A target whose values are classes."
-    return f if f.dtype == "category" else f.model_copy(update={"dtype": "category", "format": "", "unit": "", "why": why})
+    classes = {"dtype": "category", "format": "", "unit": "", "why": why}
+    return f if f.dtype == "category" else f.model_copy(update=classes)
 
 def with_words(f: Feature, s: pl.Series, known: Known) -> Feature:
     "A category, with the spellings of 'missing' that are categories among its first values."
-    return with_not_missing(f, *count_words(f, s)) if f.dtype == "category" and f.name not in known.features else f
+    ask = f.dtype == "category" and f.name not in known.words
+    return with_not_missing(f, *count_words(f, s)) if ask else f
 
 # %% ../../nbs/data/06_scan.ipynb #5a5be435
 NAMES = ("_row", "_draw") # Columns that mlkit adds
@@ -152,12 +155,12 @@ def make_plan(
     why = {"target": why_target, "task": why_task, "content": why_content}
     return Plan(goal, task, columns, content, why, {n for n, (_, open_) in found.items() if open_}, numbers)
 
-# %% ../../nbs/data/06_scan.ipynb #e4b7c31b
+# %% ../../nbs/data/06_scan.ipynb #3b8f1228
 class Doubt(Exception):
     "A plan does not hold."
     def __init__(self,
         survey: set[str], # Columns of which all values must be counted
-        features: dict[str, Feature] = {}, # Columns that are settled by what was seen
+        features: dict[str, Feature] = {}, # Categories whose spellings of 'missing' are settled by what was seen
         regression: bool = False, # Whether the target is no class
     ):
         self.survey, self.features, self.regression = survey, features, regression
@@ -179,14 +182,14 @@ def survey(
     found = {n: guess_text(s.done()) for n, s in surveys.items()}
     return {n: feature_of(n, as_target(g) if n == goal and why != LAST else g) for n, g in found.items()}
 
-# %% ../../nbs/data/06_scan.ipynb #c5dba6ce
+# %% ../../nbs/data/06_scan.ipynb #f52804b1
 def settle_doubt(
     d: Doubt, known: Known,
     source, target: str | None, chunk_rows: int, # See `survey`
 ) -> Known:
     "What is known after a doubt."
     features = known.features | d.features | survey(source, d.survey, target, chunk_rows)
-    return Known(features, known.regression or d.regression)
+    return Known(features, known.words | set(d.features), known.regression or d.regression)
 
 # %% ../../nbs/data/06_scan.ipynb #189d5f7e
 def doubts_of_chunk(
@@ -220,7 +223,7 @@ def too_many_classes(c: SeenColumn) -> bool:
         return c.counts is None or mostly_numbers(c.counts)
     return mostly_numbers(c.counts) and any("." in v for v in c.counts)
 
-# %% ../../nbs/data/06_scan.ipynb #f587136f
+# %% ../../nbs/data/06_scan.ipynb #502bdc7a
 def doubts_of_whole(
     plan: Plan, known: Known, seen: Seen,
     one_chunk: bool, # Whether the plan was made from all rows
@@ -228,9 +231,11 @@ def doubts_of_whole(
     "What all rows together speak against."
     if plan.numbers and plan.task == "classification" and not one_chunk and too_many_classes(seen.columns[plan.target]):
         return Doubt({plan.target}, regression=True)
-    words = {n: c for n, c in seen.columns.items() if c.feature.dtype == "category" and n not in known.features and c.counts}
-    late = {n for n, c in words.items() if n != plan.target and not one_chunk and mostly_numbers(c.counts)}
-    settled = {n: with_not_missing(c.feature, c.counts, c.spelled) for n, c in words.items() if n not in late}
+    words = {n: c for n, c in seen.columns.items() if c.feature.dtype == "category" and c.counts}
+    guessed = set(words) - set(known.features) - {plan.target}
+    late = {n for n in guessed if not one_chunk and mostly_numbers(words[n].counts)}
+    asked = set(words) - known.words - late
+    settled = {n: with_not_missing(words[n].feature, words[n].counts, words[n].spelled) for n in sorted(asked)}
     changed = {n: f for n, f in settled.items() if f is not words[n].feature}
     return Doubt(late, changed) if late or changed else None
 
@@ -265,7 +270,7 @@ def first_of(chunks: Iterator[pl.DataFrame]) -> tuple[pl.DataFrame, Iterator[pl.
             return chunk, chain([chunk], (c for c in chunks if len(c)))
     raise DataError("the table has no rows; check how it was written")
 
-# %% ../../nbs/data/06_scan.ipynb #5f17b6df
+# %% ../../nbs/data/06_scan.ipynb #b7483dd5
 def keep_contract(
     source, contract: Contract, into: Sink | None, chunk_rows: int, now: datetime, # See `scan_table`
 ) -> tuple[Contract, list[Breach], Seen | None]:
@@ -276,19 +281,21 @@ def keep_contract(
         seen = Seen(first.columns, {}, max(len(first), contract.min_samples))
         return contract, judge(contract, seen, True, TABLE_CHECKS, now), None
     profile, target = Profile(first.columns, features, now), contract.target.name
-    content = contract.content or tuple(f.name for f in features if f.name != target and f.dtype != "id") or profile.content
+    inputs = tuple(f.name for f in features if f.name != target and f.dtype != "id")
+    content = contract.content or inputs or profile.content
     reading = Reading(profile, features, content, target, into)
     for raw in chunks:
         reading.take(raw, *parse(raw, features))
     seen = profile.done()
     return contract, judge(contract, seen, True, TABLE_CHECKS, now), seen
 
-# %% ../../nbs/data/06_scan.ipynb #d01c2312
+# %% ../../nbs/data/06_scan.ipynb #46062080
 def make_contract(
     source, target: str | None, known: Known, into: Sink | None, chunk_rows: int, now: datetime, # See `scan_table`
 ) -> tuple[Contract, list[Breach], Seen]:
     "Read a table by a plan, and make its contract. Raises `Doubt` where the plan does not hold."
-    first, chunks = first_of(with_large_first(source.rows(chunk_rows), chunk_rows))
+    filled = (chunk for chunk in source.rows(chunk_rows) if len(chunk))
+    first, chunks = first_of(with_large_first(filled, chunk_rows))
     plan = make_plan(first, target, known)
     reading = Reading(Profile(first.columns, plan.features, now), plan.features, plan.content, plan.target, into)
     seen, at_first = reading.profile.seen, None
@@ -306,7 +313,7 @@ def make_contract(
     contract = infer_table(seen, plan.target, plan.task, plan.content, plan.why)
     return contract, judge(contract, seen, False, TABLE_CHECKS, now), seen
 
-# %% ../../nbs/data/06_scan.ipynb #c16b706c
+# %% ../../nbs/data/06_scan.ipynb #ad0ff733
 def scan_table(
     source, # See `mlkit.sources.registry`: has `name` and `rows(chunk_rows)`
     contract: Contract | None = None, # None: it is inferred
@@ -314,7 +321,7 @@ def scan_table(
     sink: Callable[[], Sink] | None = None, # Called for each reading; gives what takes the chunks of it
     chunk_rows: int = 100_000, # At most
     now: datetime | None = None, # None: by the clock
-) -> tuple[Contract, list[Breach], Seen | None]: # The contract; the breaches, the worst first; what was seen, None: columns are missing
+) -> tuple[Contract, list[Breach], Seen | None]: # The contract; breaches, the worst first; None: columns are missing
     "Read a table and judge it. Raises `DataError` where it cannot be read."
     now, known = now or datetime.now(timezone.utc), Known()
     try:

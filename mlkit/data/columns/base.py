@@ -134,11 +134,12 @@ class ColumnType:
     wire = "" # dtype of the model's input in a request: 'float64', 'str', 'datetime64[us]'; "": never sent
     drift = "" # What a drift test compares: 'distribution' of values, 'shares' of categories; "": nothing
 
-# %% ../../../nbs/data/columns/00_base.ipynb #fe602dc7
+# %% ../../../nbs/data/columns/00_base.ipynb #6d27a460
 @patch
 def takes(self: ColumnType, dtype: pl.DataType) -> Guess | None:
     "What a column stored as this Polars type is; None: not of this type."
 
+# %% ../../../nbs/data/columns/00_base.ipynb #610f853e
 @patch
 def tally(self: ColumnType,
     values: pl.Series, # String, trimmed, none missing
@@ -208,7 +209,7 @@ def judge(self: ColumnType, case) -> Iterator[Noticed]: # `case`: see `mlkit.dat
     "What is wrong with a column beyond what can be wrong with any."
     yield from ()
 
-# %% ../../../nbs/data/columns/00_base.ipynb #3f31005f
+# %% ../../../nbs/data/columns/00_base.ipynb #42f37eb5
 @patch
 def constant(self: ColumnType, c) -> str: # Empty: there are several, or nobody counts them
     "The one value that all rows have."
@@ -219,6 +220,7 @@ def show_range(self: ColumnType, f) -> str:
     "The range of a contract, for people."
     return " to ".join(map(str, f.range)) if f.range else ""
 
+# %% ../../../nbs/data/columns/00_base.ipynb #bdf376eb
 @patch
 def format_error(self: ColumnType, format: str) -> str: # Empty: nothing
     "What is wrong with a `Feature.format` that a person wrote."
