@@ -10,7 +10,7 @@ repro: setup   ## run what has changed, say the verdict
 	@mlkit repro
 
 test: setup spark ## every test: those in the notebooks, and those that cross them
-	@nbdev-test nbs --skip-folder-re "^(stages|tables|[_.].*)$$" --n-workers 2
+	@nbdev-test nbs --skip-folder-re "^(stages|[_.].*)$$" --n-workers 2
 	@pytest
 
 lab: setup     ## JupyterLab, on this machine only

@@ -56,7 +56,7 @@ def figures(paths):
 def main():
     given = [Path(a) for a in sys.argv[1:]] or [ROOT / "nbs"]
     notebooks = [p for g in given for p in ([g] if g.is_file() else sorted(g.rglob("*.ipynb")))]
-    library = [p for p in notebooks if not {"stages", "tables", ".ipynb_checkpoints"} & set(p.parts) and "default_exp" in p.read_text()]
+    library = [p for p in notebooks if not {"stages", ".ipynb_checkpoints"} & set(p.parts) and "default_exp" in p.read_text()]
     groups = {"all": library}
     for p in library:
         name = p.name if len(given) > 1 or given[0].is_file() or given[0].resolve() != ROOT / "nbs" else p.parent.name

@@ -31,8 +31,8 @@ def test_doctor(project):
 
 def test_why(project):
     assert "train is up to date" in project.mlkit("why", "train").stdout
-    project.param(train__lr=0.004)
-    assert project.mlkit("why", "train").stdout.strip() == "train.lr: was 0.005, is 0.004"
+    project.param(train__optimizer__lr=0.004)
+    assert project.mlkit("why", "train").stdout.strip() == "train.optimizer.lr: was 0.005, is 0.004"
     one_line(project.mlkit("why", "trian", rc=1), "did you mean 'train'")
 
 def test_verify(project):

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, polars as pl, pyarrow.parquet as pq, pytest
 
-from mlkit.inputs import rows as features
+from mlkit.inputs import rows as module
 from mlkit.core import MlkitError, SetupError, sha256
 from mlkit.jobs import choose
 from mlkit.data.engines import CLUSTER, open_parts
-from mlkit.inputs.rows import fit_features, prepare_table
-from mlkit.data.split import freeze_golden
+from mlkit.data.split import Split, freeze_golden, read_golden
+from mlkit.inputs.rows import fit_rows, prepare_rows
 from mlkit.data.hashing import hash_column, in_unit
 from mlkit.data.parts import part_files, read_parts
 
@@ -38,22 +38,23 @@ def parts(tmp_path_factory):
 
 def contract(target, group=None):
     task = {"kind": "classification", "value": "regression"}[target]
-    return SimpleNamespace(task=task, features=[SimpleNamespace(name=k, dtype=v) for k, v in INPUTS.items()], target=SimpleNamespace(name=target, categories=("lone", "no", "yes")), group=group, time="seen")
+    return SimpleNamespace(task=task, features=[SimpleNamespace(name=k, dtype=v) for k, v in INPUTS.items()], target=SimpleNamespace(name=target, dtype={"kind": "category", "value": "float64"}[target], categories=("lone", "no", "yes")), group=group, time="seen")
 
 CASES = {"random": ("kind", "random"), "stratified": ("kind", "stratified"), "time": ("value", "time"), "group of words, golden": ("value", "group", "who", "golden.json"), "group of numbers": ("value", "group", "where")}
 
 def prepare(frame, parts, out, target, method, group=None, golden=None):
-    sizes = prepare_table(frame, contract(target, group), out, SHARES, 3, method, parts / golden if golden else None)
+    split = Split(SHARES, 3, method, tuple(read_golden(parts / golden)) if golden else ())
+    rows, goal, sizes = prepare_rows(frame, contract(target, group), out, split)
     assert not list(out.parent.glob(".*")), "what the engine wrote aside is gone"
-    assert pq.read_metadata(out / "train.parquet").row_group(0).num_rows == features.GROUP, "as if the rows had come in one piece"
-    return sizes, {f.name: sha256(f) for f in sorted(out.iterdir())}
+    assert pq.read_metadata(out / "train.parquet").row_group(0).num_rows == module.ROW_GROUP, "as if the rows had come in one piece"
+    return sizes, rows, goal, {f.name: sha256(f) for f in sorted(out.iterdir())}
 
 @pytest.fixture(scope="module")
 def expected(parts, tmp_path_factory):
     "By Polars. Small row groups, so that there are some."
-    features.GROUP = 500
+    module.ROW_GROUP = 500
     yield {name: prepare(read_parts(parts), parts, tmp_path_factory.mktemp("polars") / "prepared", *case) for name, case in CASES.items()}
-    features.GROUP = 1 << 16
+    module.ROW_GROUP = 1 << 16
 
 @pytest.mark.parametrize("engine, address", [("dask", "tcp://127.0.0.1:9"), ("spark", "nonsense")])
 def test_no_cluster_there(parts, monkeypatch, engine, address):
@@ -64,7 +65,7 @@ def test_no_cluster_there(parts, monkeypatch, engine, address):
     assert address in str(e.value) and CLUSTER in str(e.value) and "\n" not in str(e.value)
 
 def test_without_an_address_dask_is_local_and_closed(parts, monkeypatch, tmp_path):
-    pytest.importorskip("distributed", reason="not run: Dask is not installed; pip install 'mlkit[dask]'")
+    pytest.importorskip("distributed", reason="not run: Dask is not installed; pip install 'mlkit-lifecycle[dask]'")
     import psutil
     monkeypatch.delenv(CLUSTER, raising=False)
     with open_parts(parts, "dask") as frame:
@@ -100,4 +101,4 @@ def test_the_same_bytes(frame, parts, expected, tmp_path, name):
     assert prepare(frame, parts, tmp_path / "prepared", *CASES[name]) == expected[name]
 
 def test_the_same_sample(frame, parts):
-    assert fit_features(frame, contract("kind"), n_sample=500) == fit_features(read_parts(parts), contract("kind"), n_sample=500)
+    assert fit_rows(frame, contract("kind"), n_sample=500) == fit_rows(read_parts(parts), contract("kind"), n_sample=500)

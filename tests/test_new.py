@@ -13,6 +13,7 @@ class Made(Project):
 
 def new(folder, *args, rc=0):
     done = Made(folder.parent).run("mlkit", "new", folder, *args, rc=rc)
+    assert rc or not status(Made(folder)), "a first commit is made, and it holds all"
     return Made(folder), done
 
 def verdict(project):
@@ -20,6 +21,31 @@ def verdict(project):
     assert "Traceback" not in done.stdout + done.stderr and "Report: " in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
     assert (project / "reports/index.html").is_file() and "up to date" in project.mlkit("repro", rc=None).stdout
     return project.json("reports/metrics/verdict.json")
+
+def status(project):
+    "What git would tell of the project: 'A  dvc.lock', '?? champion.json', ..."
+    return project.git("status", "--porcelain").stdout.splitlines()
+
+def drive(project, tmp_path):
+    "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."
+    assert status(project) == ["?? champion.json", "?? dvc.lock"]
+    project.git("add", "-A")
+    assert status(project) == ["A  champion.json", "A  dvc.lock"]
+    project.git("commit", "-qm", "a run")
+    tried = project.dvc("exp", "run", "-S", "train.optimizer.lr=0.003", "-S", "train.n_epochs=1", "evaluate")
+    assert ran(tried.stdout) == ["train", "evaluate"] and {line[3:] for line in status(project)} == {"dvc.lock", "params.yaml"}
+    assert "reports/metrics/evaluate.json" in project.dvc("metrics", "diff").stdout
+    project.git("checkout", "-q", ".")
+    project.dvc("checkout", "-q")
+    project.dvc("remote", "add", "-q", "-d", "store", tmp_path / "store")
+    project.dvc("push", "-q")
+    project.git("commit", "-qam", "a store")
+    project.git("clone", "-q", ".", tmp_path / "clone")
+    clone = Made(tmp_path / "clone")
+    clone.dvc("pull", "-q")
+    assert clone.outputs() == project.outputs() and not status(clone)
+    again = clone.mlkit("repro")
+    assert "up to date" in again.stdout and not status(clone) and clone.json("champion.json") == project.json("champion.json")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -50,19 +76,21 @@ def test_photos(photos, tmp_path):
     assert "105 images in 5 classes; left out, with fewer than three different ones: 'a pair' (2), 'only one' (1)" in " ".join(done.stdout.split()) and "1 unreadable" in done.stdout
     v = verdict(project)
     assert v["model"] == "shapes" and v["released"]
+    drive(project, tmp_path)
     assert project.json("reports/metrics/audit.json")["unreadable"] == 1
-    assert project.json("data/prepared/transform.json")["classes"] == ["Circles", "cross es", "stripes"] and project.json("reports/metrics/prepare.json")["left_out"] == 5
+    assert project.json("data/prepared/task.json")["target"]["classes"] == ["Circles", "cross es", "stripes"] and project.json("reports/metrics/prepare.json")["left_out"] == 5
     assert "Left out, with fewer than three different images, one a split: 'a pair' (2), 'only one' (1)" in "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", [])) for c in project.json("reports/prepare.ipynb")["cells"] for o in c.get("outputs", []))
     # one's own network and metric, by name
-    project.param(train__model="contrast_cnn", train__n_epochs=1)
+    project.param(train__model={"name": "contrast_cnn", "width": 8}, train__n_epochs=1)
     assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"train", "evaluate"}
     assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
     # a photo more: no other sample changes its split
     import polars as pl
-    before = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    splits = lambda: {c: s for s in ("train", "validation", "test") for c in pl.read_parquet(project / f"data/prepared/{s}.parquet")["content"]}
+    before = splits()
     (photos / "Circles/IMG_9000.jpg").write_bytes(cv2.imencode(".jpg", np.random.default_rng(9).integers(0, 255, (50, 60, 3), dtype=np.uint8))[1].tobytes())
     project.mlkit("repro", "prepare")
-    after = dict(pl.read_parquet(project / "data/splits.parquet").select("content", "split").iter_rows())
+    after = splits()
     assert len(after) == len(before) + 1 and before.items() <= after.items()
 
 def messy(path):
@@ -84,6 +112,7 @@ def test_messy_table(tmp_path):
     assert "Income (EUR): float64; numbers with a decimal comma" in done.stdout and "Fax: text; no value at all" in done.stdout
     v = verdict(project)
     assert v["model"] == "churn" and v["released"] and v["compare"] == "evaluate.accuracy"
+    drive(project, tmp_path)
     assert project.json("reports/metrics/serve.json")["agreement"] == 1 and project.json("reports/metrics/monitor.json")["calm_is_calm"]
     # broken data are stopped by the contract that one owns, in one line
     project.mlkit("contract", "accept")
@@ -95,8 +124,9 @@ def test_a_value(tmp_path):
     "Regression, on a bundled table."
     project, _ = new(tmp_path / "dia", "--from", "diabetes")
     v = verdict(project)
+    drive(project, tmp_path)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
-    assert project.json("reports/metrics/export.json")["feature_difference"] < 1e-5
+    assert project.json("reports/metrics/export.json")["input_difference"] < 1e-5
 
 def test_a_database_beside_it(tmp_path):
     "Its path is seen from the project, and DVC watches the file."

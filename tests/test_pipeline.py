@@ -34,7 +34,7 @@ def test_first_run_releases(finished):
     trained = finished.json("reports/measurements/train.json")
     assert trained["seconds"] > 0 and 0 < trained["waiting_share"] < 1 and "waiting for images" in (finished / "reports/train.html").read_text()
     assert not {"seconds", "waiting_share"} & set(finished.json("reports/metrics/train.json"))
-    assert {"calm_is_calm": True, "noise_is_flagged": True}.items() <= finished.json("reports/metrics/monitor.json").items()
+    assert {"calm_is_calm": True, "fault_is_flagged": True}.items() <= finished.json("reports/metrics/monitor.json").items()
     assert list(versions(finished).values()) == [(verdict["bundle"], {"champion", "challenger"})]
     assert finished.strays() == [] and finished.processes() == []
 
@@ -96,15 +96,15 @@ def test_prose_and_tests_rerun_nothing(project):
 
 def test_changed_function_reruns_who_uses_it(project):
     "`train` and `tune`, which trains in its trials; then what is downstream of them, as far as what they write has changed."
-    edit(project, "nbs/training/02_fit.ipynb", 'mode="replicate"', 'mode="constant"')
-    assert stale(project) == {"train": ["mlkit/training/fit.py"], "tune": ["mlkit/training/fit.py"]}
-    assert project.git("status", "--short", "mlkit").stdout.split() == ["M", "mlkit/training/fit.py"]
+    edit(project, "nbs/training/03_augment.ipynb", 'mode="replicate"', 'mode="constant"')
+    assert stale(project) == {"train": ["mlkit/training/augment.py"], "tune": ["mlkit/training/augment.py"]}
+    assert project.git("status", "--short", "mlkit").stdout.split() == ["M", "mlkit/training/augment.py"]
 
 def test_what_depends_on_what(finished):
     "A module stands in dvc.yaml under just the stages that import it, directly or through another."
     deps = {n: {d for d in s["deps"] if d.startswith("mlkit/")} for n, s in finished.stages.items()}
     def users(module): return {n for n, d in deps.items() if f"mlkit/{module}.py" in d}
-    assert users("training/fit") == users("training/tune") | {"train"} == {"tune", "train"} and users("training/track") == {"train"}
+    assert users("training/fit") == users("training/run") == {"tune", "train"} and users("training/track") == {"train"}
     assert users("evaluation/explain") == {"explain"} and users("evaluation/evaluate") == {"evaluate"} and users("sources/registry") == {"ingest"}
     assert users("audit/base") == {"audit"} and users("serving/load") == {"serve"} and users("flow/stage") == set(STAGES)
     assert not users("cli") | users("flow/runner") | users("flow/pipeline") | users("_modidx") | users("commands/repro")
@@ -123,7 +123,7 @@ print(json.dumps(sorted(m.replace(".", "/") + ".py" for m in sys.modules if m.st
 
 def test_param_reruns_its_stage_and_going_back_restores(project):
     before = project.outputs()
-    project.param(explain__n_correct=4, explain__n_steps=8)
+    project.param(explain__n_ordinary=4, explain__method={"n_steps": 8})
     assert stale(project) == {"explain": ["params.yaml"]}
     assert ran(project.mlkit("repro").stdout) == ["explain", "release"] # its metrics changed; the bundle did not, so monitor stands
     changed = {p for p, h in project.outputs().items() if before[p] != h}
@@ -149,14 +149,14 @@ def test_another_version_of_a_package(project):
 def test_branches_that_changed_different_stages_merge(project):
     project.mlkit("setup")
     project.commit()
-    for branch, values in (("a", {"explain__n_steps": 8}), ("b", {"monitor__noise": 0.2})):
+    for branch, values in (("a", {"explain__n_wrong": 5}), ("b", {"monitor__alpha": 0.002})):
         project.git("checkout", "-q", "-b", branch, "master" if project.git("branch", "--list", "master").stdout else "main")
         project.param(**values)
         project.mlkit("repro", rc=None)
         project.commit()
     assert "CONFLICT" not in project.git("merge", "a").stdout
     lock = YAML(typ="safe").load(project / "dvc.lock")["stages"]
-    assert lock["explain"]["params"]["params.yaml"]["explain"]["n_steps"] == 8 and lock["monitor"]["params"]["params.yaml"]["monitor"]["noise"] == 0.2
+    assert lock["explain"]["params"]["params.yaml"]["explain"]["n_wrong"] == 5 and lock["monitor"]["params"]["params.yaml"]["monitor"]["alpha"] == 0.002
     assert "index" not in lock # both made it, neither from what is here now
     assert ran(project.mlkit("repro").stdout) == [] # both had run somewhere
     assert project.git("status", "--short").stdout.split() == ["M", "dvc.lock"]
@@ -164,7 +164,7 @@ def test_branches_that_changed_different_stages_merge(project):
 # DVC's own commands
 
 def test_dvc_experiments_metrics_plots(project):
-    done = project.dvc("exp", "run", "train", "-S", "train.n_epochs=1", "-S", "train.lr=0.001", "-n", "quick")
+    done = project.dvc("exp", "run", "train", "-S", "train.n_epochs=1", "-S", "train.optimizer.lr=0.001", "-n", "quick")
     assert ran(done.stdout) == ["train"] and project.json("reports/metrics/train.json")["epochs"] == 1
     diff = json.loads(project.dvc("metrics", "diff", "--json").stdout)
     assert diff["reports/metrics/train.json"]["epochs"] == {"old": 30, "new": 1, "diff": -29}
@@ -174,7 +174,7 @@ def test_dvc_experiments_metrics_plots(project):
     for command in (["plots", "show"], ["plots", "diff", "HEAD"]):
         project.dvc(*command, "-o", "plots_page")
         page = (project / "plots_page/index.html").read_text()
-        assert all(w in page for w in ("validation_loss", "validation_accuracy", "predicted", "confidence")), command
+        assert all(w in page for w in ("validation_loss", "validation_score", "predicted", "actual")), command
         shutil.rmtree(project / "plots_page")
     dag = project.dvc("dag", "--mermaid").stdout
     assert dag.count('["') == len(STAGES) + 1 and "train" in project.dvc("dag").stdout

@@ -9,9 +9,12 @@ TRAIN = """
 import sys, time
 from pathlib import Path
 from mlkit.training.checkpoint import Checkpoint
-from mlkit.training.model import Normalize, make_model, save_model
-from mlkit.data.stream import feeds
-from mlkit.training.fit import fit, make_fabric
+from mlkit.inputs.image import Image
+from mlkit.targets.classes import Classes
+from mlkit.task import Task
+from mlkit.training.feed import feeds
+from mlkit.training.fit import Training, fit, make_fabric
+from mlkit.training.model import make_model, save_model
 data, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 class Waiting(Checkpoint):
     "Waits to be killed after its last state."
@@ -19,12 +22,13 @@ class Waiting(Checkpoint):
         global last
         super().save(*state); last -= 1
         if not last: print("kept", flush=True); time.sleep(600)
-t = {"shape": [12, 12, 3], "mean": [0.5] * 3, "std": [0.25] * 3}
-_, split = feeds(data, data / "shards", data / "splits.parquet", t, "stream", "cpu", 4, 1)
-spec = {"model": "small_cnn", "shape": t["shape"], "n_classes": 2, "width": 4, "dropout": 0.3}
-fabric, net = make_fabric("cpu", "32-true", 1, 0), make_model(spec)
-for record in fit(fabric, net, Normalize(t["mean"], t["std"]), *split, 4, 4, 0.01, 0.01, 1, 0.0, 0, checkpoint=Waiting(out.parent / "kept", 0)): print("epoch", record["epoch"], record["loss"], flush=True)
-save_model(out, net, spec)
+task = Task(Image((12, 12, 3), (0.5,) * 3, (0.25,) * 3), Classes("label", ("0", "1")))
+spec = {"name": "small_cnn", "width": 4, "dropout": 0.3}
+fabric, net = make_fabric("cpu", "32-true", 1, 0), make_model(spec, task)
+_, both = feeds(task, data, data / "shards", "stream", fabric.device, 4, 1)
+training = Training(4, 4, {"name": "adamw", "lr": 0.01}, augment={"name": "shift", "pixels": 1})
+for record in fit(fabric, net, task, both, training, Waiting(out.parent / "kept", 0)): print("epoch", record["epoch"], record["loss"], flush=True)
+save_model(out, net, spec, task)
 """
 
 RANKS = """
@@ -38,7 +42,7 @@ shards = Path(sys.argv[1]) / "shards"
 index = read_index(shards)
 loader = Loader(shards, index, np.arange(len(index)), Whole((12, 12, 3)), 4, seed=3)
 seen = [None] * dist.get_world_size()
-dist.all_gather_object(seen, [y.tolist() for epoch in (0, 1) for _, y in loader.epoch(epoch)])
+dist.all_gather_object(seen, [y.tolist() for epoch in (0, 1) for _, y in loader.batches(loader.order(epoch), 4, epoch)])
 if dist.get_rank() == 0: Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
 dist.destroy_process_group()
 """
@@ -46,18 +50,14 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "80 images in shards, and their splits as `prepare` leaves them."
-    from mlkit.data.prepared import save_split
-    from mlkit.data.split import SPLITS, split_index
-    from mlkit.inputs.image import fit_image
-    from mlkit.data.shards import Sample, read_images, write_shards
+    from mlkit.data.shards import Sample, write_shards
+    from mlkit.data.split import Split
+    from mlkit.inputs.image import Image, infer_contract
     folder, random = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
     def image(i): return cv2.imencode(".jpg", cv2.resize(random.integers(0, 256, (5, 5, 3), dtype=np.uint8), (20 + i % 9, 24), interpolation=cv2.INTER_CUBIC))[1].tobytes()
     index = write_shards((Sample(str(i), image(i), "jpg", str(i % 2)) for i in range(80)), folder / "shards", 30)
-    splits = split_index(index, {"train": 0.6, "validation": 0.2, "test": 0.2}, 0)
-    splits.select("key", "label", "content", "split").write_parquet(folder / "splits.parquet")
-    for s in SPLITS:
-        rows = splits.filter(pl.col("split") == s)
-        save_split(folder / f"{s}.safetensors", (fit_image(x, (12, 12, 3)) for x in read_images(folder / "shards", rows)), rows["label"].cast(pl.Int64).to_numpy(), (12, 12, 3))
+    split = Split({"train": 0.6, "validation": 0.2, "test": 0.2}, method="stratified")
+    Image.prepare(folder / "shards", infer_contract(index), folder, split, size=12)
     return folder
 
 def start(script, *args, **kw):

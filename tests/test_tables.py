@@ -9,7 +9,11 @@ from torch import nn
 from mlkit.core import DataError, ServeError
 from mlkit.serving.export import OnnxChain, export_onnx
 from mlkit.serving.parity import parity
-from mlkit.inputs.rows import encode
+from mlkit.inputs.columns import Category, Date, Number
+from mlkit.inputs.rows import Rows
+from mlkit.targets.classes import Classes
+from mlkit.targets.value import Value
+from mlkit.task import Task
 from mlkit.serving.load import load_test
 from mlkit.serving.triton import Triton
 from mlkit.serving.install import install_serving
@@ -20,18 +24,11 @@ from mlkit.serving.signature import arrays
 CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本", " "]
 NAMES = {"age": "age in years", "city": "city $ name", "seen": "seen", "value": "value", "x": "x"} # 'x' and 'value' are names of the chain's own tensors
 
-def make_transform(classes):
-    columns = [{"name": NAMES["age"], "kind": "number", "fill": 40.0, "mean": 41.0, "std": 12.0, "flag": True},
-               {"name": NAMES["city"], "kind": "category", "values": CITIES},
-               {"name": NAMES["seen"], "kind": "date", "parts": ["day", "week", "year"], "fill": 1.7e9, "mean": 1.7e9, "std": 1e7, "flag": True},
-               {"name": NAMES["value"], "kind": "number", "fill": 0.0, "mean": 0.0, "std": 1.0, "flag": False},
-               {"name": NAMES["x"], "kind": "category", "values": []}]
-    features, sources = [], []
-    for i, c in enumerate(columns):
-        made = [c["name"], *[f"{c['name']} {p} {w}" for p in c.get("parts", ()) for w in ("sin", "cos")], *([f"{c['name']} missing"] if c.get("flag") else [])]
-        features += made; sources += [i] * len(made)
-    task = {"task": "classification", "classes": ["no", "yes"]} if classes else {"task": "regression"}
-    return task | {"columns": columns, "features": features, "sources": sources, "cards": {"2": 7, "12": 1}, "target": {"name": "y", "mean": 100.0, "std": 20.0}}
+def make_task(classes):
+    columns = (Number(NAMES["age"], "float64", fill=40.0, mean=41.0, std=12.0, flag=True), Category(NAMES["city"], "category", tuple(CITIES)),
+               Date(NAMES["seen"], "datetime", fill=1.7e9, mean=1.7e9, std=1e7, flag=True, parts=("day", "week", "year")),
+               Number(NAMES["value"], "float64"), Category(NAMES["x"], "category"))
+    return Task(Rows(columns), Classes("y", ("no", "yes")) if classes else Value("y", 100.0, 20.0))
 
 def make_rows(n, seed=0):
     rng = np.random.default_rng(seed)
@@ -44,34 +41,33 @@ def frame(rows): return pl.DataFrame(rows, schema={NAMES["age"]: pl.Float64, NAM
 
 class Net(nn.Module):
     "Small, with an embedding, as a table's network has it."
-    def __init__(self, transform, k):
+    def __init__(self, task):
         super().__init__()
         torch.manual_seed(0)
-        self.codes = [int(i) for i in transform["cards"]]
-        self.embed = nn.ModuleList([nn.Embedding(c, 4) for c in transform["cards"].values()])
-        self.body = nn.Sequential(nn.Linear(len(transform["features"]) + 4 * len(self.codes), 16), nn.SiLU(), nn.Linear(16, k))
+        self.codes = list(task.input.codes)
+        self.embed = nn.ModuleList([nn.Embedding(c, 4) for c in task.input.codes.values()])
+        self.body = nn.Sequential(nn.Linear(len(task.input.features) + 4 * len(self.codes), 16), nn.SiLU(), nn.Linear(16, task.target.n_outputs))
 
     def forward(self, x): return self.body(torch.cat([x, *[e(x[:, i].long()) for i, e in zip(self.codes, self.embed)]], 1))
 
-def python_answers(net, transform, rows):
-    with torch.no_grad(): z = net(torch.from_numpy(encode(frame(rows), transform)))
-    return (z.softmax(1) if "classes" in transform else z * 20 + 100).numpy()
+def python_answers(net, task, rows):
+    with torch.no_grad(): return task.target.answer()(net(torch.from_numpy(task.input.encode(frame(rows))))).numpy()
 
 @pytest.fixture(scope="module", params=[True, False], ids=["classification", "regression"])
 def served(request, tmp_path_factory):
-    transform, out = make_transform(request.param), tmp_path_factory.mktemp("tables")
-    net = Net(transform, 2 if request.param else 1).eval()
-    export_onnx(net, transform, out / "export", 20)
+    task, out = make_task(request.param), tmp_path_factory.mktemp("tables")
+    net = Net(task).eval()
+    export_onnx(net, task, out / "export", 20)
     install_serving()
-    with Triton(write_repository(out / "export", out / "repository", "people", max_batch_size=16)) as server: yield server, net, transform, OnnxChain(out / "export")
+    with Triton(write_repository(out / "export", out / "repository", "people", max_batch_size=16)) as server: yield server, net, task, OnnxChain(out / "export")
 
 def test_raw_rows_give_the_answers_of_python(served):
-    server, net, transform, chain = served
-    rows, std = make_rows(200), None if "classes" in transform else 20
-    expected, answers = python_answers(net, transform, rows), server.client.predict_rows(rows)
-    same = parity(expected, answers, std)
+    server, net, task, chain = served
+    rows = make_rows(200)
+    expected, answers = python_answers(net, task, rows), server.client.predict_rows(rows)
+    same = parity(task, expected, answers)
     assert same.max_difference < 1e-5 and same.agreement == 1, same
-    assert np.array_equal(answers, chain.rows(rows)) or parity(chain.rows(rows), answers, std).max_difference < 1e-6
+    assert np.array_equal(answers, chain(rows)) or parity(task, chain(rows), answers).max_difference < 1e-6
     assert np.array_equal(server.client.predict_rows(frame(rows)), answers) and np.array_equal(server.client.predict_rows(frame(rows).to_dict(as_series=False)), answers)
     assert len(np.unique(answers[:, 0])) > 150 # the inputs matter
 
@@ -117,7 +113,7 @@ def test_a_bad_request_costs_only_its_sender(served):
         assert isinstance(answer, str) and answer[0] in "45" and words in answer and "\n" not in answer.strip() and "Traceback" not in answer, (name, answer)
 
 def test_text_of_any_kind_is_an_answer(served):
-    server, net, transform, chain = served
+    server = served[0]
     texts = ["", " ", "\x00", "a\x00b", "\n", "K\u00f6ln", "Ko\u0308ln", "\U0001f600", "x" * 10_000_000] # the second Köln is another string
     rows = [ROW | {NAMES["city"]: t, NAMES["seen"]: "2020-02-29T06:30:00Z"} for t in texts]
     answers = server.client.predict_rows(rows)

@@ -16,8 +16,8 @@ import click
 def new(folder, data, target):
     "Make a project in FOLDER that runs: look at the data, choose every value of params.yaml, say why."
     from mlkit.new import new_project
-    sections, seen = new_project(folder, data, target)
-    for line in [*seen, *reasons(sections)]:
+    sections, seen, said = new_project(folder, data, target)
+    for line in [*seen, *reasons(sections), *said]:
         click.echo(line)
     click.secho(f"Made {folder}. Next: cd {folder} && mlkit repro", fg="green", bold=True)
 

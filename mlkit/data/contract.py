@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Strict', 'Feature', 'Contract', 'save_contract', 'load_contract', 'owned_contract', 'contract_rows', 'column_changes',
-           'differences', 'changed_columns']
+           'differences']
 
 # %% ../../nbs/data/00_contract.ipynb #d0b74cd4
 from pathlib import Path
@@ -122,9 +122,3 @@ def differences(a: Contract, b: Contract) -> list[str]: # Empty: they say the sa
         x, y = getattr(a, k), getattr(b, k)
         if k not in ("inputs", "target", "why") and x != y: out.append(f"{k} was {show(x)}, is {show(y)}")
     return out
-
-# %% ../../nbs/data/00_contract.ipynb #8c6b3cbf
-def changed_columns(was: bytes, now: bytes) -> str: # Two contracts as JSON; empty: the same columns
-    "How the columns of two contracts differ, in one line."
-    from mlkit.sources.base import listed
-    return listed(column_changes(*map(Contract.model_validate_json, (was, now)))) if was != now else ""

@@ -2,12 +2,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'METHODS', 'turned', 'fraction', 'check_shares', 'collect', 'like', 'class_edges', 'freeze_golden',
-           'read_golden', 'split_table', 'assign_split', 'usable', 'few_samples', 'split_index', 'shares_by_class',
-           'plot_split']
+           'read_golden', 'split_table', 'Split']
 
 # %% ../../nbs/data/09_split.ipynb #9f9b26f5
-import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,65 +165,30 @@ def _check(counts): # rows of each split
         if ("train", label) not in counts: raise DataError(f"class '{label}' has no row in the train split, so it cannot be learned; add rows, or another prepare.method")
     return sizes
 
-# %% ../../nbs/data/09_split.ipynb #8f56b7f0
-def assign_split(
-    content: list[str], # Hashes, see `shards.content`
-    shares: dict[str, float], # Of `SPLITS`, sum 1
-    seed: int,
-) -> list[str]: # n of `SPLITS`
-    "The split of each sample, by its content. Raises `ConfigError` where the shares are not three that sum to 1."
-    if tuple(shares) != SPLITS or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
-        raise ConfigError(f"prepare.shares: needs {', '.join(SPLITS)}, each above 0, sum 1; got {shares}")
-    edges = np.cumsum(list(shares.values()))[:-1]
-    draws = [int(hashlib.sha256(f"{seed}:{c}".encode()).hexdigest()[:13], 16) / 16**13 for c in content]
-    return [SPLITS[i] for i in np.searchsorted(edges, draws, side="right")]
+# %% ../../nbs/data/09_split.ipynb #41b5e58e
+@dataclass(frozen=True)
+class Split:
+    "How samples are divided among the splits."
+    shares: dict[str, float]
+    seed: int = 0
+    method: str = "random" # Of `METHODS`
+    golden: tuple[int, ...] = () # See `read_golden`
 
-# %% ../../nbs/data/09_split.ipynb #b908dc6d
-def usable(
-    index: pl.DataFrame, # Of shards
-) -> tuple[pl.DataFrame, dict[str, int]]: # What can be learned from; classes that are left out, and how many different samples they have
-    "The readable samples under one label each, of classes with three different ones or more: of fewer, one a split, nothing could be learned and said. Raises `DataError` where fewer than two classes are left."
-    index = index.drop_nulls("content").filter(pl.col("label").n_unique().over("content") == 1)
-    counts = dict(index.group_by("label").agg(pl.col("content").n_unique()).sort("label").iter_rows())
-    small = {label: n for label, n in counts.items() if n < len(SPLITS)}
-    if (k := len(counts) - len(small)) < 2:
-        raise DataError(f"{k} class{'es' * (k != 1)} with three different samples or more, one a split; a classifier needs two" + (f"; add to {few_samples(small)}" if small else ""))
-    return index.filter(~pl.col("label").is_in(list(small))), small
+    @classmethod
+    def from_params(cls,
+        prepare: dict, # The section `prepare` of `params.yaml`
+        root: Path, # The project, which `golden` is relative to
+    ) -> "Split":
+        "Raises `ConfigError` and `DataError` on shares or a golden set that cannot be."
+        check_shares(prepare["shares"])
+        golden = prepare.get("golden")
+        marks = read_golden(root / golden) if golden else []
+        return cls(prepare["shares"], prepare["seed"], prepare["method"], tuple(marks))
 
-def few_samples(small: dict[str, int]) -> str: # 'cat' (1), 'dog' (2)
-    return ", ".join(f"'{label}' ({n})" for label, n in small.items())
-
-def _fill(splits: dict[str, str], seed: int) -> dict[str, str]: # content: split, of one class of three or more
-    "Every split gets a sample: from where there are two or more, the one that draws lowest moves."
-    for s in SPLITS:
-        if s in splits.values(): continue
-        held = list(splits.values())
-        movable = [c for c, t in splits.items() if held.count(t) > 1]
-        splits = splits | {min(movable, key=lambda c: hashlib.sha256(f"{seed}:{s}:{c}".encode()).digest()): s}
-    return splits
-
-def split_index(
-    index: pl.DataFrame, # Of shards, of what is `usable`
-    shares: dict[str, float], seed: int, # See `assign_split`
-) -> pl.DataFrame: # With a column `split`
-    "Every class is in every split."
-    drawn = dict(zip(index["content"], assign_split(index["content"].to_list(), shares, seed)))
-    for label, contents in index.group_by("label").agg(pl.col("content").unique()).sort("label").iter_rows():
-        drawn |= _fill({c: drawn[c] for c in sorted(contents)}, seed)
-    return index.with_columns(split=pl.Series([drawn[c] for c in index["content"]], dtype=pl.String))
-
-def shares_by_class(index: pl.DataFrame) -> pl.DataFrame: # label, samples, and the share of each split
-    "What the split came out as."
-    counts = index.pivot("split", index="label", values="key", aggregate_function="len").sort("label")
-    n = pl.sum_horizontal(*SPLITS)
-    return counts.select("label", n.alias("samples"), *[(pl.col(s) / n).round(3).alias(s) for s in SPLITS])
-
-# %% ../../nbs/data/09_split.ipynb #a801feec
-def plot_split(index: pl.DataFrame):
-    "The shares of the splits, by class."
-    from mlkit.plot import BLUE, GREEN, ORANGE, axes, words
-    table, ax = shares_by_class(index), axes(width=8, height=2.8)
-    left = np.zeros(len(table))
-    for s, color in zip(SPLITS, (GREEN, BLUE, ORANGE)):
-        ax.bar(words(table["label"]), table[s], bottom=left, color=color, width=0.7, label=f"{s} ({(index['split'] == s).sum():,})"); left += table[s].to_numpy()
-    ax.set(title="Shares of the splits, by class", ylim=(0, 1)); ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    def apply(self,
+        frame: Any, # As in `split_table`
+        contract, # See `contract.Contract`
+    ): # As `split_table`
+        "Raises as `split_table`."
+        return split_table(frame, self.shares, self.seed, self.method, contract.target.name, contract.target.dtype == "category",
+                           contract.group, contract.time, list(self.golden))

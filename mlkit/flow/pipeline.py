@@ -7,12 +7,13 @@ __all__ = ['STAGES', 'INDEX', 'HEADER', 'declaration', 'Node', 'load_stages', 'd
 # %% ../../nbs/flow/03_pipeline.ipynb #d660c61a
 import ast, json, os, re
 from dataclasses import dataclass
+from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
 
 from ..core import StageError, write_atomic
-from .config import code_cells, load_params, schema
+from .config import code_cells, load_params, read_params, schema
 from .environment import ENVIRONMENT, environment_keys, import_tree, render_environment
 from .stage import Stage
 
@@ -92,10 +93,16 @@ def _watched(value): # of 'photos/labels.csv?file=image' and of 'tables/*.csv': 
     if "*" in plain: return plain.partition("*")[0].rpartition("/")[0] or "."
     return os.path.dirname(plain) if "file=" in option else plain if option else ""
 
-def _stage_entry(node, root, params, imports):
+def _sections(node, written):
+    "The sections and values of `params.yaml` that a stage depends on, as far as they are written there."
+    named = [*([node.stage.name] if node.types else []), *node.stage.uses]
+    there = lambda path: reduce(lambda d, k: d.get(k, {}) if isinstance(d, dict) else {}, path.split(".")[:-1], written)
+    return [path for path in named if path.split(".")[-1] in (there(path) or {})]
+
+def _stage_entry(node, root, params, imports, written):
     s, (files, modules, names) = node.stage, imports
     entry = {"cmd": f"mlkit run {s.name}", "deps": [node.notebook.as_posix(), *files, *_reads(node, root, params)],
-             "params": [*([s.name] if node.types else []), {ENVIRONMENT: environment_keys(modules, names)}]}
+             "params": [*_sections(node, written), {ENVIRONMENT: environment_keys(modules, names)}]}
     entry["outs"] = [*s.writes.values(), *(p["path"] for p in s.plots.values()), *node.reports]
     if s.metrics: entry["metrics"] = list(s.metrics.values())
     return entry
@@ -110,7 +117,8 @@ def dvc_config(
     nodes = load_stages(root)
     params = load_params(root, {n: node.types for n, node in nodes.items()})
     imports = {n: node.imports(root) for n, node in nodes.items()} | {"index": import_tree(["import mlkit.flow.report"], root)}
-    stages = {n: _stage_entry(node, root, params, imports[n]) for n, node in nodes.items()}
+    written = read_params(root)
+    stages = {n: _stage_entry(node, root, params, imports[n], written) for n, node in nodes.items()}
     reports = [node.reports[0] for node in nodes.values()]
     metrics = [m for node in nodes.values() for m in node.stage.metrics.values()]
     files, *rest = imports["index"]

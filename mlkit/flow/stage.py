@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import StageError, nearest, project_root
 
 # %% ../../nbs/flow/01_stage.ipynb #dc093e8d
@@ -19,6 +21,7 @@ class Stage:
     writes: dict[str, str] = field(default_factory=dict) # name: path of a file or folder
     metrics: dict[str, str] = field(default_factory=dict) # name: path of a JSON that `dvc metrics` shows
     plots: dict[str, dict] = field(default_factory=dict) # name: {'path': CSV, ...DVC's plot properties: x, y, template, title}
+    uses: tuple[str, ...] = () # Values of other stages' sections that it depends on: 'train', or 'prepare.seed'
     alone: bool = False # Whether no other stage may run at the same time: it measures the machine, or needs all of it
     gpus: int = 0 # How many it uses where there are any; stages that run together get different ones
     memory_gb: float = 0 # At its peak, roughly (10^9 bytes); stages run together as long as the sum fits the machine
@@ -56,3 +59,15 @@ def output_path(
     return path
 
 Stage.input, Stage.output = input_path, output_path
+
+# %% ../../nbs/flow/01_stage.ipynb #bcec0a7b
+@patch
+def values(self: Stage,
+    section: str, # A stage, named in `uses`
+) -> dict: # Its parameters, with the usual values of those that `params.yaml` does not say
+    "Another stage's section of `params.yaml`. Raises `StageError` where it is not declared."
+    from mlkit.flow.config import check, read_params, schema
+    if section not in {u.partition(".")[0] for u in self.uses}:
+        raise StageError(f"stage '{self.name}' does not declare that it uses '{section}'{nearest(section, self.uses)}")
+    root = project_root()
+    return check(section, read_params(root).get(section), schema(root / f"nbs/stages/{section}.ipynb"))

@@ -12,13 +12,23 @@ def stripes(n=512, seed=0):
     for i, k in enumerate(y): X[i, :, 4 * k:4 * k + 4] += 120
     return X, y
 
+SPEC = {"name": "small_cnn", "width": 16, "dropout": 0.0}
+
+def task():
+    from mlkit.inputs.image import Image
+    from mlkit.targets.classes import Classes
+    from mlkit.task import Task
+    return Task(Image((16, 16, 3), (0.3,) * 3, (0.3,) * 3), Classes("stripe", tuple("abcd")))
+
 def trained(precision, seed=0, n_epochs=4):
-    from mlkit.training.model import Normalize, make_model
-    from mlkit.training.fit import fit, make_fabric
+    from mlkit.training.feed import Memory
+    from mlkit.training.fit import Training, fit, make_fabric
+    from mlkit.training.model import make_model
     fabric = make_fabric("cuda", precision, 1, seed)
-    net = make_model({"model": "small_cnn", "shape": (16, 16, 3), "n_classes": 4, "width": 16, "dropout": 0.0})
-    history = list(fit(fabric, net, Normalize([0.3] * 3, [0.3] * 3), stripes(), stripes(256, 1), n_epochs, 64, 0.005, 0.01, 0, 0.0, seed))
-    return net, history
+    net = make_model(SPEC, task())
+    feeds = tuple(Memory(*stripes(n, s), fabric.device) for n, s in ((512, 0), (256, 1)))
+    training = Training(n_epochs, 64, {"name": "adamw", "lr": 0.005}, seed=seed)
+    return net, list(fit(fabric, net, task(), feeds, training))
 
 @pytest.fixture(autouse=True)
 def workspace(monkeypatch): monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -32,14 +42,14 @@ def test_train_learns_and_repeats(precision):
 def test_cuda_and_cpu_agree(tmp_path):
     "What was trained on the GPU says the same on the CPU."
     from mlkit.evaluation.evaluate import predict
-    from mlkit.training.model import Normalize, load_model, save_model
+    from mlkit.training.model import load_model, save_model
     net, _ = trained("32-true")
-    spec = {"model": "small_cnn", "shape": [16, 16, 3], "n_classes": 4, "width": 16, "dropout": 0.0}
-    again, _ = load_model(save_model(tmp_path / "m.safetensors", net, spec))
-    transform, (X, _) = {"mean": [0.3] * 3, "std": [0.3] * 3}, stripes(128, 2)
+    again, _, same = load_model(save_model(tmp_path / "m.safetensors", net, SPEC, task()))
+    X, _ = stripes(128, 2)
     net.eval()
-    with torch.no_grad(): on_gpu = net(Normalize(**transform).cuda()(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
-    assert np.abs(on_gpu - predict(again, transform, X)).max() < 1e-3
+    front = task().input.front().cuda()
+    with torch.no_grad(): on_gpu = net(front(torch.from_numpy(X).cuda())).softmax(1).cpu().numpy()
+    assert same == task() and np.abs(on_gpu - predict(again, same, X)).max() < 1e-3
 
 def test_doctor_finds_it():
     from mlkit.jobs import choose
@@ -57,8 +67,8 @@ def test_engine_agrees(tmp_path, package):
     from mlkit.serving.export import OnnxChain, export_onnx
     net, _ = trained("32-true")
     net = net.cpu().eval()
-    transform, (X, _) = {"shape": [16, 16, 3], "mean": [0.3] * 3, "std": [0.3] * 3, "classes": list("abcd")}, stripes(32, 2)
-    signatures = export_onnx(net, transform, tmp_path, 20)
-    x = OnnxChain(tmp_path).sessions[0].run(None, {"image": X})[0]
+    X, _ = stripes(32, 2)
+    signatures = export_onnx(net, task(), tmp_path, 20)
+    x = OnnxChain(tmp_path)(X, steps=1)
     engine = Engine(package, build_engine(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
-    assert np.abs(engine(x) - predict(net, transform, X)).max() < 1e-2
+    assert np.abs(engine(x) - predict(net, task(), X)).max() < 1e-2
