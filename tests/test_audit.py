@@ -1,4 +1,4 @@
-"Faults planted in the digits and in both tables: each must be found, in the split that is given, and clean data must be let through."
+"Faults planted in the digits and in two tables: each is found, in the split that is given; clean data are let through."
 import json, os, subprocess, sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -59,8 +59,8 @@ def example(name):
 
 @pytest.fixture
 def rows(tmp_path):
-    def make(frame, target, split=of_rows(), **named): # brought in as a project would; `named`: group or time of the contract
-        parts = tmp_path / "parts"
+    def make(frame, target, split=of_rows(), **named): # `named`: group or time of the contract
+        parts = tmp_path / "parts" # brought in as a project would
         contract, _ = ingest_table(Frame(frame), parts, target, None, 100_000, progress=lambda line: None)
         return table_data(read_parts(parts), contract.model_copy(update=named), split)
     return make
@@ -114,8 +114,8 @@ def test_wrong_labels_of_breast_cancer(rows, seed):
     assert share >= 0.7 and f.severity == "warning" and f.count == judge_labels(data).wrong.sum()
 
 def test_wrong_targets_of_diabetes(rows):
-    """Moved by 3 standard deviations: each time. By 2: on average only. Half of the variance is noise to any model here,
-    and 2 of 20 seeds stay below. A target that is exchanged for another row's (a third is found) looks like an honest one."""
+    """Moved by 3 standard deviations: each time. By 2: on average only, since half of the variance is noise to any
+    model here, and 2 of 20 seeds stay below. A target that is exchanged for another row's looks like an honest one."""
     def moved(k, seed):
         def move(v, y, random): return v + k * y.std() * random.choice([-1, 1], len(v))
         return found_of(rows, "diabetes", seed, move)[0]
@@ -131,7 +131,8 @@ def test_leak_in_digits(images, digits):
         return encoded(x, s.name, s.label)
     f, = of(audit(images([marked(s) for s in digits])), "shortcut")
     assert "row 7, column 0" in f.text and f.severity == "warning" and f.evidence["place"] > 0.9
-    def sized(s): return encoded(np.pad(pixels(s), ((0, int(s.label)), (0, 0))), s.name, s.label) # another camera a class
+    def sized(s): # another camera a class
+        return encoded(np.pad(pixels(s), ((0, int(s.label)), (0, 0))), s.name, s.label)
     f, = of(audit(images([sized(s) for s in digits])), "shortcut")
     assert "height (skill 1.00)" in f.text
 
@@ -231,14 +232,15 @@ def test_time(rows, named, classes):
 def test_drift_and_copies_follow_the_split(rows, seed):
     "The same rows, split in two ways: what crosses and what differs is of the split alone."
     random = np.random.default_rng(seed)
-    frame = pl.DataFrame({f"x{i}": random.normal(size=800) for i in range(4)}).with_columns(y=pl.Series(random.normal(size=800)))
+    frame = pl.DataFrame({name: random.normal(size=800) for name in ("x0", "x1", "x2", "x3", "y")})
     frame = pl.concat([frame, frame[:20]])
     by_value = by(frame["x0"].rank("ordinal").to_numpy() / 821, 0)
     found = audit(rows(frame, "y", by_value))
     assert "x0" in of(found, "drift")[0].text and of(found, "duplicate")[0].evidence["crossing"] == 0
     found = audit(rows(frame, "y", by_chance(seed)))
     split = by_chance(seed)(frame)
-    assert of(found, "drift") == [] and of(found, "duplicate")[0].evidence["crossing"] == (split[:20] != split[800:]).sum() > 0
+    f, = of(found, "duplicate")
+    assert of(found, "drift") == [] and f.evidence["crossing"] == (split[:20] != split[800:]).sum() > 0
 
 def test_what_prepare_leaves_out_crosses_nothing(images, rows, digits):
     frame, _ = example("diabetes")
@@ -283,13 +285,13 @@ def test_rows_are_audited_in_the_split_of_prepare(tmp_path, seed, method, named)
     days = pl.Series([first + timedelta(hours=7 * i) if i % 50 != 7 else None for i in range(600)])
     table = Frame(frame.with_columns(day=days))
     contract, _ = ingest_table(table, tmp_path, "y", None, 100_000, progress=lambda line: None)
-    both = contract.model_copy(update={"group": "patient", "time": "day"}) # naming changes no split, and silences nothing
+    both = contract.model_copy(update={"group": "patient", "time": "day"}) # names change no split and silence nothing
     split = Split(SHARES, seed, method)
     for agreed in (contract.model_copy(update=named), both):
         data, expected = audit_data(agreed, tmp_path, split, 10_000), prepared(agreed, tmp_path, split)
         assert dict(zip(data.names, data.split)) == {name: expected.get(name, "") for name in data.names}
         found = audit(data)
-        crosses = method in ("random", "stratified") or (method == "time" and agreed is both) # one, at the border of the splits
+        crosses = method in ("random", "stratified") or (method == "time" and agreed is both) # at the border, by name
         assert bool(of(found, "group_leak")) == crosses
         assert bool(of(found, "time_leak")) == (method in ("random", "stratified"))
 
@@ -302,7 +304,8 @@ def own_check():
     def short_name(data, *, least: int = 3):
         short = np.array([len(name) < least for name in data.names], bool)
         if short.any():
-            yield Finding("warning", int(short.sum()), f"{short.sum()} samples have short names", "rename them", data.first(short))
+            text = f"{short.sum()} samples have short names"
+            yield Finding("warning", short.sum(), text, "rename them", data.first(short))
     yield "short_name"
     del CHECKS["short_name"]
 
@@ -317,7 +320,9 @@ def test_an_own_check_enters_the_verdict(images, rows, digits, own_check):
         assert judged["released"] == (n == 0)
         longer = audit(data, {own_check: {"least": 20}}) # its own parameter
         assert counts(longer, data.modality)[own_check] == len(data)
-        if n: pytest.raises(DataError, stop_on, found, [own_check]).match("1 samples have short names \\(a\\); rename them, or take")
+        if n:
+            with pytest.raises(DataError, match="1 samples have short names \\(a\\); rename them, or take"):
+                stop_on(found, [own_check])
 
 def test_a_check_of_an_installed_package(rows, tmp_path, monkeypatch):
     "Found by its entry point; one that cannot be used is named."
@@ -330,11 +335,13 @@ def test_a_check_of_an_installed_package(rows, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "site")
     data = rows(*example("diabetes"))
-    install("ward", "even_rows = ward:even_rows", "from mlkit.audit.base import Finding, check\n@check('rows')\n"
-            "def even_rows(data):\n    yield Finding('info', len(data) // 2, 'half of the rows are even', 'smile')\n")
-    assert of(audit(data), "even_rows")[0].count == 221 and counts([], "rows")["even_rows"] == 0 and "even_rows" not in counts([], "image")
+    source = ("from mlkit.audit.base import Finding, check\n@check('rows')\ndef even_rows(data):\n"
+              "    yield Finding('info', len(data) // 2, 'half of the rows are even', 'smile')\n")
+    install("ward", "even_rows = ward:even_rows", source)
+    assert of(audit(data), "even_rows")[0].count == 221
+    assert counts([], "rows")["even_rows"] == 0 and "even_rows" not in counts([], "image")
     install("broken", "odd_rows = broken:odd_rows", "import no_such_package\n")
-    with pytest.raises(ConfigError, match="'odd_rows': its entry point broken:odd_rows cannot be imported .*no_such_package"):
+    with pytest.raises(ConfigError, match="'odd_rows': its entry point broken:odd_rows cannot be .*no_such_package"):
         audit(data)
     del CHECKS["even_rows"]
 
@@ -362,9 +369,10 @@ def test_same_bytes_on_any_number_of_threads(tmp_path):
         contract, _ = t.ingest_table(t.Frame(frame), parts, target, None, 100_000, progress=lambda line: None)
         print(json.dumps([asdict(f) for f in t.audit(t.table_data(t.read_parts(parts), contract, t.of_rows()))]))"""
     def run(n):
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "PYTHONHASHSEED"), str(n))
-        return subprocess.run([sys.executable, "-c", code, tmp_path / f"parts{n}"], cwd=Path(__file__).resolve().parents[1],
-                              env=os.environ | threads, capture_output=True, text=True, check=True).stdout
+        names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "PYTHONHASHSEED"
+        command, root = [sys.executable, "-c", code, tmp_path / f"parts{n}"], Path(__file__).resolve().parents[1]
+        env = os.environ | dict.fromkeys(names, str(n))
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout
     assert (one := run(1)) == run(4) and len(json.loads(one)) >= 1
 
 def test_more_rows_than_are_looked_at(tmp_path):
