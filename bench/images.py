@@ -69,7 +69,7 @@ def main():
         def ours(engine):
             def run():
                 loader = Loader(d / "shards", index, labels, recipe, 64, engine=engine, n_threads=a.threads)
-                yield from loader.epoch(0)
+                yield from loader.batches(loader.order(0), loader.batch_size, 0)
                 loader.close()
             return run
         contenders = {"torch DataLoader with Pillow": torch_loader(WithPillow), "torch DataLoader with OpenCV": torch_loader(WithOpenCV), "mlkit with OpenCV": ours("opencv"), "mlkit with DALI (CPU mode)": ours("dali-cpu")}

@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from conftest import checkout
-from mlkit.flow.config import code_cells
+from mlkit.flow.notebook import code_cells
 from mlkit.core import read_json, sha256, write_json
 from mlkit.flow.runner import load_project
 from mlkit.flow.warm import socket_path
@@ -76,7 +76,7 @@ def default_project(root: Path):
     "This checkout, as if it had never run."
     checkout(root)
     (root / "dvc.lock").unlink(missing_ok=True)
-    for f in (root / "mlkit").glob("*.py"): f.touch() # newer than their notebooks: nothing to export
+    for f in (root / "mlkit").rglob("*.py"): f.touch() # newer than their notebooks: nothing to export
 
 
 def default_result(root: Path) -> list[str]:
@@ -201,7 +201,7 @@ def execute(command: list, cwd: Path, env: dict) -> float:
 
 def parents() -> list[psutil.Process]:
     "The warm parents of this benchmark, and kernels that they have forked: their sockets lie in a folder of ours."
-    return [p for p in psutil.process_iter(["cmdline"]) if str(socket_path().parent) in " ".join(p.info["cmdline"] or []) and "mlkit.warm" in " ".join(p.info["cmdline"])]
+    return [p for p in psutil.process_iter(["cmdline"]) if str(socket_path().parent) in " ".join(p.info["cmdline"] or []) and "mlkit.flow.warm" in " ".join(p.info["cmdline"])]
 
 
 def set_parent(state: str | None, env: dict[str, str]):

@@ -39,10 +39,14 @@ def moments(v): # of a number, its missing values left out
 
 def with_mlkit(data, out):
     from mlkit.data.engines import open_parts
-    from mlkit.inputs.rows import prepare_table
+    from mlkit.core import write_json
+    from mlkit.data.split import Split
+    from mlkit.inputs.rows import prepare_rows
     columns = [*(SimpleNamespace(name=n, dtype="int64" if n == "k" else "float64") for n in NUMBERS), *(SimpleNamespace(name=n, dtype="category") for n in CATEGORIES)]
-    contract = SimpleNamespace(task="regression", features=columns, target=SimpleNamespace(name="y", categories=()), group=None, time=None)
-    with open_parts(data, "polars") as parts: prepare_table(parts, contract, out, dict(zip(SPLITS, (0.7, 0.15, 0.15))), 0, "random", None)
+    contract = SimpleNamespace(task="regression", features=columns, target=SimpleNamespace(name="y", dtype="float64", categories=()), group=None, time=None)
+    with open_parts(data, "polars") as parts:
+        rows, *_ = prepare_rows(parts, contract, out, Split(dict(zip(SPLITS, (0.7, 0.15, 0.15)))))
+    write_json(out / "features.json", rows.features)
 
 def with_pandas(data, out):
     import numpy as np, pandas as pd
@@ -129,9 +133,9 @@ CONTENDERS = {"pandas": with_pandas, "Polars by hand": with_polars, "DuckDB": wi
 
 def one(name, data, out):
     "In its own process. Its packages are imported before the clock starts."
-    import numpy, pandas, polars, pyarrow.parquet
-    if name == "DuckDB": import duckdb
-    if name == "mlkit": import mlkit.inputs.rows, mlkit.data.engines
+    import numpy, pandas, polars, pyarrow.parquet # noqa: F401
+    if name == "DuckDB": import duckdb # noqa: F401
+    if name == "mlkit": import mlkit.inputs.rows, mlkit.data.engines # noqa: F401
     begin = time.perf_counter(), time.process_time()
     CONTENDERS[name](data, out)
     print(json.dumps({"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
@@ -139,12 +143,12 @@ def one(name, data, out):
 def same(out, reference):
     "Raises `AssertionError` where rows or features are not mlkit's."
     import numpy as np, polars as pl
-    transform = json.loads((reference / "transform.json").read_text())
+    features = json.loads((reference / "features.json").read_text())
     for s in SPLITS:
         for c in ("_row", "y", *CATEGORIES): assert pl.read_parquet(out / f"{s}.parquet", columns=[c]).equals(pl.read_parquet(reference / f"{s}.parquet", columns=[c])), (s, c)
         with open(reference / f"{s}.safetensors", "rb") as f: head = int.from_bytes(f.read(8), "little"); shape = json.loads(f.read(head))["X"]["shape"]
         X = np.memmap(reference / f"{s}.safetensors", np.float32, "r", 8 + head, tuple(shape))
-        for j, name in enumerate(transform["features"]):
+        for j, name in enumerate(features):
             x = pl.read_parquet(out / f"{s}.features.parquet", columns=[name])[name].to_numpy()
             assert x.dtype == np.float32 and x.shape == (shape[0],) and np.abs(x - X[:, j]).max() < 1e-5, (s, name)
 

@@ -9,14 +9,22 @@ import hashlib, json, os
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #c5846900
-class MlkitError(Exception): "What a user can mend. The message is one line: what, where, what to do."
-class ConfigError(MlkitError, ValueError): "A parameter is missing, unknown or out of range."
-class DataError(MlkitError, ValueError): "The data break their contract, or cannot be read."
-class StageError(MlkitError, RuntimeError): "A stage is declared wrongly, or lacks an input."
-class ExportError(MlkitError, RuntimeError): "A model cannot be exported, or its export differs from it."
-class ServeError(MlkitError, RuntimeError): "The server cannot start, or answers wrongly."
-class SetupError(MlkitError, RuntimeError): "Something that should be installed is missing."
-class RegistryError(MlkitError, RuntimeError): "The registry refuses, or its files are not what it says."
+class MlkitError(Exception):
+    "A person can mend it. The message is one line: what, where, what to do."
+class ConfigError(MlkitError, ValueError):
+    "A parameter is missing, unknown or out of range."
+class DataError(MlkitError, ValueError):
+    "The data break their contract, or cannot be read."
+class StageError(MlkitError, RuntimeError):
+    "A stage is declared wrongly, or lacks an input."
+class ExportError(MlkitError, RuntimeError):
+    "A model cannot be exported, or its export differs from it."
+class ServeError(MlkitError, RuntimeError):
+    "The server cannot start, or answers wrongly."
+class SetupError(MlkitError, RuntimeError):
+    "A package or program is missing."
+class RegistryError(MlkitError, RuntimeError):
+    "The registry refuses, or its files have changed."
 
 # %% ../nbs/00_core.ipynb #f2e07be4
 DISTRIBUTION = "mlkit-lifecycle" # as in pyproject.toml
@@ -25,11 +33,12 @@ DISTRIBUTION = "mlkit-lifecycle" # as in pyproject.toml
 def nearest(
     name: str, # What the user wrote
     known, # Iterable of str: what could have been meant
-) -> str: # ` (did you mean 'x'?)`, or the known names if none is near
+) -> str: # "; did you mean 'x'?", or the known names if none is near
     "The end of an error message about an unknown `name`."
     import difflib
     known = sorted(map(str, known))
-    if close := difflib.get_close_matches(str(name), known, n=1, cutoff=0.6): return f"; did you mean '{close[0]}'?"
+    if close := difflib.get_close_matches(str(name), known, n=1, cutoff=0.6):
+        return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(known)}" if known else ""
 
 # %% ../nbs/00_core.ipynb #c70965ae
@@ -38,8 +47,9 @@ def project_root(
 ) -> Path: # Absolute path of the nearest folder that holds `params.yaml`
     "The project that `start` is in. Raises `ConfigError` where there is none."
     start = Path(start or Path.cwd()).resolve()
-    for d in (start, *start.parents):
-        if (d / "params.yaml").is_file(): return d
+    for folder in (start, *start.parents):
+        if (folder / "params.yaml").is_file():
+            return folder
     raise ConfigError(f"{start}: no params.yaml here or above; go to the project's folder")
 
 # %% ../nbs/00_core.ipynb #ce37ec87
@@ -50,27 +60,34 @@ def write_atomic(
     "Write `content` so that `path` holds all of it or is not touched. Raises `OSError` (disk full, no permission)."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as f:
+        with open(aside, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #6ea9dafc
 def write_json(path: str | Path, value) -> Path:
-    "Write `value` as JSON, the same bytes for the same value (insertion order kept, no NaN). Raises `ValueError` on NaN."
-    return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    "Write `value` as JSON: insertion order kept, no NaN. Raises `ValueError` on NaN."
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_atomic(path, text + "\n")
 
 def read_json(path: str | Path):
-    "The value in a JSON file. Raises `DataError` that names the file where it is missing or is no JSON."
-    try: return json.loads(Path(path).read_bytes())
-    except FileNotFoundError: raise DataError(f"{path}: no such file") from None
-    except ValueError as e: raise DataError(f"{path}: not valid JSON ({e})") from None
+    "The value in a JSON file. Raises `DataError` that names the file where it is missing or holds no JSON."
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except ValueError as e:
+        raise DataError(f"{path}: not valid JSON ({e})") from None
 
 # %% ../nbs/00_core.ipynb #f75519f6
 def sha256(path: str | Path) -> str: # 64 hex digits
     "SHA-256 of one file (FIPS 180-4), read in blocks."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -4,16 +4,16 @@
 __all__ = ['LOW_DISK', 'TITLES', 'MARKS', 'Row', 'unmet', 'doctor', 'failing', 'doctor_table']
 
 # %% ../nbs/04_doctor.ipynb #ac8b94f6
-import os, shutil, sys, importlib.metadata, importlib.util
+import importlib.metadata, os, shutil, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import DISTRIBUTION, SetupError
 from .device import Found, PACKAGES, add_command, find, gibibytes
-from .jobs import choose
+from .jobs import THREADS, choose, threads_for
 
-# %% ../nbs/04_doctor.ipynb #063ee0b2
+# %% ../nbs/04_doctor.ipynb #501e9f78
 @dataclass(frozen=True)
 class Row:
     "A line of `mlkit doctor`."
@@ -25,76 +25,124 @@ class Row:
     mark: str = "ok" # ok; none: absent, not needed; warn; fail: `mlkit repro` needs it
     gpu: bool = False # The command is of use only with a GPU, and there is none
 
-LOW_DISK = 5 << 30 # bytes
-
-
-def _hardware(found, root):
-    yield Row("Machine", "CPU", f"{found.cores} core{'s' * (found.cores > 1)}, {gibibytes(found.memory)}", f"{os.uname().machine}, Python {sys.version.split()[0]}")
+# %% ../nbs/04_doctor.ipynb #3bb507b1
+def _cpu_and_gpus(found):
+    cores = f"{found.cores} core{'s' * (found.cores > 1)}"
+    python = sys.version.split()[0]
+    yield Row("Machine", "CPU", f"{cores}, {gibibytes(found.memory)}", f"{os.uname().machine}, Python {python}")
     cuda = ".".join(map(str, found.driver_cuda))
     for gpu, n in Counter(found.gpus).items():
-        yield Row("Machine", "GPU", f"{f'{n} × ' if n > 1 else ''}{gibibytes(gpu.memory)}", f"{gpu.name}, compute capability {gpu.cc}, driver for CUDA {cuda}")
-    if not found.gpus: yield Row("Machine", "GPU", "none", found.no_gpu, mark="none")
+        state = gibibytes(gpu.memory) if n == 1 else f"{n} × {gibibytes(gpu.memory)}"
+        why = f"{gpu.name}, compute capability {gpu.cc}, driver for CUDA {cuda}"
+        yield Row("Machine", "GPU", state, why)
+    if not found.gpus:
+        yield Row("Machine", "GPU", "none", found.no_gpu, mark="none")
+
+# %% ../nbs/04_doctor.ipynb #95dc8422
+LOW_DISK = 5 << 30 # bytes
+
+def _disk(root):
     free = shutil.disk_usage(root).free
-    low = free < LOW_DISK
-    yield Row("Machine", "Disk", f"{gibibytes(free)} free", "below 5 GiB: data and models may not fit" if low else "", mark="warn" if low else "ok")
+    if free < LOW_DISK:
+        why = f"below {gibibytes(LOW_DISK)}: data and models may not fit"
+        return Row("Machine", "Disk", f"{gibibytes(free)} free", why, mark="warn")
+    return Row("Machine", "Disk", f"{gibibytes(free)} free")
 
 # %% ../nbs/04_doctor.ipynb #b9cb8d54
+def _wrong(requirement): # what is wrong with it; '' where nothing is
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if requirement.specifier.contains(version, prereleases=True):
+        return ""
+    return f"{requirement.name} is {version}, not {requirement.specifier}"
+
 def unmet(
     dist: str = DISTRIBUTION, # An installed distribution
 ) -> tuple[int, list[str]]: # How many it requires, and what is wrong with some
     "The requirements that the environment does not meet."
     from packaging.requirements import Requirement
-    try: required = map(Requirement, importlib.metadata.requires(dist) or [])
-    except importlib.metadata.PackageNotFoundError: return 1, [f"{dist} is not installed"]
-    required, wrong = [r for r in required if not r.marker or r.marker.evaluate({"extra": ""})], []
-    for r in required:
-        try: version = importlib.metadata.version(r.name)
-        except importlib.metadata.PackageNotFoundError: wrong.append(f"{r.name} is missing"); continue
-        if not r.specifier.contains(version, prereleases=True): wrong.append(f"{r.name} is {version}, not {r.specifier}")
-    return len(required), wrong
+    try:
+        every = [Requirement(r) for r in importlib.metadata.requires(dist) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return 1, [f"{dist} is not installed"]
+    required = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
+    return len(required), [why for r in required if (why := _wrong(r))]
 
-# %% ../nbs/04_doctor.ipynb #762fbe4a
-def _project(found, root):
+# %% ../nbs/04_doctor.ipynb #8ec94781
+def _packages(found):
     n, wrong = unmet()
-    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    yield Row("Machine", "Packages", f"{n - len(wrong)} of {n}", wrong[0] + more if wrong else "the versions that mlkit requires",
-        add_command("", found.checkout) if wrong else "", "fail" if wrong else "ok")
-    if not (root / "params.yaml").is_file(): yield Row("Machine", "Project", "none", "no params.yaml in this folder", "mlkit new DIR", "none")
-    elif not (root / ".dvc").is_dir():
-        git = any((d / ".git").exists() for d in (root, *root.parents))
-        yield Row("Machine", "Project", "no DVC", "DVC is not set up in this folder", "dvc init" if git else "git init && dvc init", "fail")
-    else: yield Row("Machine", "Project", root.name, str(root))
+    if not wrong:
+        return Row("Machine", "Packages", f"{n} of {n}", "the versions that mlkit requires")
+    why = wrong[0] + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+    return Row("Machine", "Packages", f"{n - len(wrong)} of {n}", why, add_command("", found.checkout), "fail")
 
-# %% ../nbs/04_doctor.ipynb #986259ac
-TITLES = {"train": "Training", "images": "Images", "tables": "Tables", "build": "Engine build", "run": "Inference", "serve": "Serving"}
+# %% ../nbs/04_doctor.ipynb #26e7d256
+def _project(root):
+    if not (root / "params.yaml").is_file():
+        return Row("Machine", "Project", "none", "no params.yaml in this folder", "mlkit new DIR", "none")
+    if (root / ".dvc").is_dir():
+        return Row("Machine", "Project", root.name, str(root))
+    in_git = any((folder / ".git").exists() for folder in (root, *root.parents))
+    command = "dvc init" if in_git else "git init && dvc init"
+    return Row("Machine", "Project", "no DVC", "DVC is not set up in this folder", command, "fail")
 
-def _jobs(found, root):
-    for job, title in TITLES.items():
-        try: c = choose(job, "auto", found)
-        except SetupError as e:
-            yield Row("Jobs", title, "cannot run", str(e).split("cannot be used here: ")[-1], "", "fail"); continue
-        needed = job == "serve" and (root / "nbs/stages/serve.ipynb").is_file()
-        idle = job == "train" and c.engine == "cpu" and found.gpus # a GPU that training cannot use
-        mark = "warn" if idle else "ok" if c.engine != "none" else "fail" if needed else "none"
-        state = ", ".join(filter(None, [c.engine, c.options.get("precision")]))
-        yield Row("Jobs", title, state, c.reason.replace(f"no GPU: {found.no_gpu}", "no GPU"), c.missing_command, mark)
+# %% ../nbs/04_doctor.ipynb #daf568ce
+TITLES = {"train": "Training", "images": "Images", "tables": "Tables", "build": "Compilation", "run": "Inference",
+          "serve": "Serving"}
 
-def _installed(found):
-    for name, p in PACKAGES.items():
-        version = found.packages.get(name)
-        use = f"{p.use}; built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}" if name == "torch" and version else p.use
-        yield Row("Installed", name, version or "not installed", use, "" if version else add_command(p.add, found.checkout), "ok" if version else "none", p.gpu and not found.gpus)
-    where = found.programs.get("tritonserver") or ("in the serving environment" if "triton environment" in found.programs else "")
-    yield Row("Installed", "Triton", "found" if where else "not installed", where or "serving", "" if where else "mlkit setup", "ok" if where else "none")
+def _mark(decision, found, serves): # `serves`: the project has a stage that serves
+    if decision.job == "train" and decision.engine == "cpu" and found.gpus:
+        return "warn"
+    if decision.engine != "none":
+        return "ok"
+    return "fail" if decision.job == "serve" and serves else "none"
+
+def _job(job, found, serves):
+    try:
+        decision = choose(job, "auto", found)
+    except SetupError as e:
+        return Row("Jobs", TITLES[job], "cannot run", str(e).split("cannot be used here: ")[-1], mark="fail")
+    state = ", ".join(filter(None, [decision.engine, decision.options.get("precision")]))
+    why = decision.reason.replace(f"no GPU: {found.no_gpu}", "no GPU") # the machine's rows say why
+    return Row("Jobs", TITLES[job], state, why, decision.missing_command, _mark(decision, found, serves))
+
+# %% ../nbs/04_doctor.ipynb #4d808966
+def _threads(found):
+    all_cores = [job for job, (n, _) in THREADS.items() if n is None]
+    why = f"{threads_for('train').reason}; {' and '.join(all_cores)}: {found.cores}"
+    return Row("Jobs", "Threads", f"{threads_for('train').n} a job", why)
+
+# %% ../nbs/04_doctor.ipynb #5ea21b68
+def _package(name, found):
+    package, version = PACKAGES[name], found.packages.get(name)
+    use = package.use
+    if name == "torch" and version:
+        use += f"; built for {f'CUDA {found.torch_cuda}' if found.torch_cuda else 'the CPU'}"
+    if version:
+        return Row("Installed", name, version, use)
+    useless = package.gpu and not found.gpus
+    return Row("Installed", name, "not installed", use, add_command(package.add, found.checkout), "none", useless)
+
+def _triton(found):
+    if path := found.programs.get("tritonserver"):
+        return Row("Installed", "Triton", "found", path)
+    if "triton environment" in found.programs:
+        return Row("Installed", "Triton", "found", "in the serving environment")
+    return Row("Installed", "Triton", "not installed", "serving", "mlkit setup", "none")
 
 # %% ../nbs/04_doctor.ipynb #8dbec838
 def doctor(
     root: Path, # The project, or any folder
     found: Found | None = None, # None: this machine
 ) -> list[Row]:
-    "What the machine has, what each job uses, and how to add what is missing. Raises `ConfigError` on a wrong MLKIT_DEVICE."
+    "What the machine has, what each job uses, and what is missing. Raises `ConfigError` on a wrong MLKIT_DEVICE."
     found, root = found or find(), Path(root).resolve()
-    return [*_hardware(found, root), *_project(found, root), *_jobs(found, root), *_installed(found)]
+    serves = (root / "nbs/stages/serve.ipynb").is_file()
+    machine = [*_cpu_and_gpus(found), _disk(root), _packages(found), _project(root)]
+    jobs = [*(_job(job, found, serves) for job in TITLES), _threads(found)]
+    return [*machine, *jobs, *(_package(name, found) for name in PACKAGES), _triton(found)]
 
 def failing(rows: list[Row]) -> list[Row]:
     "What `mlkit repro` needs and does not have: where there is any, `mlkit doctor` exits with 1."
@@ -103,24 +151,32 @@ def failing(rows: list[Row]) -> list[Row]:
 # %% ../nbs/04_doctor.ipynb #7e953cd9
 MARKS = {"ok": ("✓", "green"), "none": ("–", "dim"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 
-def _table(rows, part, widths):
+def _table(part, rows, widths):
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=part, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(width=1)
-    for w in widths: table.add_column(width=w, overflow="fold")
-    table.add_column(overflow="fold")
+    table = Table(title=part, title_justify="left", title_style="bold", box=None, show_header=False,
+                  pad_edge=False, padding=(0, 2, 0, 0))
+    for width in (1, *widths, None):
+        table.add_column(width=width, overflow="fold")
     for r in rows:
         mark, style = MARKS[r.mark]
-        if r.part == part: table.add_row(Text(mark, style), r.thing, Text(r.state, "dim" if r.mark == "none" else ""), Text(r.why, "dim"))
+        state = Text(r.state, "dim" if r.mark == "none" else "")
+        table.add_row(Text(mark, style), r.thing, state, Text(r.why, "dim"))
     return table
 
+# %% ../nbs/04_doctor.ipynb #12e3a61b
 def _to_add(rows): # lines (thing, command), a command once
-    seen = set()
+    commands = {}
     for r in sorted(rows, key=lambda r: (r.mark != "fail", r.part == "Jobs", r.gpu)):
-        if r.command and r.command not in seen:
-            seen.add(r.command)
-            yield r.thing, r.command + ("  # needs a GPU" if r.gpu else "")
+        if r.command and r.command not in commands:
+            commands[r.command] = (r.thing, r.command + ("  # needs a GPU" if r.gpu else ""))
+    return list(commands.values())
+
+# %% ../nbs/04_doctor.ipynb #50aaa2f6
+def _verdict(rows): # the last line, and its style
+    if held_up := failing(rows):
+        return f"✗ 'mlkit repro' is held up by: {', '.join(r.thing for r in held_up)}", "bold red"
+    return "✓ this machine has what 'mlkit repro' needs", "green"
 
 # %% ../nbs/04_doctor.ipynb #11908e6c
 def doctor_table(
@@ -131,14 +187,19 @@ def doctor_table(
     "`rows` for a person to read."
     from io import StringIO
     from rich.console import Console
-    if color is None: color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = max(60, width or shutil.get_terminal_size((100, 24)).columns)
-    out = Console(file=StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False, color_system="standard" if color else None)
+    out = Console(file=StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False,
+                  color_system="standard" if color else None)
     widths = [max(len(r.thing) for r in rows), min(22, max(len(r.state) for r in rows))]
-    for part in dict.fromkeys(r.part for r in rows): out.print(_table(rows, part, widths)); out.print()
-    if add := list(_to_add(rows)):
+    for part in dict.fromkeys(r.part for r in rows):
+        out.print(_table(part, [r for r in rows if r.part == part], widths))
+        out.print()
+    if to_add := _to_add(rows):
         out.print("To add what is missing", style="bold")
-        for thing, command in add: out.print(f"  {thing:{widths[0]}}  {command}", markup=False, soft_wrap=True)
-    n = len(failing(rows))
-    out.print(f"\n{'✗' if n else '✓'} " + (f"'mlkit repro' is held up by: {', '.join(r.thing for r in failing(rows))}" if n else "this machine has what 'mlkit repro' needs"), style="bold red" if n else "green")
+        for thing, command in to_add:
+            out.print(f"  {thing:{widths[0]}}  {command}", markup=False, soft_wrap=True)
+    text, style = _verdict(rows)
+    out.print(f"\n{text}", style=style)
     return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())

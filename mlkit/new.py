@@ -192,7 +192,7 @@ def choose(
     name: str, # Of the project
     target: str | None, # Of a table: the column to predict
 ) -> dict[str, dict[str, Choice]]: # See `params_text`
-    "The values for these data; why a column was taken for what it is joins `found.reasons`. Raises `ConfigError`, `DataError`."
+    "The values for these data; why a column was taken for what it is joins `found.seen`. Raises `ConfigError`, `DataError`."
     with tempfile.TemporaryDirectory(prefix="mlkit-new-") as d:
         shards = Path(d) / "shards"
         contract = find_input(found.modality).ingest(found, shards, None, target).contract
@@ -203,7 +203,7 @@ def choose(
             raise DataError(f"{source}: {e}") from None
     for column in contract.columns if found.modality == "rows" else ():
         is_target = ", the target" if column is contract.target else ""
-        found.reasons.append(f"{column.name}: {column.dtype}{is_target}; {column.why}")
+        found.seen.append(f"{column.name}: {column.dtype}{is_target}; {column.why}")
     return {stage: values for stage, values in sections.items() if values}
 
 def new_project(

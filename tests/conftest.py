@@ -1,5 +1,5 @@
 "One finished run of the whole pipeline, in a copy of this checkout; each test gets a clone of it that it may break."
-import hashlib, json, os, re, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -71,7 +71,7 @@ class Project:
 
     def outputs(self, *names): # of all stages, or of these
         "path: SHA-256 of every file that the stages declare and that is there."
-        declared = [p for n, s in self.stages.items() if not names or n in names for p in [*s["outs"], *s.get("metrics", [])]]
+        declared = [p for n, s in self.stages.items() if not names or n in names for p in [*s.get("outs", []), *s.get("metrics", [])]] # the index is a view and declares none
         files = [f for p in declared for f in ([self / p] if (self / p).is_file() else sorted((self / p).rglob("*")))]
         return {f.relative_to(self.root).as_posix(): sha256(f) for f in files if f.is_file()}
 
@@ -81,13 +81,13 @@ class Project:
         outputs = self.outputs()
         excepted = [f for f in outputs if differs_by_right(f)]
         def known(entry): return entry["path"] if any(f"{f}/".startswith(f"{entry['path']}/") for f in excepted) else entry
-        lock = {f"dvc.lock: {s}": e | {k: [known(x) for x in e[k]] for k in ("deps", "outs")} for s, e in YAML(typ="safe").load(self / "dvc.lock")["stages"].items()}
+        lock = {f"dvc.lock: {s}": e | {k: [known(x) for x in e[k]] for k in ("deps", "outs") if k in e} for s, e in YAML(typ="safe").load(self / "dvc.lock")["stages"].items()}
         return {f: h for f, h in outputs.items() if f not in excepted} | lock
 
     def strays(self):
         "Files that a stage which was stopped should not have left: those aside, and the temporary ones."
         found = [f for d in ("data", "models", "serving", "reports", ".mlkit/aside") if (self / d).exists() for f in (self / d).rglob("*")]
-        kept = set(self.outputs())
+        kept = {*self.outputs(), "reports/index.html"}
         return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
 
     def processes(self):

@@ -28,19 +28,21 @@ def untouched(broken):
 # params.yaml
 
 BAD_PARAMS = {
-    "typo": ("  label_smoothing: 0.05", "  label_smothing: 0.05", ["params.yaml", "train", "label_smothing", "did you mean 'label_smoothing'"]),
-    "missing": ("  width: 24\n  dropout: 0.1", "  dropout: 0.1", ["params.yaml", "train", "lacks", "width", "add for example"]),
+    "typo": ("  batch_size: 64", "  batch_sise: 64", ["params.yaml", "train", "batch_sise", "did you mean 'batch_size'"]),
+    "unknown network": ("name: small_cnn", "name: smal_cnn", ["params.yaml", "train.model", "smal_cnn", "did you mean 'small_cnn'"]),
+    "unknown parameter of a network": ("width: 24", "widht: 24", ["params.yaml", "train.model", "widht", "did you mean 'width'"]),
     "mistyped": ("  n_epochs: 30", "  n_epochs: many", ["params.yaml", "train.n_epochs", "integer", "'many'"]),
     "float for int": ("  n_epochs: 30", "  n_epochs: 30.5", ["params.yaml", "train.n_epochs", "30.5"]),
-    "text for number": ("  lr: 0.005", "  lr: '0.005'", ["params.yaml", "train.lr", "'0.005'"]),
+    "text for number": ("lr: 0.005", "lr: '0.005'", ["params.yaml", "train.optimizer.lr", "'0.005'"]),
     "out of range": ("  n_epochs: 30", "  n_epochs: 0", ["params.yaml", "train.n_epochs", "greater than 0"]),
     "not a choice": ("  engine: auto ", "  engine: rocket ", ["params.yaml", "export.engine", "tensorrt", "rocket"]),
     "unknown section": ("train:\n  model", "trian:\n  model", ["params.yaml", "no stage is called 'trian'", "did you mean 'train'"]),
-    "no values": ("explain:\n  n_correct: 6", "explain: 6\nx:\n  n_correct: 6", ["params.yaml"]),
-    "no YAML": ("  lr: 0.005", "  lr: [0.005", ["params.yaml, line", "not valid YAML"]),
+    "no values": ("explain:\n  n_ordinary: 6", "explain: 6\nx:\n  n_ordinary: 6", ["params.yaml"]),
+    "no YAML": ("lr: 0.005", "lr: [0.005", ["params.yaml, line", "not valid YAML"]),
     "a tab": ("  n_bins: 10", "\tn_bins: 10", ["params.yaml, line", "not valid YAML"]),
     "twice": ("  n_epochs: 30", "  n_epochs: 30\n  n_epochs: 3", ["params.yaml, line", "n_epochs"]),
-    "negative": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
+    "no bound": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
+    "instructions": ("train:\n  model", "pipeline: {instruction_set: sse}\ntrain:\n  model", ["params.yaml", "pipeline.instruction_set", "avx2"]),
 }
 
 @pytest.mark.parametrize("case", BAD_PARAMS)
@@ -98,28 +100,54 @@ def test_unreadable_image_blocks_by_name(pictures):
     assert "cannot be decoded" in failed and "Balance" in failed
     assert ran(pictures.mlkit("repro", "audit", rc=1).stdout) == ["audit"] # what was finished is kept
 
+def test_what_is_left_out_is_counted_on_the_page(fresh, tmp_path):
+    "By reason, with names; the rest is brought in. A class that loses all its images stops the run in one line."
+    project, random = fresh.clone(tmp_path / "project"), np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (project / "raw" / label).mkdir(parents=True)
+        for i, ending in enumerate([".png"] * 6 + [".jpg", ".gif"]):
+            image = random.integers(0, 255, (20, 20, 3)).astype(np.uint8)
+            (project / f"raw/{label}/{i}{ending}").write_bytes(cv2.imencode(ending, image)[1].tobytes())
+    deep = random.integers(0, 65535, (20, 20, 3)).astype(np.uint16)
+    (project / "raw/cat/deep.png").write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+    for i in range(3): (project / f"raw/dog/{i}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    project.param(ingest__source="raw")
+    assert ran(project.mlkit("repro", "ingest").stdout) == ["ingest"]
+    assert project.json("reports/metrics/ingest.json")["samples"] == 17
+    page = (project / "reports/ingest.html").read_text()
+    for line in ("left out: 3 images: HEIC, which OpenCV does not decode; save it as PNG or JPEG (dog/0.heic, dog/1.heic, dog/2.heic)",
+                 "changed: 1 image: 16 bits a channel, scaled to 8 (cat/deep.png)", "changed: 2 images: GIF"): assert line in page, line
+    for f in (project / "raw/dog").glob("?.[pgj]*"): f.unlink()
+    line = one_line(project.mlkit("repro", "ingest", rc=1), "raw: class 'dog' has lost all its samples (3)", "3 images: HEIC", "dog/0.heic")
+    assert "save it as PNG or JPEG" in line
+
+def splits_of(project):
+    "The split of each image, by its content."
+    return {c: s for s in ("train", "validation", "test") for c in pl.read_parquet(project / f"data/prepared/{s}.parquet")["content"]}
+
 def test_folder_of_images(pictures):
     assert pictures.json("reports/metrics/ingest.json").items() >= {"samples": 121, "classes": 3}.items()
     pictures.param(audit__block=["conflict"])
     assert ran(pictures.mlkit("repro", "prepare").stdout) == ["audit", "prepare"]
     from safetensors.numpy import load_file
-    transform = pictures.json("data/prepared/transform.json")
-    assert transform["shape"] == [16, 16, 3] and transform["classes"] == sorted(["cat", "dog & co", EVIL])
+    task = pictures.json("data/prepared/task.json")
+    classes = task["target"]["classes"]
+    assert task["input"]["shape"] == [16, 16, 3] and classes == sorted(["cat", "dog & co", EVIL])
     n = 0
     for split in ("train", "validation", "test"):
         (X, y), = [tuple(load_file(pictures / f"data/prepared/{split}.safetensors")[k] for k in ks) for ks in (("X", "y"),)]
         n += len(X)
         assert X.shape[1:] == (16, 16, 3) and X.dtype == np.uint8
         for c, label in enumerate(("cat", "dog & co", EVIL)): # blue, green, red: channel 2, 1, 0 in RGB
-            assert (X[y == transform["classes"].index(label)].mean((0, 1, 2)).argmax() == 2 - c)
+            assert (X[y == classes.index(label)].mean((0, 1, 2)).argmax() == 2 - c)
     assert n == 120 and pictures.json("reports/metrics/prepare.json")["left_out"] == 1
-    assert pl.read_parquet(pictures / "data/splits.parquet")["content"].null_count() == 0
+    assert len(splits_of(pictures)) == 120
 
 def test_one_more_image_changes_no_split(pictures):
-    before = dict(pl.read_parquet(pictures / "data/splits.parquet").select("content", "split").iter_rows())
+    before = splits_of(pictures)
     cv2.imwrite(str(pictures / "raw/cat/aaa.png"), np.random.default_rng(9).integers(0, 255, (30, 30, 3), np.uint8))
     assert ran(pictures.mlkit("repro", "prepare").stdout) == ["ingest", "audit", "prepare"]
-    after = dict(pl.read_parquet(pictures / "data/splits.parquet").select("content", "split").iter_rows())
+    after = splits_of(pictures)
     assert len(after) == len(before) + 1 and all(after[c] == s for c, s in before.items())
 
 # The machine
@@ -147,7 +175,7 @@ def small_disk(finished, tmp_path_factory):
 def test_full_disk(small_disk, left_kb):
     "Full from the start, while the stage writes, and while DVC takes what it wrote: its outputs need about 2 MB."
     project, ballast = small_disk, small_disk.root.parent / "ballast"
-    project.param(ingest__shard_size=500 + left_kb)
+    project.param(ingest__samples_per_file=500 + left_kb)
     before = project.outputs()
     with open(ballast, "wb") as f: os.posix_fallocate(f.fileno(), 0, shutil.disk_usage(project.root).free - left_kb * 1024)
     try: done = project.mlkit("repro", "prepare", rc=None)
@@ -167,7 +195,7 @@ def test_full_disk(small_disk, left_kb):
 def stopped(finished, tmp_path_factory):
     "A clone with much to run, whose runs are stopped one after the other."
     project = finished.clone(tmp_path_factory.mktemp("stopped") / "project")
-    project.param(ingest__shard_size=600, train__seed=1, train__n_epochs=8)
+    project.param(ingest__samples_per_file=600, train__seed=1, train__n_epochs=8)
     return project
 
 def stop(project, stage, wait, send, group=True):

@@ -1,7 +1,6 @@
 "Commands that a person gives by hand, on the finished project."
 import json, signal, urllib.request
 
-import pytest
 from conftest import one_line, sha256, wait_for
 
 def test_serve_answers_and_ends(project):

@@ -1,11 +1,11 @@
 "How data go wrong, and how they merely vary: each way through 'mlkit contract check', with what it must say and how long it may take."
-import gzip, json, subprocess
+import gzip, json
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 import cv2, numpy as np, polars as pl, pyarrow as pa
 import pytest
-from conftest import BIN, Project
+from conftest import Project
 
 N = 400 # rows
 
@@ -157,6 +157,10 @@ HARMLESS = {
     "zstd": (lambda t: pa.compress(csv(new), codec="zstd", asbytes=True), "new.csv.zst"),
     "a file called .txt": (lambda t: csv(new, separator="|"), "new.txt"),
     "a temperature below zero": (lambda t: csv(put(new, "temp", 3, "-4")), "new.csv"),
+    "sep=; of Excel": (lambda t: b"sep=;\r\n" + csv(new, separator=";"), "new.csv"),
+    "comments before the header": (lambda t: b"# exported on 2024-03-01, by hand\n#\n" + csv(new), "new.csv"),
+    "lines of a report before the header": (lambda t: b"Patients of 2024\n\n" + csv(new), "new.csv"),
+    "a separator behind every line": (lambda t: csv(new).replace(b"\n", b",\n"), "new.csv"),
 }
 
 @pytest.mark.parametrize("way", HARMLESS)

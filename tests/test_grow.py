@@ -1,10 +1,12 @@
 "Data that grow: new files, new rows, new messages come in with the next `mlkit repro`, and no old row changes its split."
+import json
+
 import numpy as np, polars as pl
 import pytest
 from conftest import ran
 from test_kafka import Broker
 from test_new import new
-from test_source import ask, postgres, s3 # two are fixtures
+from test_source import ask, postgres, s3 # noqa: F401 two are fixtures
 
 def people(n, first=0):
     r = np.random.default_rng(first)
@@ -54,6 +56,30 @@ def grows(project, source, add):
     assert len(before) == 300 and len(after) == 350 and before.items() <= after.items()
     assert repro() == ([], False)
 
+OWN = """#| export
+from mlkit.sources.base import Source, source
+
+@source("clinic")
+class Clinic(Source):
+    "The patients of our clinic."
+    @classmethod
+    def look(cls, name, root): return (root / "patients.csv").stat().st_size
+    def rows(self, chunk_rows=100_000):
+        import polars as pl
+        yield pl.read_csv(self.root / "patients.csv", infer_schema=False)
+    def __init__(self, name, root):
+        super().__init__(name, root)
+        self.says("patients of our clinic")"""
+
+def test_a_source_of_ones_own(project):
+    "One class in the project's notebook, and no edit of mlkit: the pipeline knows it by name, and looks at it."
+    notebook = project.json("nbs/task.ipynb")
+    cell = {"cell_type": "code", "id": "0c0ffee0", "metadata": {}, "execution_count": None, "outputs": [], "source": OWN.splitlines(keepends=True)}
+    (project / "nbs/task.ipynb").write_text(json.dumps(notebook | {"cells": [*notebook["cells"], cell]}))
+    people(300).write_csv(project / "patients.csv")
+    def add(rows): pl.concat([people(300), rows]).write_csv(project / "patients.csv")
+    grows(project, "clinic", add)
+
 def test_a_database(project, postgres):
     def insert(rows): ask(postgres, f"INSERT INTO people VALUES {', '.join(map(str, rows.rows()))}")
     ask(postgres, "CREATE TABLE people (age int, height float8, town text, sick text)")
@@ -67,7 +93,7 @@ def test_a_bucket(project, s3):
 
 def test_a_topic(project):
     "DVC cannot see it: `mlkit repro` looks. What breaks the contract stops every run: what was good before is not taken for what is there now."
-    pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit[kafka]')")
+    pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit-lifecycle[kafka]')")
     def repro(rc=0):
         done = project.mlkit("repro", "ingest", rc=rc)
         return ran(done.stdout), "has changed since" in done.stdout, done.stdout + done.stderr

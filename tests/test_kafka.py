@@ -11,7 +11,7 @@ from mlkit.sources import kafka as sources
 from mlkit.core import DataError, SetupError
 from mlkit.sources.registry import open_source
 
-kafka = pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit[kafka]')")
+kafka = pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit-lifecycle[kafka]')")
 BROKER = """
 import sys
 from confluent_kafka import Producer
@@ -123,7 +123,7 @@ def test_a_message_that_is_no_row(broker, project, value):
     says(lambda: rows(f"{broker.url}/{topic}", project), topic, "partition 2, offset 2 is not one JSON object", "bad=skip")
     assert kept(project) == {}
     found = open_source(f"{broker.url}/{topic}?bad=skip", project)
-    assert pl.concat(found.rows())["n"].to_list() == [1, 2, None] and found.reasons[-1] == "2 messages left out: they hold no row"
+    assert pl.concat(found.rows())["n"].to_list() == [1, 2, None] and found.reasons[-1] == "left out: 2 messages: no row in them"
 
 def test_topic_made_anew(broker, project):
     broker.send("anew", *({"n": i} for i in range(8)))

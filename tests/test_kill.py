@@ -42,7 +42,7 @@ def test_half_written_locks(uninterrupted, tmp_path, file, content):
 def test_half_made_database(fresh, tmp_path):
     "MLflow takes seconds to make its tables. Killed in the midst of it, the next run makes them anew."
     (tmp_path / "tmp").mkdir()
-    client = ["env", f"TMPDIR={tmp_path / 'tmp'}", sys.executable, "-c", f"from mlkit.training.track import mlflow_client; print(mlflow_client('sqlite:///{tmp_path}/mlflow.db').search_experiments()[0].name)"]
+    client = ["env", f"TMPDIR={tmp_path / 'tmp'}", sys.executable, "-c", f"from mlkit.training.store import mlflow_client; print(mlflow_client('sqlite:///{tmp_path}/mlflow.db').search_experiments()[0].name)"]
     with fresh.started(*client) as p:
         wait_for(lambda: p.poll() is not None or any(f.stat().st_size > 200_000 for f in tmp_path.rglob("mlflow.db")), "half of the tables")
         assert p.poll() is None

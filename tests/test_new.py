@@ -3,8 +3,7 @@ import sqlite3
 
 import cv2, numpy as np
 import pytest
-from conftest import ROOT, Project, one_line, ran, sha256
-from ruamel.yaml import YAML
+from conftest import ROOT, Project, one_line, ran
 
 class Made(Project):
     "A project outside the checkout: its mlkit is the installed one."
@@ -24,7 +23,7 @@ def verdict(project):
 
 def status(project):
     "What git would tell of the project: 'A  dvc.lock', '?? champion.json', ..."
-    return project.git("status", "--porcelain").stdout.splitlines()
+    return project.git("status", "--porcelain", ".").stdout.splitlines()
 
 def drive(project, tmp_path):
     "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."
@@ -125,6 +124,8 @@ def test_a_value(tmp_path):
     project, _ = new(tmp_path / "dia", "--from", "diabetes")
     v = verdict(project)
     drive(project, tmp_path)
+    apart = project.dvc("exp", "run", "--temp", "-S", "train.n_epochs=1", "evaluate") # in another folder, by DVC's own copy of git's settings
+    assert ran(apart.stdout) == ["train", "evaluate"] and not status(project)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
     assert project.json("reports/metrics/export.json")["input_difference"] < 1e-5
 

@@ -1,45 +1,75 @@
 "What people open: the pages in a real browser."
-import json, re, shutil, subprocess
+import json
+import re
+import shutil
 from html import unescape
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import EVIL
+from ruamel.yaml import YAML
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OWN = ("update.googleapis.com", "clients2.google.com", "accounts.google.com", "redirector.gvt1.com") # what Chromium asks for by itself, also for an empty page
+QUIET = ["--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-background-networking",
+         "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND"]
 STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"]
+PHONE, DESK = 420, 1200 # Pixels
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    "A function: page -> (its DOM, what its console said, the addresses that it asked for)."
+def browser():
+    "Chromium with a profile of its own."
     if not CHROMIUM: pytest.skip("not run: the pages in a browser; install Debian's chromium")
-    home = tmp_path_factory.mktemp("chromium")
-    def open_page(path, profile=str(home / "profile")):
-        net = home / "net.json"
-        done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync", "--disable-background-networking",
-            "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", f"--log-net-log={net}", "--virtual-time-budget=4000",
-            f"--user-data-dir={profile}", "--dump-dom", path.resolve().as_uri()], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
-        console = [l for l in done.stderr.splitlines() if "CONSOLE" in l]
-        asked = {u for u in re.findall(r'"url":"([^"]*)"', net.read_text()) if u.startswith(("http", "ws", "ftp")) and urlsplit(u).hostname not in OWN}
-        return done.stdout, console, asked
-    return open_page
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield started
+        started.close()
+
+class Seen:
+    "An open page, what its console said, the addresses that it asked for."
+    def __init__(self, context, path):
+        self.console, self.asked = [], set()
+        context.on("request", lambda r: self.asked.add(r.url) if r.url.startswith(("http", "ws", "ftp")) else None)
+        self.page = context.new_page()
+        self.page.on("console", lambda m: None if m.text.startswith("Failed to load resource") else self.console.append(m.text))
+        self.page.on("pageerror", lambda e: self.console.append(str(e)))
+        self.page.goto(path.resolve().as_uri(), wait_until="networkidle", timeout=300_000)
+    @property
+    def dom(self): return self.page.content()
+
+@pytest.fixture
+def browse(browser):
+    "A function: path of a page, and how it is looked at -> `Seen`."
+    contexts = []
+    def look(path, width=DESK, scheme="light"):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        return Seen(contexts[-1], path)
+    yield look
+    for c in contexts: c.close()
 
 def text(dom): return " ".join(unescape(re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<(style|script).*?</\1>", " ", dom))).split())
 def links(dom): return [unescape(u) for u in re.findall(r'(?:href|src)="([^"]*)"', dom)]
 
+def serious(page):
+    "What axe-core finds, by its own judgement serious or critical."
+    from axe_playwright_python.sync_playwright import Axe
+    found = Axe().run(page).response["violations"]
+    return [f"{v['id']} ({len(v['nodes'])}): {v['nodes'][0]['html'][:120]}" for v in found if v["impact"] in ("serious", "critical")]
+
 def test_the_browser_sees_what_it_should(browse, tmp_path):
-    "A control: a page with an error, a request and a script shows all three."
-    (tmp_path / "p.html").write_text('<title>a</title><img src="https://example.com/x.png"><script>document.title = 1337; nowhere()</script>')
-    dom, console, asked = browse(tmp_path / "p.html")
-    assert "<title>1337</title>" in dom and "nowhere is not defined" in console[0] and asked == {"https://example.com/x.png"}
+    "A control: a page with an error, a request, a script and texts that nobody can read shows them all."
+    (tmp_path / "p.html").write_text('<title>a</title><img src="https://example.com/x.png"><p style="color:#999;background:#fff">pale</p>'
+                                     "<script>document.title = 1337; nowhere()</script>")
+    seen = browse(tmp_path / "p.html")
+    assert "<title>1337</title>" in seen.dom and "nowhere is not defined" in seen.console[0] and seen.asked == {"https://example.com/x.png"}
+    assert {f.split()[0] for f in serious(seen.page)} == {"color-contrast", "html-has-lang", "image-alt"}
 
 @pytest.mark.parametrize("page", ["index", "evaluate", "serve", "drift_noisy"])
 def test_page(browse, finished, page):
     path = finished / f"reports/{page}.html"
-    dom, console, asked = browse(path)
-    assert console == [] and asked == set()
+    seen = browse(path)
+    dom = seen.dom
+    assert seen.console == [] and seen.asked == set()
     if page.startswith("drift"): return # Evidently's own
     for link in links(dom):
         url = urlsplit(link)
@@ -48,10 +78,72 @@ def test_page(browse, finished, page):
     assert "Traceback" not in text(dom) and not re.search(r"<script", dom)
     verdict = finished.json("reports/metrics/verdict.json")
     if page == "index":
-        assert "<h1>Released</h1>" in dom and f"All {len(verdict['criteria'])} criteria are met" in text(dom)
-        assert all(c in text(dom) for c in verdict["criteria"]) and [l for l in links(dom) if not l.startswith("data:")] == [f"{s}.html" for s in finished.stages if s != "index"]
-        assert dom.count("data:image/png") == len(STAGES) - ("data:image/png" not in (finished / "reports/tune.html").read_text()) # a picture a stage, where there is one
+        assert ">Released</h1>" in dom and f"All {len(verdict['criteria'])} criteria are met" in text(dom)
+        assert all(c in text(dom) for c in verdict["criteria"])
+        assert [l for l in links(dom) if not l.startswith("data:")] == [f"{s}.html" for s in finished.stages if s != "index"]
+        without = "data:image/png" not in (finished / "reports/tune.html").read_text()
+        assert dom.count("data:image/png") == len(STAGES) - without # a picture a stage, where there is one
     else: assert "index.html" in links(dom) and "The values it ran with" in text(dom) and "data:image/png" in dom
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", ["index", "evaluate", "export", "train"])
+def test_nothing_serious_for_axe(browse, finished, page, scheme):
+    "On a phone, where most has to scroll, with the code shown."
+    seen = browse(finished / f"reports/{page}.html", PHONE, scheme)
+    if page != "index": seen.page.get_by_label("show code").check()
+    assert serious(seen.page) == []
+    assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= PHONE, "the page itself must not scroll sideways"
+
+def test_dark_where_the_system_is(browse, finished):
+    ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0)"
+    card = "getComputedStyle(document.querySelector('.output_png')).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0)"
+    light, dark = (browse(finished / "reports/train.html", scheme=s).page for s in ("light", "dark"))
+    assert light.evaluate(ground) > 700 > 100 > dark.evaluate(ground)
+    assert light.evaluate(card) > 700 and dark.evaluate(card) > 650 # figures are drawn in dark ink
+
+def test_code_is_shown_by_keyboard(browse, finished):
+    page = browse(finished / "reports/train.html").page
+    code = page.locator(".input", has_text="import").first
+    assert not code.is_visible()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "index.html"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.labels[0].textContent.trim()") == "show code"
+    page.keyboard.press("Space")
+    assert code.is_visible()
+    page.keyboard.press("Space")
+    assert not code.is_visible()
+
+MARKED = """() => { const e = document.activeElement; if (e === document.body) return null
+  return [e, '::after'].map(x => getComputedStyle(e, x === e ? null : x)).some(s => s.outlineStyle === 'solid' && parseInt(s.outlineWidth) >= 3) }"""
+
+@pytest.mark.parametrize("page", ["index", "evaluate", "export"])
+def test_the_keyboard_reaches_all_and_shows_where_it_is(browse, finished, page):
+    page = browse(finished / f"reports/{page}.html", PHONE).page
+    wanted = page.locator("a, input, [tabindex='0']").count()
+    marked = []
+    for _ in range(wanted):
+        page.keyboard.press("Tab")
+        marked.append(page.evaluate(MARKED))
+    assert wanted > 2 and marked == [True] * wanted
+
+def test_pictures_say_what_they_show(browse, finished):
+    said = {s: browse(finished / f"reports/{s}.html").page.locator("img").evaluate_all("es => es.map(e => e.alt)") for s in STAGES if s != "tune"}
+    assert all(len(alt) > 10 and not alt.startswith("Picture:") for alts in said.values() for alt in alts), said
+    assert any("samples in 10 classes" in alt for alt in said["audit"]) and any("Line training" in alt and "epoch" in alt for alt in said["train"])
+    assert any("predicted" in alt and "actual" in alt for alt in said["evaluate"])
+    index = browse(finished / "reports/index.html").page.locator(".card:has(img)")
+    cards = dict(zip(index.locator("a").evaluate_all("es => es.map(e => e.getAttribute('href').slice(0, -5))"),
+                     index.locator("img").evaluate_all("es => es.map(e => e.alt)")))
+    assert set(cards) == set(said) and all(alt in said[s] for s, alt in cards.items())
+
+def test_words_of_plots_can_be_read_on_a_phone(browse, finished):
+    "A figure that is no wider than `plot.WIDTH` keeps 10 points above 9 pixels; `plot` draws none that is."
+    from mlkit.plot import LOOK, SMALLEST, WIDTH
+    for stage in ("train", "evaluate", "prepare", "serve"):
+        images = browse(finished / f"reports/{stage}.html", PHONE).page.locator(".output_png img")
+        shrunk = images.evaluate_all("es => es.map(e => e.getBoundingClientRect().width / e.naturalWidth)")
+        assert shrunk and all(SMALLEST / 72 * LOOK["figure.dpi"] * s >= 9 for s in shrunk), (stage, shrunk, WIDTH)
 
 def test_no_link_of_any_page_is_dead(finished):
     for path in (finished / "reports").glob("*.html"):
@@ -60,14 +152,52 @@ def test_no_link_of_any_page_is_dead(finished):
         local = [unquote(urlsplit(l).path) for l in links(html) if not l.startswith(("data:", "#", "http"))]
         assert [l for l in local if not (path.parent / l).is_file()] == [] and "http://" not in "".join(links(html)) and "https://" not in "".join(links(html)), path.name
 
+def facts(html):
+    "What the page lists above its table."
+    return {k: text(v) for k, v in re.findall(r"<dt>(\w+)</dt><dd>(.*?)</dd>", html.split('class="facts"')[1].split("</dl>")[0])}
+
+def test_the_index_says_what_the_run_is_made_from(project):
+    project.mlkit("release")
+    commit, data = project.git("rev-parse", "HEAD").stdout, next(o["md5"] for o in YAML(typ="safe").load(project / "dvc.lock")["stages"]["ingest"]["outs"] if o["path"] == "data/shards")
+    shown = facts((project / "reports/index.html").read_text())
+    assert commit.startswith(shown["commit"]) and len(shown["commit"]) == 9 and shown["data"] == f"data/shards {data[:12]}"
+    assert re.fullmatch(r"\d+ \w+ 20\d\d, \d\d:\d\d UTC", shown["written"])
+    assert (shown["registry"], shown["champion"]) == ("version 1 (challenger, champion)", "this run")
+    project.param(explain__n_ordinary=7)
+    champion = project.json("champion.json") | {"bundle": "0" * 64, "value": 0.9999}
+    (project / "champion.json").write_text(json.dumps(champion))
+    project.mlkit("index")
+    html = (project / "reports/index.html").read_text()
+    shown, page = facts(html), text(html)
+    assert shown["commit"].endswith(", not committed: params.yaml") and shown["champion"] == "bundle 000000000000, evaluate.accuracy 1"
+    assert "≥ 0.97 1, this run is worse" in page and page.count("this run is") == 1
+
+def test_the_index_is_a_view(project):
+    "It is there after every run, says what is so now, and DVC never holds it against what it was."
+    page = project / "reports/index.html"
+    assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date." and project.git("status", "--short").stdout == ""
+    project.mlkit("repro") # the commit is another by now
+    first = page.read_bytes()
+    project.mlkit("repro")
+    assert page.read_bytes() == first, "nothing is new"
+    page.unlink()
+    project.mlkit("repro")
+    assert facts(page.read_text()) | {"written": ""} == facts(first.decode()) | {"written": ""}
+    project.param(explain__n_ordinary=4, explain__method={"n_steps": 8})
+    project.dvc("repro") # as people do who know DVC
+    assert page.read_bytes() != first and "ordinary shown 4" in text(page.read_text())
+    assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+
 def test_a_label_is_text_and_no_code(browse, pictures, tmp_path):
     project = pictures.clone(tmp_path / "project")
     project.param(audit__block=["conflict"])
     project.mlkit("repro", "prepare")
     shown = 0
     for page in ("ingest", "audit", "prepare"):
-        dom, console, asked = browse(project / f"reports/{page}.html")
-        assert "<title>1337" not in dom and 'src="x"' not in dom and "onerror=" not in re.sub(r"&lt;img[^>]*&gt;", "", dom) and console == [] and asked == set()
+        seen = browse(project / f"reports/{page}.html")
+        dom = seen.dom
+        assert "<title>1337" not in dom and 'src="x"' not in dom and seen.console == [] and seen.asked == set()
+        assert "onerror=" not in re.sub(r'&lt;img[^>]*&gt;|alt="[^"]*"', "", dom)
         shown += EVIL in text(dom.replace("&lt;", "\0").replace("&gt;", "\1")).replace("\0", "<").replace("\1", ">")
     assert shown == 2 # in the contract, and in the shares of the splits
 
@@ -78,12 +208,15 @@ import nbformat, sys
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from mlkit.flow.report import page
 evil = "<b>kept</b><script>document.title=1337</script><img src=x onerror='document.title=1337'><a href='javascript:document.title=1337'>a</a><iframe src='https://example.com'></iframe><svg onload='document.title=1337'></svg>"
+alt = "\\"><script>document.title=1337</script><img src=x onerror='document.title=1337'>"
 nb = new_notebook(cells=[new_code_cell("1", outputs=[new_output("display_data", data={"text/html": evil}), new_output("display_data", data={"application/javascript": "document.title=1337"}),
     new_output("display_data", data={"image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1337'><script>document.title=1337</script></svg>"}),
+    new_output("display_data", data={"image/png": "cG5n"}, metadata={"image/png": {"alt": alt}}),
     new_output("display_data", data={"text/markdown": evil}), new_output("stream", name="stdout", text=evil), new_output("error", ename="E", evalue=evil, traceback=[evil])])])
 open(sys.argv[1], "w").write(page(nb, "<script>document.title=1337</script>"))'''
     out = tmp_path / "evil.html"
     finished.run("python", "-c", code, out)
-    dom, console, asked = browse(out)
-    assert "<b>kept</b>" in dom and "<title>1337" not in dom and asked == set() and console == []
+    seen = browse(out)
+    dom = re.sub(r'alt="[^"]*"', "", seen.dom)
+    assert "<b>kept</b>" in dom and "<title>1337" not in dom and seen.asked == set() and seen.console == []
     assert not re.search(r"<script|<iframe|<[^>]* on\w+=|<a [^>]*javascript", dom)

@@ -1,10 +1,15 @@
 "How stages are run: kernels that wait for their turn, the warm parent and its heir, what is recorded when."
-import signal, sys, tempfile
+import os, signal, sys, tempfile
 
 import nbformat, psutil, pytest
 from conftest import ROOT, Project, ran, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
 from ruamel.yaml import YAML
+
+class Small(Project):
+    "A project that has no mlkit in its folder: it takes that of this checkout."
+    @property
+    def env(self): return super().env | {"PYTHONPATH": os.pathsep.join([str(self.root), str(ROOT)])}
 
 def chain(root, n, alone=()):
     "A project of `n` stages, each of which adds one to what the one before wrote, once the file `go<stage>` is there."
@@ -12,7 +17,7 @@ def chain(root, n, alone=()):
     names = [f"s{i}" for i in range(n + 1)]
     for before, name in zip(names, names[1:]):
         cells = [new_code_cell("add: int = 1\nlabel: str = ''", metadata={"tags": ["parameters"]}),
-            new_code_cell(f'import json, time\nfrom pathlib import Path\nfrom mlkit.stage import Stage\n'
+            new_code_cell(f'import json, time\nfrom pathlib import Path\nfrom mlkit.flow.stage import Stage\n'
                 f'stage = Stage("{name}", reads={{"before": "data/{before}.json"}}, writes={{"after": "data/{name}.json"}}, alone={name in alone})'),
             new_code_cell(f'while not Path("go{name}").exists(): time.sleep(0.02)\n'
                 'value = json.loads(stage.input("before").read_text()) + add\nstage.output("after").write_text(json.dumps(value)); value')]
@@ -21,7 +26,7 @@ def chain(root, n, alone=()):
         (root / f"go{name}").touch()
     (root / "data/s0.json").write_text("0")
     YAML().dump({s: {"add": 1, "label": ""} for s in names[1:]}, root / "params.yaml")
-    project = Project(root)
+    project = Small(root)
     project.git("init", "-q"); project.dvc("init", "-q")
     return project
 

@@ -1,7 +1,6 @@
 "The notebook that a warm kernel gives is the one that papermill gives with an ordinary kernel: outputs, displays, errors, metadata, and what code sees of its process."
 import difflib, json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import nbformat, psutil, pytest
 
@@ -213,7 +212,8 @@ def run_both(text, folder, parameters={}):
     from papermill.exceptions import PapermillExecutionError
     def one(kernel):
         path = folder / f"{kernel}.ipynb"
-        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, cwd=str(folder), progress_bar=False, execution_timeout=600, start_timeout=300) and None
+        # papermill's own `cwd` changes the folder of the whole process, and another thread is at work: a kernel may start, and write, in the wrong one
+        try: raised = papermill.execute_notebook(notebook(text), str(path), parameters, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}, progress_bar=False, execution_timeout=600, start_timeout=300) and None
         except Exception as e: raised = [type(e).__name__, plain(str(e)), *(map(repr, (e.cell_index, e.exec_count, e.ename, e.evalue)) if isinstance(e, PapermillExecutionError) else [])]
         return raised, comparable(nbformat.read(path, 4))
     with ThreadPoolExecutor(2) as pool: return list(pool.map(one, KERNELS))
@@ -250,7 +250,9 @@ def as_mlkit_asks(monkeypatch):
     "No warning of tqdm when it is imported: in a warm kernel that has happened already."
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    return len(LAUNCHED)
+    before = set(os.listdir(ROOT)), os.getcwd()
+    yield len(LAUNCHED)
+    assert (set(os.listdir(ROOT)) - {".pytest_cache"}, os.getcwd()) == (before[0] - {".pytest_cache"}, before[1]), "a test has left something, or moved"
 
 @pytest.mark.parametrize("name", ["displays", "streams", "parameters"])
 def test_outputs(name, tmp_path, as_mlkit_asks):
@@ -334,11 +336,10 @@ def test_own_module(state, tmp_path):
 
 def test_end(tmp_path):
     "A kernel ends with the process that has asked for it, also one that became an ordinary kernel."
-    from mlkit.flow.warm import _connects, socket_path
     for own in (False, True):
         (folder := tmp_path / str(own)).mkdir()
         if own: (folder / "safetensors.py").touch()
-        nbformat.write(notebook(f"import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"), folder / "nb.ipynb")
+        nbformat.write(notebook("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"), folder / "nb.ipynb")
         asker = subprocess.Popen([sys.executable, "-c", "import papermill; papermill.execute_notebook('nb.ipynb', 'out.ipynb', kernel_name='mlkit-warm', progress_bar=False)"], cwd=folder, stdin=subprocess.DEVNULL)
         pid = wait_for(lambda: (folder / "pid").is_file() and (folder / "pid").read_text(), "a kernel")
         kernel = psutil.Process(int(pid))

@@ -1,6 +1,13 @@
 "A real Triton: installed, asked, broken in every way that has been seen, and repaired."
-import os, shutil, signal, subprocess, sys
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,19 +16,25 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import mlkit.serving.triton
 from mlkit.core import ServeError, SetupError
-from mlkit.serving.load import load_test
 from mlkit.serving.client import Client
-from mlkit.serving.triton import Triton
-from mlkit.serving.install import find_triton, install_serving, serving_env
-from mlkit.serving.supervise import probe, supervise
+from mlkit.serving.install import TRITONSERVER, find_triton, install_serving, serving_env
+from mlkit.serving.load import measure_load
 from mlkit.serving.repository import write_repository
 from mlkit.serving.signature import Signature, Signatures, Tensor
+from mlkit.serving.supervise import probe, repair, supervise
+from mlkit.serving.triton import Triton
+
 
 def step(path, nodes, x, y, weights=()):
-    def info(t): return helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype)), ["n", *t.shape])
-    graph = helper.make_graph(nodes, "g", [info(x)], [info(y)], [numpy_helper.from_array(w, n) for n, w in weights])
+    def info(t):
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype))
+        return helper.make_tensor_value_info(t.name, kind, ["n", *t.shape])
+    constants = [numpy_helper.from_array(w, n) for n, w in weights]
+    graph = helper.make_graph(nodes, "g", [info(x)], [info(y)], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
@@ -29,24 +42,42 @@ def export(tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
     raw, x, p = Tensor("rows", "uint8", (3,)), Tensor("x", "float32", (3, 4)), Tensor("p", "float32", (3, 4))
     table = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-    step(out / "preprocess.onnx", [helper.make_node("Cast", ["rows"], ["i"], to=TensorProto.INT64), helper.make_node("Gather", ["table", "i"], ["x"])], raw, x, [("table", table)])
+    cast = helper.make_node("Cast", ["rows"], ["i"], to=TensorProto.INT64)
+    gather = helper.make_node("Gather", ["table", "i"], ["x"])
+    step(out / "preprocess.onnx", [cast, gather], raw, x, [("table", table)])
     step(out / "model.onnx", [helper.make_node("Softmax", ["x"], ["p"])], x, p)
-    Signatures({"preprocess": Signature((raw,), (x,)), "model": Signature((x,), (p,))}, tuple("abcd")).save(out / "signatures.json")
+    steps = {"preprocess": Signature((raw,), (x,)), "model": Signature((x,), (p,))}
+    Signatures(steps, tuple("abcd")).save(out / "signatures.json")
     return out
+
 
 @pytest.fixture(scope="module")
 def repository(export, tmp_path_factory):
     install_serving()
     return write_repository(export, tmp_path_factory.mktemp("serving") / "repository", "rows", max_batch_size=16)
 
+
 @pytest.fixture(scope="module")
-def server(repository):
-    with Triton(repository) as s: yield s
+def shared(repository):
+    with Triton(repository) as s:
+        yield s
+
+
+@pytest.fixture
+def server(shared):
+    "The module's server, healthy: a test that failed and left it broken does not fail those after it."
+    try:
+        probe(shared)
+    except ServeError:
+        repair(shared)
+    return shared
+
 
 def family(server): return psutil.Process(server.guard.pid).children(recursive=True)
 def stubs(server): return [p for p in family(server) if "stub" in p.name()]
 def shared_memory(pid): return [f for f in os.listdir("/dev/shm") if f.startswith(f"mlkit-{pid}-")]
 def rows(n, seed=0): return np.random.default_rng(seed).integers(0, 8, (n, 3), np.uint8)
+
 
 def test_install_is_idempotent():
     said = []
@@ -54,55 +85,164 @@ def test_install_is_idempotent():
     assert install_serving(said.append) == serving_env() and not said
     assert find_triton()[0].is_file()
 
+
 def test_install_failure_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("MLKIT_SERVING", str(tmp_path / "s"))
-    monkeypatch.setattr("mlkit.serving.install.SERVING", ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==0.0.1"))
-    with pytest.raises(SetupError, match="cannot install numpy==0.0.1: .*") as e: install_serving(lambda _: None)
+    packages = ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==0.0.1")
+    monkeypatch.setattr("mlkit.serving.install.SERVING", packages)
+    with pytest.raises(SetupError, match="cannot install numpy==0.0.1: .*") as e:
+        install_serving(lambda _: None)
     assert "\n" not in str(e.value) and not (tmp_path / "s").exists()
+
+
+def test_setup_says_what_it_installs(tmp_path):
+    "Without a terminal: each line arrives when it is written. The slow part is replaced by one that waits to be seen."
+    code = ("import sys, mlkit.serving.install as i\n"
+            "def fill(env, progress): env.mkdir(); progress('  downloading toy 1.0, 3 MB'); sys.stdin.readline()\n"
+            "i._fill = fill\n"
+            "from mlkit.cli import main; sys.argv = ['mlkit', 'setup']; main()")
+    env = os.environ | {"MLKIT_SERVING": str(tmp_path / "s"), "HOME": str(tmp_path)}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path, **pipes)
+    try:
+        seen = [p.stdout.readline() for _ in range(2)] # while it still installs
+        assert "installing nvidia-pytriton==0.7.0" in seen[0] and seen[1] == "  downloading toy 1.0, 3 MB\n", seen
+        assert "ready after" in p.communicate("go on\n", timeout=300)[0]
+    finally:
+        p.kill()
+        p.wait()
+
 
 def test_server_agrees_with_onnxruntime(server, export):
     x = rows(50) # more than three batches
     y = x
-    for name, k in (("preprocess", "rows"), ("model", "x")): y, = onnxruntime.InferenceSession(export / f"{name}.onnx").run(None, {k: y})
+    for name, k in (("preprocess", "rows"), ("model", "x")):
+        y, = onnxruntime.InferenceSession(export / f"{name}.onnx").run(None, {k: y})
     assert np.abs(server.client.predict(x) - y).max() < 1e-6
 
+
 def test_bad_sample_costs_only_its_sender(server):
-    from concurrent.futures import ThreadPoolExecutor
     good, bad = rows(1), np.full((1, 3), 200, np.uint8)
     expected = server.client.predict(good)
     def ask(x):
-        try: return server.client.predict(x)
-        except ServeError as e: return str(e)
-    with ThreadPoolExecutor(8) as pool: answers = list(pool.map(ask, [good, bad] * 40))
-    assert all(np.array_equal(a, expected) for a in answers[::2]) and all("out of data bounds" in a for a in answers[1::2])
+        try:
+            return server.client.predict(x)
+        except ServeError as e:
+            return str(e)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [good, bad] * 40))
+    assert all(np.array_equal(a, expected) for a in answers[::2])
+    assert all("out of data bounds" in a for a in answers[1::2])
+
 
 def test_load(server):
-    one, four = load_test(server.client, [rows(20)], concurrency=(1, 4), measure_s=0.9)
+    one, four = measure_load(server.client, [rows(20)], concurrency=(1, 4), measure_s=0.9)
     assert one["n_requests"] > 50 and four["n_requests"] > 50 and 0 < one["p50_ms"] <= one["p99_ms"]
-    with pytest.raises(ServeError, match="out of data bounds"): load_test(server.client, [np.full((4, 3), 200, np.uint8)], (2,), 0.6)
-    with pytest.raises(ServeError, match="unknown model"): load_test(Client(server.url, "x", server.client.signature, 1), [rows(2)], (1,), 0.6)
+    with pytest.raises(ServeError, match="out of data bounds"):
+        measure_load(server.client, [np.full((4, 3), 200, np.uint8)], (2,), 0.6)
+    with pytest.raises(ServeError, match="unknown model"):
+        measure_load(Client(server.url, "x", server.client.signature, 1), [rows(2)], (1,), 0.6)
+
 
 def test_port_in_use_names_its_holder(server, repository):
-    with pytest.raises(ServeError, match=f"port {server.port} is in use by tritonserver .process"): Triton(repository, port=server.port).start()
+    with pytest.raises(ServeError, match=f"port {server.port} is in use by tritonserver .process"):
+        Triton(repository, port=server.port).start()
+
 
 def test_a_port_that_another_has_just_taken(server, repository, monkeypatch):
     "Both found the same port free. The other's answer is not ours; where any port would do, another is taken."
-    import mlkit.serving.triton
-    free, given = mlkit.serving.triton.free_port, []
-    def found_free(host, port): given.append(port); return server.port if len(given) == 1 else free(host, port)
-    monkeypatch.setattr(mlkit.serve, "free_port", found_free)
-    with Triton(repository) as ours:
+    free, given, said = mlkit.serving.triton.free_port, [], []
+    def found_free(host, port):
+        given.append(port)
+        return server.port if len(given) == 1 else free(host, port)
+    monkeypatch.setattr(mlkit.serving.triton, "free_port", found_free)
+    with Triton(repository, progress=said.append) as ours:
         assert len(given) == 4 and ours.port not in (0, server.port) and ours.id != server.id # HTTP and metrics, twice
-        probe(ours); probe(server)
+        assert len(said) == 1 and "already in use" in said[0] and "started once more" in said[0]
+        probe(ours)
+        probe(server)
+
 
 def test_listens_on_loopback_only(server, repository):
     listening = [c.laddr for p in family(server) for c in p.net_connections("inet") if c.status == "LISTEN"]
-    assert {a.port for a in listening} == {server.port, server.metrics_port} and {a.ip for a in listening} == {"127.0.0.1"}
-    with pytest.raises(ServeError, match="only 127.0.0.1"): Triton(repository, host="0.0.0.0")
+    assert {a.port for a in listening} == {server.port, server.metrics_port}
+    assert {a.ip for a in listening} == {"127.0.0.1"}
+    with pytest.raises(ServeError, match="only 127.0.0.1"):
+        Triton(repository, host="0.0.0.0")
+
 
 def test_names_are_no_paths(export, tmp_path):
-    with pytest.raises(ServeError, match="no model name"): write_repository(export, tmp_path / "r", "../rows")
+    with pytest.raises(ServeError, match="no model name"):
+        write_repository(export, tmp_path / "r", "../rows")
     assert not list(tmp_path.iterdir())
+
+
+STUB = "triton/pytriton/tritonserver/backends/python/triton_python_backend_stub"
+LOCK = "terminate called after throwing an instance of 'boost::interprocess::lock_exception'"
+ABORT = f'echo "{LOCK}" >&2; kill -ABRT $$'
+KILL = "kill -KILL $$"
+HANG = f'echo "{LOCK}" >&2; sleep 600'
+
+
+def mirror(source, target, own):
+    "A copy of a folder that has files of its own at the paths `own`; large files and other folders are links."
+    target.mkdir(parents=True)
+    for f in source.iterdir():
+        inside = [Path(*p.parts[1:]) for p in own if p.parts[0] == f.name]
+        if f.is_dir() and inside:
+            mirror(f, target / f.name, inside)
+        elif f.is_dir() or f.stat().st_size > 5e6:
+            (target / f.name).symlink_to(f)
+        else:
+            shutil.copy2(f, target / f.name)
+
+
+@pytest.fixture
+def dying(repository, monkeypatch, tmp_path):
+    "A serving environment in which a program dies at its nth start, in the way that a line of shell says."
+    real, env = serving_env(), tmp_path / "environment"
+    def make(program, nth, death):
+        mirror(real, env, [Path(TRITONSERVER), Path(STUB)])
+        (env / program).unlink()
+        number = tmp_path / "start" # a folder a start, made by who comes first; the stub is also asked for its version
+        (env / program).write_text(
+            f'#!/bin/sh\n[ $# = 0 ] && exec {real / program}\n'
+            f'n=1; while ! mkdir {number}$n 2>/dev/null; do n=$((n + 1)); done\n'
+            f'if [ $n = {nth} ]; then {death}\nfi\nexec {real / program} "$@"\n')
+        (env / program).chmod(0o755)
+        monkeypatch.setenv("MLKIT_SERVING", str(env))
+        return lambda: len(list(tmp_path.glob("start*"))) # how often it was started
+    return make
+
+
+@pytest.mark.parametrize("death", [ABORT, KILL, HANG], ids=["abort", "kill", "hang"])
+def test_a_start_that_fails_by_chance_is_tried_once_more(dying, repository, death):
+    starts, said = dying(TRITONSERVER, 1, death), []
+    with Triton(repository, progress=said.append) as ours:
+        assert ours.client.predict(rows(5)).shape == (5, 3, 4)
+    assert starts() == 2 and len(said) == 1
+    assert "Triton ended at its start" in said[0] and said[0].endswith("it is started once more") and "\n" not in said[0]
+    assert not [f for f in shared_memory(os.getpid()) if f.startswith(ours.id)]
+
+
+@pytest.mark.parametrize("nth", [1, 4], ids=["first model's check", "last model"])
+def test_a_models_process_that_fails_by_chance(dying, repository, nth):
+    "Triton waits for it for ever."
+    dying(STUB, nth, ABORT)
+    said = []
+    with Triton(repository, progress=said.append) as ours:
+        assert ours.client.predict(rows(5)).shape == (5, 3, 4)
+    assert len(said) == 1 and f"Triton ended at its start: {LOCK}" in said[0] # not after a minute
+
+
+def test_a_failure_that_lasts_ends_at_once(dying, export, tmp_path):
+    starts, said = dying(TRITONSERVER, 0, "true"), []
+    broken = write_repository(export, tmp_path / "broken", "rows")
+    (broken / "rows_model/1/model.onnx").write_bytes(b"no model")
+    with pytest.raises(ServeError, match="rows_model/1/model.onnx") as e:
+        Triton(broken, progress=said.append).start()
+    assert starts() == 1 and not said and "\n" not in str(e.value)
+
 
 def test_dead_stub_is_repaired(server):
     watch = supervise(server, every=0.05)
@@ -112,6 +252,7 @@ def test_dead_stub_is_repaired(server):
     assert record["repair"] == "reloaded" and "not healthy" in record["error"]
     probe(server)
 
+
 def test_dead_server_is_restarted(server):
     port = server.port
     next(p for p in family(server) if p.name() == "tritonserver").kill()
@@ -120,30 +261,44 @@ def test_dead_server_is_restarted(server):
     probe(server)
     assert len(shared_memory(os.getpid())) == len(stubs(server)) # none is left of the dead ones
 
-START = "import sys, time; from mlkit.serving.supervise import serve_forever; from mlkit.serving.triton import Triton; s = Triton(sys.argv[1]); "
+
+START = ("import sys, time; from mlkit.serving.supervise import serve_forever; from mlkit.serving.triton import Triton; "
+         "s = Triton(sys.argv[1]); ")
+
+
+def wait_for_line(p, start): # what a start says of chance comes before it
+    return next(line for line in p.stdout if line.startswith(start))
+
 
 @pytest.mark.parametrize("victim", ["parent", "guard"])
 def test_server_dies_with_its_parent(repository, victim):
-    p = subprocess.Popen([sys.executable, "-c", START + "s.start(); print('up', flush=True); time.sleep(60)", str(repository)], stdout=subprocess.PIPE, text=True)
+    code = START + "s.start(); print('up', flush=True); time.sleep(60)"
+    p = subprocess.Popen([sys.executable, "-c", code, str(repository)], stdout=subprocess.PIPE, text=True)
     parts = []
     try:
-        assert p.stdout.readline() == "up\n"
+        wait_for_line(p, "up")
         parts = psutil.Process(p.pid).children(recursive=True)
         assert len(parts) == 4 # guard, tritonserver, two stubs
         (p if victim == "parent" else parts[0]).kill()
         assert not psutil.wait_procs([x for x in parts if x.pid != parts[0].pid], timeout=60)[1]
     finally:
-        for x in (p, *(x for x in parts if x.is_running())): x.kill()
+        for x in (p, *(x for x in parts if x.is_running())):
+            x.kill()
         p.wait()
-    if victim == "parent": assert not psutil.wait_procs(parts, timeout=30)[1] and not shared_memory(p.pid)
+    if victim == "parent":
+        assert not psutil.wait_procs(parts, timeout=30)[1] and not shared_memory(p.pid)
+
 
 def test_sigterm_ends_serve_forever_in_bounded_time(repository):
     "An open keep-alive connection would make Triton wait for as long as its client likes."
-    p = subprocess.Popen([sys.executable, "-u", "-c", START + "serve_forever(s, every=0.2)", str(repository)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-u", "-c", START + "serve_forever(s, every=0.2)", str(repository)]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url, curl = p.stdout.readline(), p.stdout.readline().removeprefix("Try: ").split()
-        assert url.startswith("rows at http://127.0.0.1:") and "ONNX Runtime" in url
-        if shutil.which("curl"): assert '"name":"p"' in subprocess.run(curl, capture_output=True, text=True).stdout
+        assert "ONNX Runtime" in wait_for_line(p, "rows at http://127.0.0.1:")
+        curl = p.stdout.readline().removeprefix("Try: ").split()
+        if shutil.which("curl"):
+            answer = json.loads(subprocess.run(curl, capture_output=True, text=True).stdout)
+            assert answer["outputs"][0]["name"] == "p"
         connection = HTTPConnection("127.0.0.1", int(curl[2].split(":")[2].split("/")[0]))
         connection.request("GET", "/v2/health/ready")
         assert connection.getresponse().read() == b""
@@ -151,4 +306,6 @@ def test_sigterm_ends_serve_forever_in_bounded_time(repository):
         p.send_signal(signal.SIGTERM)
         assert p.wait(120) == 0 and p.stdout.read() == "rows: stopped\n"
         assert not psutil.wait_procs(parts, timeout=30)[1]
-    finally: p.kill(); p.wait()
+    finally:
+        p.kill()
+        p.wait()

@@ -6,10 +6,14 @@ from pathlib import Path
 import cv2, numpy as np, polars as pl
 import pytest
 
-from mlkit.core import DataError, MlkitError, SetupError
-from mlkit.data.shards import write_shards
-from mlkit.sources.registry import SOURCES, detect, look, open_source
+from mlkit.core import MlkitError, SetupError
+from mlkit.data.shards import decode, read_encoded, write_shards
+from mlkit.sources.base import SOURCES
+from mlkit.sources.locator import original
+from mlkit.sources.paths import watched
+from mlkit.sources.registry import detect, look, normalised, open_source
 
+def encoded(ending, x=np.full((8, 8, 3), 200, np.uint8), *flags): return cv2.imencode(ending, x, flags)[1].tobytes()
 def png(i): return cv2.imencode(".png", np.full((4, 4), i, np.uint8))[1].tobytes()
 def rows(name, root=Path("/")): return pl.concat(open_source(name, root).rows())
 def put(path, data): path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(data if isinstance(data, bytes) else data.encode()); return path
@@ -54,6 +58,8 @@ def test_unreadable(folder):
     ("cut.csv.gz", gzip.compress(os.urandom(9000).hex().encode())[:5000], ["cut.csv.gz"]),
     ("no.csv.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 99, ["no.csv.zst"]),
     ("bad.jsonl", b'{"a": 1}\n\n{"a": 2,}\n', ["bad.jsonl", "line 3"]),
+    ("latin.jsonl", '{"a": "é"}\n'.encode("latin-1"), ["latin.jsonl", "line 1", "byte 0xe9 is not UTF-8", "iconv"]),
+    ("latin.csv", "a\nx\né\n".encode("latin-1"), ["latin.csv", "line 3", "byte 0xe9 is not UTF-8", "iconv"]),
     ("list.jsonl", b'[1, 2]\n', ["list.jsonl", "line 1"]),
     ("utf16.jsonl", '{"a": 1}\n'.encode("utf-16"), ["utf16.jsonl", "line 1", "not one JSON object"]),
     ("nested.jsonl", b'{"a": [1]}\n', ["nested.jsonl", "'a' holds lists"]),
@@ -97,10 +103,176 @@ def test_larger_than_a_chunk(tmp_path):
         parts = list(open_source(name, tmp_path).rows(chunk_rows=100_000))
         assert len(parts) > 1 and max(map(len, parts)) <= 100_000 and pl.concat(parts).cast({"i": pl.Int64}).equals(df), name
 
+# One bad file or row does not stop the rest, and is not lost without a word
+
+LATIN = os.fsdecode("café".encode("latin-1"))
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+DEEP = np.linspace(0, 65535, 8 * 8 * 3).astype(np.uint16).reshape(8, 8, 3)
+
+def pets(folder, files): # two classes of three images, and more
+    "A folder of images."
+    for i in range(3):
+        for label in ("cat", "dog"): put(folder / "pets" / label / f"{i}.png", png(10 * i + len(label)))
+    for name, data in files.items(): put(folder / "pets" / name, data)
+    return folder / "pets"
+
+def ingested(name, root):
+    "As the stage `ingest` brings samples in: the source, the index, and the index as pages and JSON have it."
+    source = open_source(name, root)
+    index = write_shards(source.images(), root / "shards")
+    index.write_ndjson(io.BytesIO()); str(source.reasons).encode()
+    return source, index
+
+@pytest.mark.parametrize("name", [f"cat/{LATIN}.png", f"{LATIN}/1.png", f"{LATIN}/{LATIN}.jpg", "cat/two\nlines.png", "cat/a\\b.png", f"cat/{LATIN}\\.png"])
+def test_names_that_are_not_utf8(tmp_path, name):
+    folder = pets(tmp_path, {name: png(99)})
+    _, index = ingested("pets", tmp_path)
+    row = index.row(by_predicate=~pl.col("name").str.contains(r"^(cat|dog)/\d\.png$"), named=True)
+    assert len(index) == 7 and row["content"] and (folder / original(row["name"])).read_bytes() == png(99)
+    assert original(row["label"]) == name.split("/")[0]
+    assert watched("pets", tmp_path) == (None if LATIN in name else "pets")
+
+def test_names_that_are_not_utf8_elsewhere(tmp_path):
+    "In a tar, in a label file's folder, of a table, and of what is refused."
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in (f"{LATIN}/1.png", "b/1.png"): info = tarfile.TarInfo(name); info.size = len(png(1)); tar.addfile(info, io.BytesIO(png(1)))
+    assert ingested("a.tar", tmp_path)[1]["label"].to_list() == [r"caf\xe9", "b"]
+    put(tmp_path / "l" / f"{LATIN}.png", png(1)); put(tmp_path / "l/2.png", png(2)); put(tmp_path / "l/labels.csv", "file,label\ncaf\\xe9.png,a\n2.png,b\n")
+    assert ingested("l", tmp_path)[1]["name"].to_list() == [r"caf\xe9.png", "2.png"]
+    put(tmp_path / "t" / f"{LATIN}.csv", "x,y\n1,2\n")
+    assert rows("t", tmp_path).rows() == [("1", "2")]
+    for name, data in (("x.parquet", b""), ("y.png", png(1)), ("z.foo", b""), ("w.csv", b"x,y\n1,2\n1,2\n3\n")): says(lambda: rows(put(tmp_path / LATIN / name, data).as_posix(), tmp_path), r"caf\xe9")
+    says(lambda: open_source(str(tmp_path / "none" / LATIN), tmp_path), r"caf\xe9", "neither a file nor a folder")
+
+@pytest.mark.parametrize("links", [{"pets/cow": "far/cow"}, {"pets/cow/a": "far/cow"}, {"pets": "far/pets"}, {"pets": "far/one", "far/one": "far/pets"}, {"pets/train": "far/pets", "pets/test": "far/pets"}])
+def test_linked_folders(tmp_path, links):
+    "Of images that lie elsewhere none is missing, wherever the link is; DVC follows no such link, so mlkit looks."
+    for c in ("cow", "pig"): put(tmp_path / "far/pets" / c / "1.png", png(ord(c[0]))); put(tmp_path / "far" / c / "2.png", png(ord(c[1])))
+    for link, to in links.items():
+        (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / to)
+    if "pets/train" not in links and "pets" not in links: put(tmp_path / "pets/pig/3.png", png(3))
+    labels = ingested("pets", tmp_path)[1]["label"]
+    assert sorted(set(labels)) == ["cow", "pig"] and len(labels) == (4 if "pets/train" in links else 2)
+    before = look("pets", tmp_path)
+    assert (before is None) == ("pets" in links) == (watched("pets", tmp_path) == "pets") # a link at the top is followed
+    if before: put((tmp_path / links[min(links)]) / "x/4.png", png(4)); assert look("pets", tmp_path) not in (None, before)
+
+@pytest.mark.parametrize("to", [".", "..", "../..", "../dog/back", "itself"])
+def test_links_in_a_circle(tmp_path, to):
+    folder = pets(tmp_path, {})
+    (folder / "cat/itself").symlink_to(to)
+    (folder / "dog/back").symlink_to("../cat")
+    source, index = ingested("pets", tmp_path)
+    assert {"cat/0.png", "dog/0.png", "dog/back/0.png"} <= set(index["name"]) and len(index) < 40
+    assert sum(t.n for t in source.left_out.values()) >= 1 and any("itself" in r for r in source.reasons)
+
+@pytest.mark.parametrize("ending, data", [(".jfif", encoded(".jpg")), (".jpe", encoded(".jpg")), (".pjpeg", encoded(".jpg")), (".gif", encoded(".gif")), (".avif", encoded(".avif")), (".ppm", encoded(".ppm")),
+    ("", encoded(".jpg")), (".image", encoded(".png")), (".PNG_large", encoded(".png")), (".jpg", encoded(".webp")), (".png", encoded(".png", DEEP)), (".tif", encoded(".tif", DEEP[..., 0])), (".png", encoded(".png", DEEP[..., 0]))])
+def test_a_class_of_unusual_images(tmp_path, ending, data):
+    "All of a class are of one kind that OpenCV decodes: it is there, and shards hold what every engine decodes."
+    pets(tmp_path, {f"cow/{i}{ending}": data for i in range(3)})
+    source, index = ingested("pets", tmp_path)
+    cows = index.filter(label="cow")
+    assert len(cows) == 3 and cows["content"].null_count() == 0 and not source.left_out
+    for _, stored in read_encoded(tmp_path / "shards", cows): assert stored[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF") and cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_UNCHANGED).dtype == np.uint8
+    assert bool(source.changed) == (data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF") or data == encoded(".png", DEEP) or data == encoded(".png", DEEP[..., 0]))
+    if source.changed: assert any(r.startswith("changed: 3 images: ") and "cow/0" in r for r in source.reasons)
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    pets(tmp_path, {"cow/0.png": encoded(".png", DEEP), "cow/1.tif": encoded(".tif", DEEP)})
+    _, index = ingested("pets", tmp_path)
+    for _, stored in read_encoded(tmp_path / "shards", index.filter(label="cow")):
+        assert np.abs(decode(stored)[..., ::-1] - DEEP / 257).max() < 1
+
+BAD = {"heic": ("1.heic", HEIC, "HEIC, which OpenCV does not decode"), "heic as jpg": ("1.jpg", HEIC, "is HEIC, which OpenCV does not decode"), "heic, no ending": ("1", HEIC, "HEIC, which OpenCV does not decode"),
+       "torn": ("1.png", png(1)[:40], "damaged or cut short"), "empty": ("1.jpg", b"", "is empty"), "a web page": ("1.jpg", b"<!doctype html>", "a web page, no image"),
+       "floats": ("1.tif", encoded(".tif", np.ones((4, 4), np.float32)), "float32 values"), "svg": ("1.svg", b"<svg>", "SVG, which OpenCV does not decode"), "gone": ("1.png", None, "leads nowhere")}
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_class_that_loses_all(tmp_path, case):
+    "One line: the class, how many, why. Among good ones of its class the same file is counted, and nothing stops."
+    name, data, why = BAD[case]
+    def bad(folder):
+        if data is not None: put(folder / "cow" / name, data)
+        else: (folder / "cow").mkdir(exist_ok=True); (folder / "cow" / name).symlink_to("nowhere")
+    bad(pets(tmp_path / "lost", {}))
+    says(lambda: ingested("pets", tmp_path / "lost"), "class 'cow'", "1", f"cow/{name}", why)
+    bad(pets(tmp_path / "kept", {"cow/good.png": png(1), "cow/good2.png": png(2)}))
+    source, index = ingested("pets", tmp_path / "kept")
+    left = [t for t in source.left_out.values() if f"cow/{name}" in t.names and why in t.reason]
+    assert len(index.filter(pl.col("content").is_not_null())) == 8 and (left or index.filter(name=f"cow/{name}")["content"].null_count() == 1)
+    assert not left or any(why in r and f"cow/{name}" in r for r in source.reasons)
+
+ENCODINGS = {"latin-1": False, "cp1252": False, "utf-8": True, "utf-8-sig": True, "utf-16": True, "utf-16-le": False}
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_encodings_of_a_label_file(tmp_path, encoding, delimiter):
+    "It is read where the encoding is certain, else it stops the run; in no case the folders become the classes."
+    for i in range(6): put(tmp_path / "x" / "ab"[i % 2] / f"{i}.png", png(i))
+    lines = [delimiter.join(("file", "label")), *(delimiter.join((f"{i}.png", ("thé", "café")[i // 3])) for i in range(6))]
+    put(tmp_path / "x/labels.csv", "\n".join(lines).encode(encoding))
+    if ENCODINGS[encoding]:
+        says(lambda: open_source("x", tmp_path), "mixes a label file, labels.csv", "2 sub-folders") # both are there, so it asks
+        assert ingested("x/labels.csv?file=file", tmp_path)[1]["label"].to_list() == ["thé"] * 3 + ["café"] * 3
+    elif encoding == "utf-16-le": says(lambda: open_source("x", tmp_path), "labels.csv", "zero bytes")
+    else: says(lambda: open_source("x", tmp_path), "x/labels.csv, line 2, column 'label'", "is not UTF-8", "save the file as UTF-8", "iconv")
+
+def test_bad_rows_of_a_label_file(tmp_path):
+    for i in range(9): put(tmp_path / f"x/{i}.png", png(i))
+    rows = ["0,cat", "1,dog", "2,cat", "3,dog", "4,cat", "99,cat", "5,", ",dog", "0,cat", "1,cat"]
+    put(tmp_path / "x/labels.csv", "\n".join(["file,label", *rows]))
+    source, index = ingested("x", tmp_path)
+    assert index["label"].to_list() == ["cat", "dog", "cat", "dog", "cat", "cat"] # 1 is labelled twice: the audit tells
+    told = {t.reason.split(" in ")[0]: (t.n, *t.names) for t in source.left_out.values()}
+    assert told == {"no such image": (1, "row 6: 99"), "no label": (1, "row 7: 5"), "no image is named": (1, "row 8"), "named before, with the same label": (1, "row 9: 0"), "no row": (3, "6.png", "7.png", "8.png")}
+    assert sum(r.startswith("left out: ") for r in source.reasons) == 5
+    put(tmp_path / "x/labels.csv", "\n".join(["file,label", *rows, "88,cow"]))
+    says(lambda: ingested("x", tmp_path), "labels.csv", "class 'cow' has lost all its samples (1)", "no such image", "row 6: 99, row 11: 88")
+    put(tmp_path / "x/labels.csv", "\n".join(["file,label", *rows, *(f"{i},cat" for i in range(100, 108))]))
+    says(lambda: ingested("x/labels.csv?file=file", tmp_path), "10 samples are lost, only 6 are left; 9 rows: no such image", never=["no label"])
+    says(lambda: open_source("x", tmp_path), "9 images without labels", "labels.csv: no label file, since only 44% of its first rows name an image")
+
+@pytest.mark.parametrize("text", ["./photos/", "photos/../photos", "photos/", "photos//", "~/photos", "{home}/photos", "../home/photos/."])
+def test_one_way_to_write_a_source(tmp_path, text, monkeypatch):
+    "As `mlkit new` is called from a folder, and as `params.yaml` may say it by hand."
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    for c in "ab": put(home / "photos" / c / "1.png", png(1))
+    text = text.format(home=home)
+    assert normalised(text, home / "project", here=home) == "../photos" and normalised(text, home) == "photos"
+    assert detect(text, home) == detect("photos", home) and watched(text, home) == "photos"
+
 # Own sources
 
+SHOP = '''
+import polars as pl
+from mlkit.sources.base import Source, source
+
+@source("shop")
+class Shop(Source):
+    def rows(self, chunk_rows=100_000): yield pl.DataFrame({"name": [self.name]})
+'''
+
+def test_a_source_of_a_project(tmp_path, monkeypatch):
+    "One class in `nbs/task.ipynb`, that is in `task.py`, and no edit of mlkit: by name, by scheme, as what a stage depends on."
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    put(tmp_path / "task.py", SHOP)
+    try:
+        assert rows("shop", tmp_path).item() == "shop" and rows("shop://orders/2024", tmp_path).item() == "shop://orders/2024"
+        assert watched("shop", tmp_path) == watched("shop://x", tmp_path) == "task.py" and look("shop", tmp_path) is None
+        assert normalised("shop", tmp_path) == "shop"
+    finally: SOURCES.pop("shop", None)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    put(tmp_path / "task.py", SHOP + "\n1 / 0\n")
+    says(lambda: open_source("stop", tmp_path), "task.py", "ZeroDivisionError", "mend nbs/task.ipynb")
+    SOURCES.pop("shop", None)
+
+
 def test_entry_point(tmp_path, monkeypatch):
-    put(tmp_path / "shop.py", "import polars as pl\nfrom mlkit.source import Source\nclass Shop(Source):\n    def rows(self, chunk_rows=100_000): yield pl.DataFrame({'name': [self.name]})\n")
+    put(tmp_path / "shop.py", "import polars as pl\nfrom mlkit.sources.base import Source\nclass Shop(Source):\n    def rows(self, chunk_rows=100_000): yield pl.DataFrame({'name': [self.name]})\n")
     put(tmp_path / "shop-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: shop\nVersion: 1\n")
     put(tmp_path / "shop-1.dist-info/entry_points.txt", "[mlkit.sources]\nshop = shop:Shop\nbroken = nowhere:Shop\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -136,7 +308,7 @@ def test_hugging_face(tmp_path):
 @pytest.fixture(scope="module")
 def postgres():
     "A server of its own on loopback, with a password. Gives the URL of its database."
-    pytest.importorskip("adbc_driver_postgresql", reason="not run: no PostgreSQL driver (pip install 'mlkit[sql]')")
+    pytest.importorskip("adbc_driver_postgresql", reason="not run: no PostgreSQL driver (pip install 'mlkit-lifecycle[sql]')")
     places = os.pathsep.join([os.environ["PATH"], *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)])
     tools = {t: shutil.which(t, path=places) for t in ("initdb", "pg_ctl")}
     if not all(tools.values()): pytest.skip("not run: no PostgreSQL server here (apt-get install postgresql)")
@@ -227,7 +399,7 @@ def test_postgres_wrong(postgres, monkeypatch):
 @pytest.fixture(scope="module")
 def s3():
     "A client of an S3 server on loopback."
-    pytest.importorskip("s3fs", reason="not run: no s3fs (pip install 'mlkit[s3]')")
+    pytest.importorskip("s3fs", reason="not run: no s3fs (pip install 'mlkit-lifecycle[s3]')")
     moto = pytest.importorskip("moto.server", reason="not run: no S3 server (pip install 'moto[server]')")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

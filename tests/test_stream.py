@@ -1,7 +1,7 @@
 "Training from shards: killed in mid-epoch it goes on there; under torchrun each process has its own half."
 import json, os, subprocess, sys
 
-import cv2, numpy as np, polars as pl
+import cv2, numpy as np
 import pytest
 from conftest import BIN, ROOT, sha256
 

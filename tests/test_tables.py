@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 import numpy as np, polars as pl, pytest, torch
 from torch import nn
 
-from mlkit.core import DataError, ServeError
+from mlkit.core import DataError
 from mlkit.serving.export import OnnxChain, export_onnx
 from mlkit.serving.parity import parity
 from mlkit.inputs.columns import Category, Date, Number
@@ -14,7 +14,7 @@ from mlkit.inputs.rows import Rows
 from mlkit.targets.classes import Classes
 from mlkit.targets.value import Value
 from mlkit.task import Task
-from mlkit.serving.load import load_test
+from mlkit.serving.load import measure_load
 from mlkit.serving.triton import Triton
 from mlkit.serving.install import install_serving
 from mlkit.serving.supervise import probe
@@ -141,5 +141,5 @@ def test_the_client_names_row_and_column(served, change, words):
 def test_load(served):
     server = served[0]
     probe(server)
-    one, four = load_test(server.client, list(arrays(server.client.signature, make_rows(50))), (1, 4), 0.9)
+    one, four = measure_load(server.client, list(arrays(server.client.signature, make_rows(50))), (1, 4), 0.9)
     assert one["n_requests"] > 0 and four["n_requests"] > 0

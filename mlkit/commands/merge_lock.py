@@ -14,6 +14,6 @@ import click
 @click.argument("files", nargs=3, type=click.Path(path_type=Path))
 def merge_lock(files):
     "BASE OURS THEIRS: git calls this to merge dvc.lock."
-    from mlkit.flow.merge import merge_locks
+    from mlkit.flow.git import merge_locks
     if not merge_locks(*files):
-        sys.exit(1) # git says that there is a conflict
+        sys.exit(1)

@@ -12,7 +12,7 @@ from ..core import project_root
 @click.command()
 @click.argument("stage")
 def run(stage):
-    "Run one STAGE with the values of params.yaml. This is what DVC calls; for the cache use 'mlkit repro STAGE'."
+    "Run one STAGE with the values of params.yaml. DVC calls this; for the cache use 'mlkit repro STAGE'."
     from mlkit.flow.runner import run_stage
     click.echo(f"▸ {stage}")
     seconds = run_stage(project_root(), stage)

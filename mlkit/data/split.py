@@ -14,46 +14,62 @@ import narwhals as nw, numpy as np, polars as pl
 
 from ..core import ConfigError, DataError, read_json, write_json
 
-# %% ../../nbs/data/09_split.ipynb #8408fc79
+# %% ../../nbs/data/09_split.ipynb #5962405e
 SPLITS = ("train", "validation", "test")
 METHODS = ("random", "stratified", "group", "time")
-_DIGITS = 2.0 ** 53 # of a draw: all that a float64 in [0, 1) has
+_DIGITS = 2.0**53  # of a draw: all that a float64 in [0, 1) has
 
-def turned(draw, seed: int): # `draw`: a Narwhals or Polars expression, or an array
+# %% ../../nbs/data/09_split.ipynb #b39ae7c8
+def turned(draw, seed: int):  # `draw`: a Narwhals or Polars expression, or an array
     "Draws of another seed, in [0, 1): steps by the golden ratio, which never meet."
     return fraction(draw + (seed * 0.6180339887498949) % 1)
 
-def fraction(x): # x >= 0: an expression, or an array
+# %% ../../nbs/data/09_split.ipynb #4b0754c4
+def fraction(x):  # x >= 0: an expression, or an array
     "What is behind the point, exactly. Of pandas' Arrow columns, which Dask has, there is no remainder."
     return x - x // 1.0
 
-def check_shares(shares: dict[str, float]) -> list[float]: # Where validation and test begin
+# %% ../../nbs/data/09_split.ipynb #916f1bf1
+def check_shares(shares: dict[str, float]) -> list[float]:  # Where validation and test begin
     "Raises `ConfigError` where the shares are not three that sum to 1."
     if tuple(shares) != SPLITS or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
         raise ConfigError(f"prepare.shares: needs {', '.join(SPLITS)}, each above 0, sum 1; got {shares}")
     return np.cumsum(list(shares.values()))[:-1].tolist()
 
+# %% ../../nbs/data/09_split.ipynb #e2eb06cf
 def collect(
-    frame: nw.LazyFrame, # Of any engine
-) -> pl.DataFrame: # Rows in any order
+    frame: nw.LazyFrame,  # Of any engine
+) -> pl.DataFrame:  # Rows in any order
     "What an engine has computed."
-    if frame.implementation.is_cudf(): return pl.from_arrow(frame.collect("pyarrow").to_arrow()) # by way of pandas, numbers with gaps would be floats
+    if frame.implementation.is_cudf():
+        return pl.from_arrow(frame.collect("pyarrow").to_arrow())  # by way of pandas, numbers with gaps would be floats
     return frame.collect("polars", **({"engine": "streaming"} if frame.implementation.is_polars() else {})).to_native()
 
+# %% ../../nbs/data/09_split.ipynb #a70e3ab8
 def like(
     small: pl.DataFrame,
     frame: nw.LazyFrame,
-) -> nw.LazyFrame: # `small`, in the engine of `frame`
+) -> nw.LazyFrame:  # `small`, in the engine of `frame`
     "For a join."
     engine = frame.implementation
-    if engine.is_pandas_like(): return nw.from_arrow(small, backend=engine).lazy() # cuDF
-    if engine.is_dask(): # by itself, Narwhals would make columns without Arrow, which cannot be joined with those that have it
-        dd = nw.get_native_namespace(frame) # no import: what serves a model does not depend on the version of Dask
+    if engine.is_pandas_like():
+        return nw.from_arrow(small, backend=engine).lazy()  # cuDF
+    if (
+        engine.is_dask()
+    ):  # by itself, Narwhals would make columns without Arrow, which cannot be joined with those that have it
+        dd = nw.get_native_namespace(frame)  # no import: what serves a model does not depend on the version of Dask
         return nw.from_native(dd.from_pandas(small.to_pandas(use_pyarrow_extension_array=True), npartitions=1))
-    return nw.from_native(small).lazy(engine, **({"session": frame.to_native().sparkSession} if engine.is_pyspark() else {}))
+    return nw.from_native(small).lazy(
+        engine, **({"session": frame.to_native().sparkSession} if engine.is_pyspark() else {})
+    )
 
-def _cut(values, edges): # an expression
-    return nw.when(values < edges[0]).then(nw.lit(SPLITS[0])).otherwise(nw.when(values < edges[1]).then(nw.lit(SPLITS[1])).otherwise(nw.lit(SPLITS[2])))
+# %% ../../nbs/data/09_split.ipynb #6aa458e2
+def _cut(values, edges):  # an expression
+    return (
+        nw.when(values < edges[0])
+        .then(nw.lit(SPLITS[0]))
+        .otherwise(nw.when(values < edges[1]).then(nw.lit(SPLITS[1])).otherwise(nw.lit(SPLITS[2])))
+    )
 
 # %% ../../nbs/data/09_split.ipynb #aa99ea92
 def class_edges(
@@ -88,81 +104,123 @@ def read_golden(path: Path) -> list[int]:
     try: return [int(m, 16) for m in read_json(path)["golden"]]
     except (KeyError, TypeError, ValueError) as e: raise DataError(f"{path}: not a golden set ({e!r})") from None
 
-# %% ../../nbs/data/09_split.ipynb #ed7d3a4d
+# %% ../../nbs/data/09_split.ipynb #200f9da0
 def split_table(
-    frame: Any, # Lazy frame of Polars, Dask or Spark, or a frame of cuDF, with `_draw`
-    shares: dict[str, float], # Of `SPLITS`, sum 1
+    frame: Any,  # Lazy frame of Polars, Dask or Spark, or a frame of cuDF, with `_draw`
+    shares: dict[str, float],  # Of `SPLITS`, sum 1
     seed: int,
-    method: str = "random", # Of `METHODS`
-    target: str | None = None, # Its column
-    classes: bool = False, # Whether the target is a class
-    group: str | None = None, # Column of the groups; needed by 'group'
-    time: str | None = None, # Column of the time, for 'time'; None: the only date
-    golden: list[int] = (), # See `read_golden`
-): # Lazy frame of the same engine, with a column `split`, and the rows of each split
+    method: str = "random",  # Of `METHODS`
+    target: str | None = None,  # Its column
+    classes: bool = False,  # Whether the target is a class
+    group: str | None = None,  # Column of the groups; needed by 'group'
+    time: str | None = None,  # Column of the time, for 'time'; None: the only date
+    golden: list[int] = (),  # See `read_golden`
+):  # Lazy frame of the same engine, with a column `split`, and the rows of each split
     "Raises `ConfigError` on an unknown method or a missing column, `DataError` where a split, or a class in it, would be empty, or golden rows are lost."
     edges, frame = check_shares(shares), nw.from_native(frame).lazy()
-    if method not in METHODS: raise ConfigError(f"prepare.method: '{method}' is none of {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise ConfigError(f"prepare.method: '{method}' is none of {', '.join(METHODS)}")
     dates = [c for c, t in frame.collect_schema().items() if t.is_temporal()] if method == "time" else []
     time = time or (dates[0] if len(dates) == 1 else None)
     if (needed := {"group": group, "time": time}.get(method, "")) is None:
         which = f" ({', '.join(dates) or 'there is no date'})" if method == "time" else ""
-        raise ConfigError(f"prepare.method: {method} needs a column{which}: 'mlkit contract accept' makes the contract yours, then write \"{method}\": \"COLUMN\" into it")
-    if method == "stratified" and not classes: raise ConfigError("prepare.method: 'stratified' needs classes, and the target is a number; use random, group or time")
-    for c in filter(None, (target, needed)): frame = frame.filter(~nw.col(c).is_null())
+        raise ConfigError(
+            f'prepare.method: {method} needs a column{which}: \'mlkit contract accept\' makes the contract yours, then write "{method}": "COLUMN" into it'
+        )
+    if method == "stratified" and not classes:
+        raise ConfigError(
+            "prepare.method: 'stratified' needs classes, and the target is a number; use random, group or time"
+        )
+    for c in filter(None, (target, needed)):
+        frame = frame.filter(~nw.col(c).is_null())
     label, counts = target if classes else None, None
-    if method == "time": frame = _by_time(frame, time, edges)
-    elif method == "group": frame = _by_group(frame, group, seed, edges)
-    else: frame, counts = _by_draw(frame, seed, edges, label, method == "stratified")
-    if len(golden): frame, counts = _keep_golden(frame, golden, group if method == "group" else None), None
+    if method == "time":
+        frame = _by_time(frame, time, edges)
+    elif method == "group":
+        frame = _by_group(frame, group, seed, edges)
+    else:
+        frame, counts = _by_draw(frame, seed, edges, label, method == "stratified")
+    if len(golden):
+        frame, counts = _keep_golden(frame, golden, group if method == "group" else None), None
     return frame.to_native(), _check(counts or _count(frame, label))
 
-def _count(frame, label): # (split,) or (split, class): rows
-    return {tuple(k): n for *k, n in collect(frame.group_by("split", *filter(None, [label])).agg(nw.len().alias("_n"))).iter_rows()}
+# %% ../../nbs/data/09_split.ipynb #770d11f7
+def _count(frame, label):  # (split,) or (split, class): rows
+    return {
+        tuple(k): n
+        for *k, n in collect(frame.group_by("split", *filter(None, [label])).agg(nw.len().alias("_n"))).iter_rows()
+    }
 
+# %% ../../nbs/data/09_split.ipynb #3554b75b
 def _by_draw(frame, seed, edges, target, exact):
     draw = turned(nw.col("_draw"), seed)
     cut = _cut(draw, edges)
     made = frame.with_columns(cut.alias("split"))
     counts = _count(made, target)
     seen = Counter(l for _, *label in counts for l in label)
-    if not (labels := sorted(l for l, n in seen.items() if exact or n < len(SPLITS))): return made, counts
+    if not (labels := sorted(l for l, n in seen.items() if exact or n < len(SPLITS))):
+        return made, counts
     draws = collect(frame.filter(nw.col(target).is_in(labels)).select(target, draw.alias("draw")))
     for (label,), rows in sorted(draws.partition_by(target, as_dict=True, include_key=False).items()):
         own = class_edges(rows["draw"].to_numpy(), edges, exact, label)
         cut = nw.when(nw.col(target) == label).then(_cut(draw, own)).otherwise(cut)
     return frame.with_columns(cut.alias("split")), None
 
+# %% ../../nbs/data/09_split.ipynb #3f3be66e
 def _by_group(frame, group, seed, edges):
     from pandas.util import hash_array
+
     groups = collect(frame.select(group).unique(group))
-    if len(groups) < len(SPLITS): raise DataError(f"column '{group}' has {len(groups)} groups; a split by group needs three or more")
+    if len(groups) < len(SPLITS):
+        raise DataError(f"column '{group}' has {len(groups)} groups; a split by group needs three or more")
     names = groups[group].cast(pl.String).to_numpy().astype(object)
-    split = np.array(SPLITS)[np.searchsorted(edges, turned((hash_array(names, categorize=False) >> np.uint64(11)) / _DIGITS, seed), side="right")]
+    split = np.array(SPLITS)[
+        np.searchsorted(
+            edges, turned((hash_array(names, categorize=False) >> np.uint64(11)) / _DIGITS, seed), side="right"
+        )
+    ]
     found = groups.with_columns(split=pl.Series(split))
-    if frame.implementation.is_polars(): return nw.from_native(frame.to_native().join(found.lazy(), on=group, how="left", maintain_order="left")) # no sorting needed
+    if frame.implementation.is_polars():
+        return nw.from_native(
+            frame.to_native().join(found.lazy(), on=group, how="left", maintain_order="left")
+        )  # no sorting needed
     return frame.join(like(found, frame), on=group, how="left")
 
+# %% ../../nbs/data/09_split.ipynb #fb37352b
 def _by_time(frame, time, edges):
     when = collect(frame.select(time))[time].sort()
-    if not len(when): raise DataError(f"column '{time}' has no value; a split by time needs one in every row")
+    if not len(when):
+        raise DataError(f"column '{time}' has no value; a split by time needs one in every row")
     return frame.with_columns(_cut(nw.col(time), [nw.lit(when[int(e * len(when))]) for e in edges]).alias("split"))
 
+# %% ../../nbs/data/09_split.ipynb #0b431a16
 def _keep_golden(frame, golden, group):
     marked = frame.with_columns(_mark().is_in(list(golden)).alias("_golden"))
     found = collect(marked.filter(nw.col("_golden")).select(_mark().alias("m")).unique("m"))
-    if len(found) < len(set(golden)): raise DataError(f"{len(set(golden)) - len(found)} of {len(set(golden))} golden rows are not in the data any more; bring them back, or freeze a new set under another name")
+    if len(found) < len(set(golden)):
+        raise DataError(
+            f"{len(set(golden)) - len(found)} of {len(set(golden))} golden rows are not in the data any more; bring them back, or freeze a new set under another name"
+        )
     if group:
         held = collect(marked.filter(nw.col("_golden")).select(group).unique(group))[group].to_list()
         marked = marked.with_columns(nw.col(group).is_in(held).alias("_golden"))
-    return marked.with_columns(nw.when(nw.col("_golden")).then(nw.lit("test")).otherwise(nw.col("split")).alias("split")).drop("_golden")
+    return marked.with_columns(
+        nw.when(nw.col("_golden")).then(nw.lit("test")).otherwise(nw.col("split")).alias("split")
+    ).drop("_golden")
 
-def _check(counts): # rows of each split
+# %% ../../nbs/data/09_split.ipynb #0e40daa1
+def _check(counts):  # rows of each split
     sizes = {s: sum(n for (t, *_), n in counts.items() if t == s) for s in SPLITS}
     for s, n in sizes.items():
-        if n < 2: raise DataError(f"the {s} split has {n} of {sum(sizes.values())} rows; it needs two or more: add rows, or change prepare.shares")
+        if n < 2:
+            raise DataError(
+                f"the {s} split has {n} of {sum(sizes.values())} rows; it needs two or more: add rows, or change prepare.shares"
+            )
     for label in sorted({l for _, *label in counts for l in label}):
-        if ("train", label) not in counts: raise DataError(f"class '{label}' has no row in the train split, so it cannot be learned; add rows, or another prepare.method")
+        if ("train", label) not in counts:
+            raise DataError(
+                f"class '{label}' has no row in the train split, so it cannot be learned; add rows, or another prepare.method"
+            )
     return sizes
 
 # %% ../../nbs/data/09_split.ipynb #41b5e58e

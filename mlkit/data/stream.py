@@ -13,89 +13,127 @@ from pathlib import Path
 from typing import Iterator
 
 import cv2, numpy as np, polars as pl
+from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, SetupError
 from .shards import decode
 from ..inputs.image import fit_image
 from ..training.checkpoint import fingerprint, sources
 
-# %% ../../nbs/data/11_stream.ipynb #f9fad54e
+# %% ../../nbs/data/11_stream.ipynb #ef645bc4
 @dataclass(frozen=True)
 class Whole:
-    "All of an image as `prepare` fits it: uint8, for `model.Normalize`."
-    shape: tuple[int, int, int] # (h, w, c)
+    "All of an image as `prepare` fits it: uint8, for `layers.Normalize`."
+
+    shape: tuple[int, int, int]  # (h, w, c)
     dtype = np.uint8
 
-    def draw(self, keys, sizes, epoch, seed): # as in `Recipe`; nothing is drawn
+    def draw(self, keys, sizes, epoch, seed):  # as in `Recipe`; nothing is drawn
         return np.concatenate([np.zeros_like(sizes), sizes], 1).astype(np.int32), np.zeros(len(keys), bool)
 
     def write(self, data, cut, flip, out):
-        if (x := decode(data)) is None: raise DataError("an image cannot be decoded")
+        if (x := decode(data)) is None:
+            raise DataError("an image cannot be decoded")
         out[:] = fit_image(x, self.shape)
 
-    def finish(self, X, out): out[:] = X
+    def finish(self, X, out):
+        out[:] = X
 
-    def graph(self, fn, types, data, start, extent, flip, device): # of images that have their size
+    def graph(self, fn, types, data, start, extent, flip, device):  # of images that have their size
         return fn.decoders.image(data, device=device, output_type=types.RGB if self.shape[2] == 3 else types.GRAY)
 
+# %% ../../nbs/data/11_stream.ipynb #4cfc6a8a
 @dataclass(frozen=True)
 class Recipe:
     "From an encoded image to what a network takes."
-    size: int # Pixels a side
-    mean: tuple[float, ...] = (0.5,) # A channel each (or one for all), of pixels / 255
+
+    size: int  # Pixels a side
+    mean: tuple[float, ...] = (0.5,)  # A channel each (or one for all), of pixels / 255
     std: tuple[float, ...] = (0.25,)
-    area: tuple[float, float] = (1.0, 1.0) # Smallest and largest share of the image that is cut out; (1, 1): the largest square in the middle
-    flip: bool = False # Left to right, in half of all cases
-    channels: int = 3 # 3: RGB, 1: grey
+    area: tuple[float, float] = (1.0, 1.0)  # Smallest and largest share that is cut out; (1, 1): the middle square
+    flip: bool = False  # Left to right, in half of all cases
+    channels: int = 3  # 3: RGB, 1: grey
     dtype = np.float32
 
     @property
-    def shape(self): return self.channels, self.size, self.size
+    def shape(self):
+        return self.channels, self.size, self.size
 
     @cached_property
-    def affine(self): # scale and shift of each channel
+    def affine(self):  # scale and shift of each channel
         mean, std = (np.broadcast_to(np.float32(v), self.channels) for v in (self.mean, self.std))
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
-    def draw(self,
-        keys: np.ndarray, # (n,) int64: numbers of the samples
-        sizes: np.ndarray, # (n, 2) int: height and width of each image
-        epoch: int, seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]: # (n, 4) int32: top, left, height, width of what is cut out; (n,) bool: flipped
-        "The draws of these samples. Raises `ConfigError` where `area` is no range within (0, 1]."
-        low, high = self.area
-        if not 0 < low <= high <= 1: raise ConfigError(f"area: needs 0 < smallest <= largest <= 1, got {self.area}")
-        u = _uniform(keys, epoch, seed, 4)
-        h, w = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
-        side = np.maximum(np.sqrt((low + (high - low) * u[0]) * h * w), 1)
-        side = np.where(low == high == 1, np.minimum(h, w), np.minimum(side, np.minimum(h, w))).astype(np.int64)
-        middle = low == high == 1
-        top, left = (np.floor((0.5 if middle else u[i]) * (full - side + (not middle))) for i, full in ((1, h), (2, w)))
-        cut = np.stack([np.minimum(top, h - side), np.minimum(left, w - side), side, side], 1).astype(np.int32)
-        return cut, (u[3] < 0.5) & self.flip
+# %% ../../nbs/data/11_stream.ipynb #f250125a
+@patch
+def draw(
+    self: Recipe,
+    keys: np.ndarray,  # (n,) int64: numbers of the samples
+    sizes: np.ndarray,  # (n, 2) int: height and width of each image
+    epoch: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (n, 4) int32: top, left, height, width of what is cut out; (n,) bool: flipped
+    "The draws of these samples. Raises `ConfigError` where `area` is no range within (0, 1]."
+    low, high = self.area
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"area: needs 0 < smallest <= largest <= 1, got {self.area}")
+    u = _uniform(keys, epoch, seed, 4)
+    h, w = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    side = np.maximum(np.sqrt((low + (high - low) * u[0]) * h * w), 1)
+    side = np.where(low == high == 1, np.minimum(h, w), np.minimum(side, np.minimum(h, w))).astype(np.int64)
+    middle = low == high == 1
+    top, left = (np.floor((0.5 if middle else u[i]) * (full - side + (not middle))) for i, full in ((1, h), (2, w)))
+    cut = np.stack([np.minimum(top, h - side), np.minimum(left, w - side), side, side], 1).astype(np.int32)
+    return cut, (u[3] < 0.5) & self.flip
 
-    def write(self, data, cut, flip, out):
-        x = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR if self.channels == 3 else cv2.IMREAD_GRAYSCALE)
-        if x is None: raise DataError("an image cannot be decoded")
-        t, l, h, w = cut
-        x = cv2.resize(x[t:t + h, l:l + w], (self.size,) * 2, interpolation=cv2.INTER_LINEAR)
-        if flip: x = cv2.flip(x, 1)
-        self.planes([x] if x.ndim == 2 else cv2.split(x)[::-1], out) # OpenCV has BGR
+# %% ../../nbs/data/11_stream.ipynb #73937ce9
+@patch
+def write(self: Recipe, data, cut, flip, out):
+    x = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR if self.channels == 3 else cv2.IMREAD_GRAYSCALE)
+    if x is None:
+        raise DataError("an image cannot be decoded")
+    t, l, h, w = cut
+    x = cv2.resize(x[t : t + h, l : l + w], (self.size,) * 2, interpolation=cv2.INTER_LINEAR)
+    if flip:
+        x = cv2.flip(x, 1)
+    self.planes([x] if x.ndim == 2 else cv2.split(x)[::-1], out)  # OpenCV has BGR
 
-    def planes(self, channels, out): # c of (h, w) uint8 to (c, h, w) float32, normalised
-        for x, o, scale, shift in zip(channels, out, *self.affine): np.multiply(x, scale, out=o); o += shift
+@patch
+def planes(self: Recipe, channels, out):  # c of (h, w) uint8 to (c, h, w) float32, normalised
+    for x, o, scale, shift in zip(channels, out, *self.affine):
+        np.multiply(x, scale, out=o)
+        o += shift
 
-    def finish(self, X, out): # n of them, as DALI's CPU mode gives them
-        for x, o in zip(X, out): self.planes(cv2.split(x), o)
+@patch
+def finish(self: Recipe, X, out):  # n of them, as DALI's CPU mode gives them
+    for x, o in zip(X, out):
+        self.planes(cv2.split(x), o)
 
-    def graph(self, fn, types, data, start, extent, flip, device):
-        x = fn.decoders.image_slice(data, start, extent, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device=device,
-                                    output_type=types.RGB if self.channels == 3 else types.GRAY)
-        linear = {"resize_y": float(self.size), "interp_type": types.INTERP_LINEAR, "antialias": False}
-        if device == "cpu": return fn.resize(x, resize_x=fn.cast(self.size - 2 * self.size * flip, dtype=types.FLOAT), **linear) # a negative width flips; its planes cost three times what `finish` does
-        x, (mean, std) = fn.resize(x, resize_x=float(self.size), **linear), (np.broadcast_to(np.float32(v) * 255, self.channels).tolist() for v in (self.mean, self.std))
-        return fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip)
+# %% ../../nbs/data/11_stream.ipynb #67e460fa
+@patch
+def graph(self: Recipe, fn, types, data, start, extent, flip, device):
+    x = fn.decoders.image_slice(
+        data,
+        start,
+        extent,
+        axes=[0, 1],
+        normalized_anchor=False,
+        normalized_shape=False,
+        device=device,
+        output_type=types.RGB if self.channels == 3 else types.GRAY,
+    )
+    linear = {"resize_y": float(self.size), "interp_type": types.INTERP_LINEAR, "antialias": False}
+    if device == "cpu":
+        return fn.resize(
+            x, resize_x=fn.cast(self.size - 2 * self.size * flip, dtype=types.FLOAT), **linear
+        )  # a negative width flips; its planes cost three times what `finish` does
+    x, (mean, std) = (
+        fn.resize(x, resize_x=float(self.size), **linear),
+        (np.broadcast_to(np.float32(v) * 255, self.channels).tolist() for v in (self.mean, self.std)),
+    )
+    return fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip)
 
+# %% ../../nbs/data/11_stream.ipynb #d1e76f99
 def _uniform(keys, epoch, seed, n):
     "(n, len(keys)) numbers in [0, 1) that depend on nothing but these: SplitMix64 (Steele, Lea and Flood 2014)."
     with np.errstate(over="ignore"):
@@ -136,15 +174,17 @@ class OpenCV:
 
     def close(self): self.pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/data/11_stream.ipynb #b578abd4
+# %% ../../nbs/data/11_stream.ipynb #327b7e7b
 class Dali:
     "NVIDIA DALI, on a GPU or in its CPU mode."
+
     def __init__(self, recipe: Recipe | Whole, n_threads: int, batch_size: int, device_id: int | None = None):
         try:
             import nvidia.dali.fn as fn
             import nvidia.dali.types as types
             from nvidia.dali import Pipeline
-        except ImportError as e: raise SetupError(f"DALI cannot be imported ({e}); 'mlkit doctor' says how to add it") from None
+        except ImportError as e:
+            raise SetupError(f"DALI cannot be imported ({e}); 'mlkit doctor' says how to add it") from None
         self.recipe, self.gpu, self.batches, self.buffers = recipe, device_id is not None, iter(()), Buffers()
         self.pipe = Pipeline(batch_size=batch_size, num_threads=n_threads, device_id=device_id, prefetch_queue_depth=2)
         with self.pipe:
@@ -152,101 +192,168 @@ class Dali:
             self.pipe.set_outputs(recipe.graph(fn, types, *fed, "mixed" if self.gpu else "cpu"))
         self.pipe.build()
 
-    def _next(self): # DALI asks for a batch or two ahead
-        data, cuts, flips = next(self.batches)
-        return [np.asarray(d) for d in data], np.float32(cuts[:, :2]), np.float32(cuts[:, 2:]), np.int32(flips)
+# %% ../../nbs/data/11_stream.ipynb #851a0f09
+@patch
+def _next(self: Dali):  # DALI asks for a batch or two ahead
+    data, cuts, flips = next(self.batches)
+    return [np.asarray(d) for d in data], np.float32(cuts[:, :2]), np.float32(cuts[:, 2:]), np.int32(flips)
 
-    def __call__(self, batches): # as in `OpenCV`; torch tensors on the GPU, if it decodes there
-        self.batches = iter(batches)
-        try:
-            while True:
-                x, = self.pipe.run()
-                if self.gpu: import torch; yield torch.from_dlpack(x.as_tensor()).clone() # DALI uses its buffer again
-                else:
-                    self.recipe.finish(X := np.asarray(x.as_tensor()), out := self.buffers.empty((len(X), *self.recipe.shape), self.recipe.dtype))
-                    yield out
-        except StopIteration: pass
-        except RuntimeError as e: raise DataError(f"an image cannot be decoded, says DALI ({str(e).strip().splitlines()[0]})") from None
+# %% ../../nbs/data/11_stream.ipynb #e3859ed2
+@patch
+def __call__(self: Dali, batches):  # as in `OpenCV`; torch tensors on the GPU, if it decodes there
+    self.batches = iter(batches)
+    try:
+        while True:
+            (x,) = self.pipe.run()
+            if self.gpu:
+                import torch
 
-        finally: self._empty()
+                yield torch.from_dlpack(x.as_tensor()).clone()  # DALI uses its buffer again
+            else:
+                self.recipe.finish(
+                    X := np.asarray(x.as_tensor()),
+                    out := self.buffers.empty((len(X), *self.recipe.shape), self.recipe.dtype),
+                )
+                yield out
+    except StopIteration:
+        pass
+    except RuntimeError as e:
+        raise DataError(f"an image cannot be decoded, says DALI ({str(e).strip().splitlines()[0]})") from None
 
-    def _empty(self):
-        "What it has made ahead of an epoch that was left, or that ended, must not come in the next one."
-        self.batches = iter(())
-        try:
-            while True: self.pipe.run()
-        except StopIteration: self.pipe.reset()
-        except RuntimeError: pass # it could not decode an image, and says so again
+    finally:
+        self._empty()
 
-    def close(self): self.pipe = None
+# %% ../../nbs/data/11_stream.ipynb #6334dc48
+@patch
+def _empty(self: Dali):
+    "What it has made ahead of an epoch that was left, or that ended, must not come in the next one."
+    self.batches = iter(())
+    try:
+        while True:
+            self.pipe.run()
+    except StopIteration:
+        self.pipe.reset()
+    except RuntimeError:
+        pass  # it could not decode an image, and says so again
 
-# %% ../../nbs/data/11_stream.ipynb #7a8f4eb7
-def _ranks(): return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) # as torchrun sets them
+@patch
+def close(self: Dali):
+    self.pipe = None
 
+# %% ../../nbs/data/11_stream.ipynb #b906d828
+def _ranks():
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+# %% ../../nbs/data/11_stream.ipynb #25fba1e0
 class Loader:
     "Batches of images from shards, made ahead by a thread while the model works."
-    def __init__(self,
-        folder: Path, # Of shards
-        index: pl.DataFrame, # Rows of its index, see `shards.SCHEMA`: the samples
-        labels: np.ndarray, # (n,) int64, of the rows
+
+    def __init__(
+        self,
+        folder: Path,  # Of shards
+        index: pl.DataFrame,  # Rows of its index, see `shards.SCHEMA`: the samples
+        labels: np.ndarray,  # (n,) int64, of the rows
         recipe: Recipe | Whole,
-        batch_size: int, # On each rank; the largest, where the caller names another
+        batch_size: int,  # On each rank; the largest, where the caller names another
         seed: int = 0,
         shuffle: bool = True,
-        rank: int | None = None, world: int | None = None, # This process, and how many there are; None: as torchrun says, else one
-        engine: str = "opencv", # or 'dali-gpu', 'dali-cpu'
+        rank: int | None = None,
+        world: int | None = None,  # This process, and how many there are; None: as torchrun says, else one
+        engine: str = "opencv",  # or 'dali-gpu', 'dali-cpu'
         n_threads: int = 1,
-        ahead: int = 4, # Batches that are kept ready
+        ahead: int = 4,  # Batches that are kept ready
     ):
-        if not len(index): raise DataError(f"{folder}: no samples to load")
+        if not len(index):
+            raise DataError(f"{folder}: no samples to load")
         self.folder, self.index, self.labels, self.recipe, self.engine = folder, index, labels, recipe, engine
         self.files = {s: np.memmap(folder / s, np.uint8, "r") for s in index["shard"].unique()}
         self.where = list(index.select("shard", "offset", "size").iter_rows())
         self.sizes = index.select("height", "width").to_numpy()
         self.batch_size, self.seed, self.shuffle, self.ahead = batch_size, seed, shuffle, ahead
         self.rank, self.world = (given if given is not None else here for given, here in zip((rank, world), _ranks()))
-        self.work = OpenCV(recipe, n_threads) if engine == "opencv" else Dali(recipe, n_threads, batch_size, 0 if engine == "dali-gpu" else None)
+        self.work = (
+            OpenCV(recipe, n_threads)
+            if engine == "opencv"
+            else Dali(recipe, n_threads, batch_size, 0 if engine == "dali-gpu" else None)
+        )
 
-    def order(self, epoch: int) -> np.ndarray: # (n',) int64
-        "The samples of this rank in an epoch. All ranks get equally many: the last ones are filled up from the start, as torch's `DistributedSampler` does."
-        n = len(self.where)
-        order = np.random.Generator(np.random.Philox([self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
-        return np.resize(order, -(-n // self.world) * self.world)[self.rank::self.world]
+# %% ../../nbs/data/11_stream.ipynb #51090dc8
+@patch
+def order(self: Loader, epoch: int) -> np.ndarray:  # (n',) int64
+    "The samples of this rank in an epoch. All ranks get equally many: the last ones are filled up from the start, as torch's `DistributedSampler` does."
+    n = len(self.where)
+    order = (
+        np.random.Generator(np.random.Philox([self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
+    )
+    return np.resize(order, -(-n // self.world) * self.world)[self.rank :: self.world]
 
-    def __len__(self): return -(-len(self.order(0)) // self.batch_size)
+@patch
+def __len__(self: Loader):
+    return -(-len(self.order(0)) // self.batch_size)
 
-    def batches(self,
-        rows, # (k,) int64: which samples, in this order
-        batch_size: int,
-        epoch: int = 0, # What is drawn depends on it
-    ) -> Iterator[tuple]: # X (n, *recipe.shape), array or tensor; labels (n,) int64
-        "Raises `DataError` where an image cannot be decoded."
-        rows, ready, stop = np.asarray(rows), queue.Queue(self.ahead), threading.Event()
-        parts = np.array_split(rows, range(batch_size, len(rows), batch_size)) if len(rows) else []
-        def read(part): return [self.files[s][o:o + n] for s, o, n in (self.where[r] for r in part)]
-        def make():
-            try:
-                done = self.work((read(part), *self.recipe.draw(part, self.sizes[part], epoch, self.seed)) for part in parts)
-                for part, X in zip(parts, done):
-                    if not _put(ready, (X, self.labels[part]), stop): return
-                _put(ready, None, stop)
-            except DataError as e: _put(ready, DataError(f"{self.folder}: {e}; 'mlkit verify' says which file was changed"), stop)
-            except Exception as e: _put(ready, e, stop)
-        thread = threading.Thread(target=make, daemon=True); thread.start()
+# %% ../../nbs/data/11_stream.ipynb #c03e461d
+@patch
+def batches(
+    self: Loader,
+    rows,  # (k,) int64: which samples, in this order
+    batch_size: int,
+    epoch: int = 0,  # What is drawn depends on it
+) -> Iterator[tuple]:  # X (n, *recipe.shape), array or tensor; labels (n,) int64
+    "Raises `DataError` where an image cannot be decoded."
+    rows, ready, stop = np.asarray(rows), queue.Queue(self.ahead), threading.Event()
+    parts = np.array_split(rows, range(batch_size, len(rows), batch_size)) if len(rows) else []
+
+    def read(part):
+        return [self.files[s][o : o + n] for s, o, n in (self.where[r] for r in part)]
+
+    def make():
         try:
-            while (batch := ready.get()) is not None:
-                if isinstance(batch, Exception): raise batch
-                yield batch
-        finally: stop.set(); thread.join()
+            done = self.work(
+                (read(part), *self.recipe.draw(part, self.sizes[part], epoch, self.seed)) for part in parts
+            )
+            for part, X in zip(parts, done):
+                if not _put(ready, (X, self.labels[part]), stop):
+                    return
+            _put(ready, None, stop)
+        except DataError as e:
+            _put(ready, DataError(f"{self.folder}: {e}; 'mlkit verify' says which file was changed"), stop)
+        except Exception as e:
+            _put(ready, e, stop)
 
-    def fingerprint(self) -> str: # See `checkpoint.fingerprint`
-        "What it gives, without looking at a pixel: the index has the hash of each image's."
-        return fingerprint(*self.index.select("content", "height", "width"), self.labels, self.recipe, self.engine, self.seed, sources(fit_image, decode))
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        stop.set()
+        thread.join()
 
-    def close(self): self.work.close()
+# %% ../../nbs/data/11_stream.ipynb #523becde
+@patch
+def fingerprint(self: Loader) -> str:  # See `checkpoint.fingerprint`
+    "What it gives, without looking at a pixel: the index has the hash of each image's."
+    return fingerprint(
+        *self.index.select("content", "height", "width"),
+        self.labels,
+        self.recipe,
+        self.engine,
+        self.seed,
+        sources(fit_image, decode),
+    )
 
+@patch
+def close(self: Loader):
+    self.work.close()
+
+# %% ../../nbs/data/11_stream.ipynb #fdda7ae1
 def _put(ready, item, stop):
     while not stop.is_set():
-        try: ready.put(item, timeout=0.1); return True
-        except queue.Full: pass
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            pass
     return False

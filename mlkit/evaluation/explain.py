@@ -65,7 +65,7 @@ class Explainer:
 # %% ../../nbs/evaluation/02_explain.ipynb #5d1a6c88
 def make_explainer(net: nn.Module, task: Task, prepared: Path, seed: int, method: dict):
     "The explainer of the task's modality. Raises `ConfigError` on parameters that it does not have."
-    from mlkit.evaluation import explain_image, explain_rows # they register themselves
+    from mlkit.evaluation import explain_image, explain_rows # noqa: F401, they register themselves
     cls = EXPLAINERS.get(task.input.modality, Explainer)
     return cls(net, task, prepared, seed, **checked_parameters(cls, method, "explain.method"))
 

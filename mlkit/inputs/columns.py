@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ENCODERS', 'N_KNOTS', 'DATE_PARTS', 'NONE', 'BIG', 'ODD_NUMBERS', 'ODD_INTEGERS', 'ODD_TEXTS', 'ODD_YEARS',
-           'encodes', 'Column', 'load_column', 'knots', 'Number', 'seconds', 'Date', 'Category']
+           'encodes', 'Column', 'load_column', 'knots', 'Number', 'seconds', 'Date', 'Category', 'encoder_of']
 
 # %% ../../nbs/inputs/02_columns.ipynb #ee4b71dd
 import math
@@ -16,10 +16,11 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 
 from ..core import DataError, nearest
+from ..data.columns.registry import find_column_type
 
 # %% ../../nbs/inputs/02_columns.ipynb #81d08cd6
 KINDS: dict[str, type] = {} # kind: class
-ENCODERS: dict[str, type] = {} # dtype of the contract: class
+ENCODERS: dict[str, type] = {} # dtype of the contract: class; else its column type says the kind
 
 def encodes(*dtypes: str):
     "Register a class for these dtypes of a contract."
@@ -199,6 +200,18 @@ class Category(Column):
     def fitted(self) -> str:
         "What was fitted, for people."
         return f"{len(self.values)} values have a code"
+
+# %% ../../nbs/inputs/02_columns.ipynb #9813c055
+def encoder_of(
+    dtype: str, # Of the contract
+) -> type: # A `Column`
+    "How a column type is encoded. A type of your own says it by `encoder`; a class of your own by `@encodes`. Raises `DataError`."
+    if dtype in ENCODERS:
+        return ENCODERS[dtype]
+    kind = find_column_type(dtype).encoder
+    if kind not in KINDS:
+        raise DataError(f"the column type '{dtype}' is not for features: its encoder is '{kind}'{nearest(kind, KINDS)}")
+    return KINDS[kind]
 
 # %% ../../nbs/inputs/02_columns.ipynb #03bcb8e4
 NONE = -2**63 # Microseconds: how a missing date travels, as NumPy's NaT

@@ -228,21 +228,10 @@ def front(self: Image):
     return Normalize(self.mean, self.std)
 
 @patch
-def raw(self: Image, prepared: Path, split: str) -> np.ndarray: # (n, h, w, c) uint8
-    "Samples as a server gets them."
-    return load_split(prepared / f"{split}.safetensors")[0]
-
-@patch
 def tensors(self: Image) -> tuple[dict, tuple]: # name: (dtype, shape) of what is sent; (name, dtype, shape) of what a network takes
     "For the signature. The batch dimension is not part of a shape."
     h, w, c = self.shape
     return {"image": ("uint8", self.shape)}, ("x", "float32", (c, h, w))
-
-@patch
-def preprocess(self: Image, to_onnx, opset: int): # ModelProto
-    "The first step in ONNX. `to_onnx(module, inputs, outputs, opset)` exports a torch module."
-    inputs, x = self.tensors()
-    return to_onnx(self.front(), inputs, x, opset)
 
 @patch
 def odd(self: Image, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Raw samples; X as `prepare` would store it

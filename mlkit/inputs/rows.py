@@ -25,7 +25,7 @@ from ..data.parts import ingest_table, read_parts
 from ..data.prepared import header
 from ..data.split import SPLITS, Split, collect, fraction
 from .base import CORRUPTIONS, Ingested, Input, modality
-from .columns import Category, Column, DATE_PARTS, Date, ENCODERS, N_KNOTS, Number, load_column, seconds
+from .columns import Category, Column, DATE_PARTS, Date, N_KNOTS, Number, encoder_of, load_column, seconds
 from ..targets.base import find_target
 
 # %% ../../nbs/inputs/03_rows.ipynb #e6a3da3d
@@ -95,7 +95,7 @@ def fit_rows(
     frame, features = nw.from_native(train).lazy(), list(contract.features)
     if not features:
         raise DataError("the contract has no column that a model may use: every input is text or an id; give one another dtype")
-    numeric = [f.name for f in features if issubclass(ENCODERS[f.dtype], Number)]
+    numeric = [f.name for f in features if issubclass(encoder_of(f.dtype), Number)]
     missing = collect(frame.select(nw.len().alias("_n"), *[nw.col(c).null_count() for c in numeric])).row(0, named=True)
     if not (n := missing["_n"]):
         raise DataError("the training split is empty")
@@ -107,7 +107,7 @@ def fit_rows(
     return Rows(found), find_target(contract.task).fit(contract.target, sample[contract.target.name])
 
 def _fit_column(feature, frame, sample, missing, min_count, max_values) -> Column | None: # None: nothing can be learned from it
-    encoder = ENCODERS[feature.dtype]
+    encoder = encoder_of(feature.dtype)
     if not issubclass(encoder, Number):
         return encoder(feature.name, feature.dtype, frequent(frame, feature.name, min_count, max_values))
     s = sample[feature.name]

@@ -50,9 +50,7 @@ def _joined(train, held_out, n, seed): # at most n rows of each; training rows w
     of_model = [c for c in PREDICTION if c == "predicted" or held_out.schema.get("predicted") != pl.Float64]
     require_columns(held_out, of_model, "held-out split")
     train = train.drop(PREDICTION, strict=False)
-    if not (of_samples := set(held_out.columns) - set(PREDICTION)):
-        return draw_rows(held_out, n, seed) # nothing but answers is compared
-    require_columns(train, of_samples, "training split")
+    require_columns(train, set(held_out.columns) - set(PREDICTION), "training split")
     both = [draw_rows(train, n, seed), draw_rows(held_out, n, seed)]
     return pl.concat(both, how="diagonal").select(held_out.columns)
 

@@ -21,6 +21,7 @@ def git(
     env = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
     return subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
+# %% ../../nbs/project/02_repository.ipynb #e1931c6a
 def has_git() -> bool:
     "Whether git is installed."
     try:
@@ -54,6 +55,7 @@ def init_dvc(root: Path):
     with open(root / ".dvcignore", "a") as f:
         f.write(OURS)
 
+# %% ../../nbs/project/02_repository.ipynb #3ea79d38
 def use_git(root: Path):
     "Let the DVC project use the git repository that it is in."
     from dvc.repo import Repo
@@ -99,9 +101,9 @@ def join_git(
     message: str, # Of the commit
 ) -> list[str]: # Lines for the user
     "Make the project a repository, or a part of the one around it, and commit it. Raises `ConfigError`."
-    from mlkit.flow.merge import install_driver
+    from mlkit.flow.git import set_up_git
     if own and (done := git(root, "init", "-q")).returncode:
         raise ConfigError(f"{root}: 'git init' fails: {done.stderr.strip()}")
     use_git(root)
-    install_driver(root)
+    set_up_git(root)
     return commit(root, message)

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['SQLITE', 'IGNORED', 'README', 'real_path', 'path_from', 'local_path', 'source_as_given', 'source_from', 'write_files',
-           'check_free', 'write_project']
+           'check_free', 'appearing', 'write_project']
 
 # %% ../../nbs/project/03_write.ipynb #ca6d8207
 import os, shutil, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..core import ConfigError
@@ -19,6 +20,7 @@ def real_path(path: Path) -> Path: # Absolute
     path = Path(path).expanduser().absolute()
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
+# %% ../../nbs/project/03_write.ipynb #ef335fac
 def path_from(
     project: Path, # Its folder, there or not
     data: Path, # As the user wrote it
@@ -45,6 +47,7 @@ def local_path(data: str) -> tuple[str, str, str]: # What stands before the path
     path, mark, options = path.partition("?")
     return before, path, mark + options
 
+# %% ../../nbs/project/03_write.ipynb #db0a5307
 def source_as_given(data: str) -> str:
     "The source for the folder in which the command runs: without `~`."
     before, path, options = local_path(data)
@@ -77,6 +80,7 @@ __pycache__/
 *.tmp
 """
 
+# %% ../../nbs/project/03_write.ipynb #94a20f72
 README = """\
 # {name}
 
@@ -89,11 +93,12 @@ mlkit repro      # run what has changed, give the verdict, write reports/index.h
 | you want to | do |
 |---|---|
 | change a value | `params.yaml`; the reason for a value stands behind it |
-| add a network or a metric of your own | write it in `nbs/task.ipynb`, name it in `params.yaml` |
+| see all values and what they mean | `mlkit params` |
+| add code of your own: a network, a metric, … | write it in `nbs/task.ipynb`, name it in `params.yaml` |
 | change what a stage does or shows | `nbs/stages/<stage>.ipynb`, in JupyterLab with the kernel "mlkit (warm)" |
 | own the contract of the data | `mlkit contract show`, then `mlkit contract accept` |
 | add data | put new files or rows where the others are, then `mlkit repro` |
-| try a value and compare | `dvc exp run -S train.lr=0.002`, then `dvc metrics diff` or `dvc exp show` |
+| try a value and compare | `dvc exp run -S train.n_epochs=20`, then `dvc metrics diff` or `dvc exp show`. With `--temp` or `--queue` it runs in another folder, from where `../` leads elsewhere: write `ingest.source` as an absolute path first |
 | keep a state | `git add -A && git commit`; `dvc.lock` and `champion.json` belong to it |
 | share it | `dvc remote add -d store <folder or URL>`, `dvc push`, `git push` |
 | go on elsewhere | `git clone`, `pip install -r requirements.txt` (the mlkit of this project is in `vendor/`), `mlkit setup`, `dvc pull` |
@@ -127,9 +132,27 @@ def check_free(out: Path):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; name a new folder")
 
+# %% ../../nbs/project/03_write.ipynb #f74fde1f
+@contextmanager
+def appearing(
+    out: Path, # Does not exist, or is empty
+): # A folder beside it, for the block to fill
+    "Put a folder in place when the block has ended; where it raises, nothing is left."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield aside
+        if out.exists():
+            out.rmdir()
+        aside.chmod(0o755) # a temporary folder is its owner's alone
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../../nbs/project/03_write.ipynb #fe4a495d
 def write_project(
     out: Path, # Must not exist, or be empty
-    modality: str, # 'image' or 'rows'
+    modality: str, # 'image', 'rows', or one of your own
     params: str, # Text of `params.yaml`
     source: str, # For the README: what it is made from
 ) -> list[str]: # Lines for the user, about git
@@ -139,17 +162,10 @@ def write_project(
     git = has_git()
     own = git and not in_repository(out)
     message, readme = f"{out.name}: made by 'mlkit new'", README.format(name=out.name, source=source)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with appearing(out) as aside:
         write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED})
         init_dvc(aside)
         said = join_git(aside, own, message) if own else []
-        if out.exists():
-            out.rmdir()
-        aside.chmod(0o755) # a temporary folder is its owner's alone
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     if git and not own:
         said = join_git(out, own, message)
     return said if git else [NO_GIT]

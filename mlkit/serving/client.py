@@ -8,48 +8,68 @@ from dataclasses import dataclass
 from http.client import HTTPException
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, ServeError
 from .repository import datatype
 from .signature import Signature, arrays
 
-# %% ../../nbs/serving/06_client.ipynb #a917b46a
+# %% ../../nbs/serving/06_client.ipynb #6fc7d692
 @dataclass(frozen=True)
 class Client:
     "A served model, by HTTP."
     url: str # 'host:port'
     name: str # Of the ensemble
     signature: Signature
-    max_batch_size: int
+    max_batch_size: int # Samples in one request
     timeout: float = 30.0 # Seconds a request may take
-
-    def predict(self, *inputs: np.ndarray): # One (n, *shape) array an output; the array itself if there is one
-        "Predictions for a batch of any size. Raises `DataError` before sending what the model does not take, `ServeError` where the server fails."
-        for t, x in zip(self.signature.inputs, inputs, strict=True): t.check(x)
-        if len({len(x) for x in inputs}) > 1: raise DataError(f"inputs of different lengths: {[len(x) for x in inputs]}")
-        starts = range(0, len(inputs[0]), self.max_batch_size)
-        with self._connect() as connection:
-            parts = [self._infer(connection, [x[i:i + self.max_batch_size] for x in inputs]) for i in starts]
-        outputs = [np.concatenate([t.blank(), *(p[t.name] for p in parts)]) for t in self.signature.outputs]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def predict_rows(self, rows): # A list of dicts, a dict of columns, or a Polars frame: see `signature.arrays`
-        "`predict` for the rows of a table. Raises `DataError` that names row and column before anything is sent."
-        return self.predict(*arrays(self.signature, rows))
 
     def _connect(self):
         from tritonclient.http import InferenceServerClient
         return InferenceServerClient(self.url, connection_timeout=self.timeout, network_timeout=self.timeout)
 
-    def _infer(self, connection, inputs):
-        from tritonclient.http import InferInput, InferRequestedOutput
-        from tritonclient.utils import InferenceServerException
-        tensors = [InferInput(t.name, x.shape, datatype(t)).set_data_from_numpy(t.wire(x)) for t, x in zip(self.signature.inputs, inputs)]
-        try: result = connection.infer(self.name, tensors, outputs=[InferRequestedOutput(t.name) for t in self.signature.outputs])
-        except (InferenceServerException, HTTPException, OSError) as e:
-            raise ServeError(f"http://{self.url}: model '{self.name}': {' '.join(str(e).split()) or type(e).__name__}") from None
-        return {t.name: result.as_numpy(t.name) for t in self.signature.outputs}
+# %% ../../nbs/serving/06_client.ipynb #0e9d9b04
+@patch
+def _infer(self: Client, connection, inputs): # {name: array} of the outputs
+    "Raises `ServeError` where the server fails."
+    from tritonclient.http import InferInput, InferRequestedOutput
+    from tritonclient.utils import InferenceServerException
+    tensors = [
+        InferInput(t.name, x.shape, datatype(t)).set_data_from_numpy(t.wire(x))
+        for t, x in zip(self.signature.inputs, inputs)
+    ]
+    asked = [InferRequestedOutput(t.name) for t in self.signature.outputs]
+    try:
+        result = connection.infer(self.name, tensors, outputs=asked)
+    except (InferenceServerException, HTTPException, OSError) as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise ServeError(f"http://{self.url}: model '{self.name}': {why}") from None
+    return {t.name: result.as_numpy(t.name) for t in self.signature.outputs}
 
-    def example(self) -> dict: # A KServe v2 request, for `curl -d`
-        "One sample of zeros as any client in any language would send it, in JSON."
-        return {"inputs": [{"name": t.name, "datatype": datatype(t), "shape": [1, *t.shape], "data": t.wire(t.blank(1)).ravel().tolist()} for t in self.signature.inputs]}
+# %% ../../nbs/serving/06_client.ipynb #ae05ae78
+@patch
+def predict(self: Client, *inputs: np.ndarray): # One (n, *shape) array an output; the array itself if there is one
+    "Predictions for a batch of any size. Raises `DataError` on a wrong batch, `ServeError` where the server fails."
+    for t, x in zip(self.signature.inputs, inputs, strict=True):
+        t.check(x)
+    if len({len(x) for x in inputs}) > 1:
+        raise DataError(f"inputs of different lengths: {[len(x) for x in inputs]}; give each a value for each sample")
+    step = self.max_batch_size
+    with self._connect() as connection:
+        parts = [self._infer(connection, [x[i:i + step] for x in inputs]) for i in range(0, len(inputs[0]), step)]
+    outputs = [np.concatenate([t.blank(), *(p[t.name] for p in parts)]) for t in self.signature.outputs]
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+# %% ../../nbs/serving/06_client.ipynb #0a3626b0
+@patch
+def predict_rows(self: Client, rows): # A list of dicts, a dict of columns, or a Polars frame
+    "`predict` for the rows of a table. Raises `DataError` that names row and column before anything is sent."
+    return self.predict(*arrays(self.signature, rows))
+
+# %% ../../nbs/serving/06_client.ipynb #fea130e7
+@patch
+def example(self: Client) -> dict: # A KServe v2 request
+    "One sample of zeros as any client in any language would send it, in JSON."
+    def one(t): return {"name": t.name, "datatype": datatype(t), "shape": [1, *t.shape]}
+    def data(t): return t.wire(t.blank(1)).ravel().tolist()
+    return {"inputs": [one(t) | {"data": data(t)} for t in self.signature.inputs]}

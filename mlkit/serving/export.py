@@ -22,7 +22,7 @@ def signatures(task: Task) -> Signatures:
     classes = tuple(getattr(task.target, "classes", ()))
     answer = free_name("probabilities" if classes else "value", {*sent, name})
     raw = tuple(Tensor(n, d, tuple(s)) for n, (d, s) in sent.items())
-    given = Tensor(answer, "float32", (task.target.n_outputs,))
+    given = Tensor(answer, "float32", (task.target.n_answers,))
     return Signatures({"preprocess": Signature(raw, (x,)), "model": Signature((x,), (given,))}, classes)
 
 # %% ../../nbs/serving/01_export.ipynb #cd51cded

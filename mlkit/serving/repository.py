@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['parse_config', 'datatype', 'step_config', 'ensemble_config', 'write_repository', 'example_export']
 
-# %% ../../nbs/serving/05_repository.ipynb #2a7c48ce
+# %% ../../nbs/serving/05_repository.ipynb #8c1c0bf4
 import os, re, shutil
 from functools import cache
 from pathlib import Path
@@ -11,66 +11,126 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ServeError, write_atomic
+from ..jobs import threads_for
 from .signature import Signature, Signatures, Tensor
 
-# %% ../../nbs/serving/05_repository.ipynb #3811e754
+# %% ../../nbs/serving/05_repository.ipynb #7f7fb602
 @cache
 def _schema():
-    import importlib.util, tritonclient
-    spec = importlib.util.spec_from_file_location("model_config_pb2", Path(tritonclient.__path__[0]) / "grpc/model_config_pb2.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    import importlib.util
+    import tritonclient
+    path = Path(tritonclient.__path__[0]) / "grpc/model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
+# %% ../../nbs/serving/05_repository.ipynb #57d96fd6
 def _pbtxt(config: dict) -> str:
     from google.protobuf import json_format, text_format
     return text_format.MessageToString(json_format.ParseDict(config, _schema().ModelConfig()))
 
 def parse_config(path: Path): # ModelConfig
+    "The configuration in a file `config.pbtxt`."
     from google.protobuf import text_format
     return text_format.Parse(path.read_text(), _schema().ModelConfig())
 
-def datatype(t: Tensor) -> str: # Triton's word on the wire
+# %% ../../nbs/serving/05_repository.ipynb #e74a1aa3
+def datatype(t: Tensor) -> str: # Triton's word in a request
+    "Raises `ServeError` where Triton has none."
     from tritonclient.utils import np_to_triton_dtype
     kind = np_to_triton_dtype(t.wire(t.blank()).dtype)
-    if kind is None or not t.shape: raise ServeError(f"tensor '{t.name}': {t.dtype} {t.shape} cannot be served; export text, dates or numbers of at least one dimension")
+    if kind is None or not t.shape:
+        what = f"tensor '{t.name}': {t.dtype} {t.shape} cannot be served"
+        raise ServeError(f"{what}; export text, dates or numbers of at least one dimension")
     return kind
 
-def _io(t: Tensor) -> dict:
-    return {"name": t.name, "data_type": f"TYPE_{datatype(t)}".replace("BYTES", "STRING"), "dims": list(t.shape)}
+# %% ../../nbs/serving/05_repository.ipynb #17c11391
+def _io(t: Tensor) -> dict: # as a configuration has it
+    kind = datatype(t).replace("BYTES", "STRING")
+    return {"name": t.name, "data_type": f"TYPE_{kind}", "dims": list(t.shape)}
 
 # %% ../../nbs/serving/05_repository.ipynb #6256fc6e
 def step_config(
     name: str, # Of the Triton model
     signature: Signature,
-    max_batch_size: int,
+    max_batch_size: int, # Samples
     max_queue_delay_us: int, # How long a request may wait for others to be batched with
     labels: str | None = None, # File of class names, for the last step
 ) -> dict: # Triton's ModelConfig
     "A step: one ONNX file, batched as requests come."
-    outputs = [_io(t) | ({"label_filename": labels} if labels else {}) for t in signature.outputs]
-    return {"name": name, "backend": "onnxruntime", "max_batch_size": max_batch_size,
-            "input": [_io(t) for t in signature.inputs], "output": outputs,
-            "instance_group": [{"count": 1}], # Triton's default is 2 on a CPU, and a probe would see only one of them
-            "dynamic_batching": {"max_queue_delay_microseconds": max_queue_delay_us},
-            "parameters": {"intra_op_thread_count": {"string_value": "1"}}}
+    label = {"label_filename": labels} if labels else {}
+    return {
+        "name": name, "backend": "onnxruntime", "max_batch_size": max_batch_size,
+        "input": [_io(t) for t in signature.inputs],
+        "output": [_io(t) | label for t in signature.outputs],
+        "instance_group": [{"count": 1}],
+        "dynamic_batching": {"max_queue_delay_microseconds": max_queue_delay_us},
+        "parameters": {"intra_op_thread_count": {"string_value": str(threads_for("serve").n)}},
+    }
 
-# %% ../../nbs/serving/05_repository.ipynb #7f43d662
+# %% ../../nbs/serving/05_repository.ipynb #55d40baa
+def _links(signatures): # for each step: (input_map, output_map)
+    steps = list(signatures.steps.items())
+    for i, (step, s) in enumerate(steps):
+        first, last = i == 0, i == len(steps) - 1
+        before = "" if first else f"{steps[i - 1][0]}."
+        after = "" if last else f"{step}."
+        yield {t.name: before + t.name for t in s.inputs}, {t.name: after + t.name for t in s.outputs}
+
+# %% ../../nbs/serving/05_repository.ipynb #9a4a665d
 def ensemble_config(
     name: str, # Of the ensemble
     signatures: Signatures,
-    max_batch_size: int,
+    max_batch_size: int, # Samples
 ) -> dict: # Triton's ModelConfig
     "The chain of steps. Raises `ServeError` where a step does not take what the one before gives."
-    steps, served, chain = list(signatures.steps.items()), signatures.served, []
+    steps, served = list(signatures.steps.items()), signatures.served
     for (a, before), (b, after) in zip(steps, steps[1:]):
-        if before.outputs != after.inputs: raise ServeError(f"step '{b}' takes {after.inputs}, but '{a}' gives {before.outputs}; export them together")
-    for i, (step, s) in enumerate(steps):
-        def outer(t, end, at): return t.name if end else f"{steps[at][0]}.{t.name}" # the name inside the ensemble
-        chain.append({"model_name": f"{name}_{step}", "model_version": -1,
-            "input_map": {t.name: outer(t, i == 0, i - 1) for t in s.inputs},
-            "output_map": {t.name: outer(t, i == len(steps) - 1, i) for t in s.outputs}})
-    return {"name": name, "platform": "ensemble", "max_batch_size": max_batch_size, "ensemble_scheduling": {"step": chain},
-            "input": [_io(t) for t in served.inputs], "output": [_io(t) for t in served.outputs]}
+        if before.outputs != after.inputs:
+            raise ServeError(f"step '{b}' takes {after.inputs}, but '{a}' gives {before.outputs}; export them together")
+    chain = [
+        {"model_name": f"{name}_{step}", "model_version": -1, "input_map": into, "output_map": out}
+        for step, (into, out) in zip(signatures.steps, _links(signatures))
+    ]
+    return {
+        "name": name, "platform": "ensemble", "max_batch_size": max_batch_size,
+        "ensemble_scheduling": {"step": chain},
+        "input": [_io(t) for t in served.inputs], "output": [_io(t) for t in served.outputs],
+    }
+
+# %% ../../nbs/serving/05_repository.ipynb #dfa9ba38
+def _write_step(export_dir, model, step, config, classes): # `classes`: of the last step, () of the others
+    write_atomic(model / "config.pbtxt", _pbtxt(config))
+    if classes:
+        write_atomic(model / "labels.txt", "".join(f"{c}\n" for c in classes))
+    (model / "1").mkdir()
+    try:
+        shutil.copyfile(export_dir / f"{step}.onnx", model / "1/model.onnx")
+    except FileNotFoundError as e:
+        raise ServeError(f"{e.filename}: no such file; export the step '{step}' first") from None
+
+# %% ../../nbs/serving/05_repository.ipynb #0d4a7597
+def _write_models(export_dir, out, name, signatures, max_batch_size, max_queue_delay_us):
+    for step, signature in signatures.steps.items():
+        last = step == [*signatures.steps][-1]
+        classes = signatures.classes if last else ()
+        labels = "labels.txt" if classes else None
+        config = step_config(f"{name}_{step}", signature, max_batch_size, max_queue_delay_us, labels)
+        _write_step(export_dir, out / f"{name}_{step}", step, config, classes)
+    write_atomic(out / name / "config.pbtxt", _pbtxt(ensemble_config(name, signatures, max_batch_size)))
+    signatures.save(out / name / "1/signatures.json")
+
+# %% ../../nbs/serving/05_repository.ipynb #5fdf5196
+def _check_names(names):
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ServeError(f"'{name}' is no model name; use letters, digits, '_', '-' and '.'")
+
+# %% ../../nbs/serving/05_repository.ipynb #98c15498
+def _check_free(out): # or a repository, which may be replaced
+    if out.exists() and not (out.is_dir() and all((d / "config.pbtxt").is_file() for d in out.iterdir())):
+        raise ServeError(f"{out}: holds something else than a model repository; choose another folder")
 
 # %% ../../nbs/serving/05_repository.ipynb #ea932cdd
 def write_repository(
@@ -80,57 +140,45 @@ def write_repository(
     max_batch_size: int = 64, # Samples
     max_queue_delay_us: int = 0, # How long a request may wait for others; 0: it goes with those that wait already
 ) -> Path: # `out`
-    "Write Triton's model repository, the same bytes for the same export. Raises `ServeError` on a bad name or chain, and where `out` holds something else."
+    "Write the same bytes for the same export. Raises `ServeError` on a bad name or chain, or another thing at `out`."
     export_dir, out = Path(export_dir), Path(out)
     signatures = Signatures.load(export_dir / "signatures.json")
-    for n in (name, *signatures.steps):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", n): raise ServeError(f"'{n}' is no model name; use letters, digits, '_', '-' and '.'")
-    if out.exists() and not (out.is_dir() and all((d / "config.pbtxt").is_file() for d in out.iterdir())):
-        raise ServeError(f"{out}: holds something else than a model repository; choose another folder")
+    _check_names([name, *signatures.steps])
+    _check_free(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write_models(export_dir, aside, name, signatures, max_batch_size, max_queue_delay_us)
-        if out.exists(): shutil.rmtree(out)
+        if out.exists():
+            shutil.rmtree(out)
         aside.rename(out)
-    finally: shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return out
 
-# %% ../../nbs/serving/05_repository.ipynb #790b6105
-def _write_models(export_dir, out, name, signatures, max_batch_size, max_queue_delay_us):
-    last = [*signatures.steps][-1]
-    for step, signature in signatures.steps.items():
-        model, labels = out / f"{name}_{step}", "labels.txt" if step == last and signatures.classes else None
-        config = step_config(model.name, signature, max_batch_size, max_queue_delay_us, labels)
-        write_atomic(model / "config.pbtxt", _pbtxt(config))
-        if labels: write_atomic(model / labels, "".join(f"{c}\n" for c in signatures.classes))
-        (model / "1").mkdir()
-        try: shutil.copyfile(export_dir / f"{step}.onnx", model / "1/model.onnx")
-        except FileNotFoundError as e: raise ServeError(f"{e.filename}: no such file; export the step '{step}' first") from None
-    write_atomic(out / name / "config.pbtxt", _pbtxt(ensemble_config(name, signatures, max_batch_size)))
-    signatures.save(out / name / "1/signatures.json")
-
-# %% ../../nbs/serving/05_repository.ipynb #e01fda2a
-def _onnx_step(path, nodes, x, y, weights=()):
+# %% ../../nbs/serving/05_repository.ipynb #aa13bc9e
+def _onnx_step(path, nodes, x, y, weights=()): # weights: (name, array)
     "One ONNX file of `nodes`, from tensor `x` to tensor `y`."
     import onnx
     from onnx import helper, numpy_helper
     def info(t):
-        return helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype)), ["n", *t.shape])
-    constants = [numpy_helper.from_array(w, n) for n, w in weights]
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype))
+        return helper.make_tensor_value_info(t.name, kind, ["n", *t.shape])
+    constants = [numpy_helper.from_array(w, name) for name, w in weights]
     graph = helper.make_graph(nodes, "g", [info(x)], [info(y)], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
 
+# %% ../../nbs/serving/05_repository.ipynb #e01fda2a
 def example_export(out: Path) -> Path: # `out`, made
     "What the stage `export` would leave for a small model: four bytes in, probabilities of three classes out."
     from onnx import TensorProto, helper
     out.mkdir()
     raw, x, p = Tensor("pixels", "uint8", (4,)), Tensor("x", "float32", (4,)), Tensor("probabilities", "float32", (3,))
-    divide = [helper.make_node("Cast", ["pixels"], ["f"], to=TensorProto.FLOAT), helper.make_node("Div", ["f", "s"], ["x"])]
-    _onnx_step(out / "preprocess.onnx", divide, raw, x, [("s", np.float32(255))])
+    cast = helper.make_node("Cast", ["pixels"], ["f"], to=TensorProto.FLOAT)
+    divide = helper.make_node("Div", ["f", "s"], ["x"])
+    _onnx_step(out / "preprocess.onnx", [cast, divide], raw, x, [("s", np.float32(255))])
     w = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     linear = [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Softmax", ["z"], ["probabilities"])]
     _onnx_step(out / "model.onnx", linear, x, p, [("w", w)])
     steps = {"preprocess": Signature((raw,), (x,)), "model": Signature((x,), (p,))}
     Signatures(steps, ("cat", "dog", "owl")).save(out / "signatures.json")
     return out
-

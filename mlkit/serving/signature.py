@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, nearest, read_json, write_json
 
@@ -21,19 +22,24 @@ class Tensor:
     dtype: str # NumPy's name: 'uint8', 'float32', ..., 'str', 'datetime64[us]'
     shape: tuple[int, ...] # Of one sample
 
-    def check(self, x: np.ndarray) -> np.ndarray: # (n, *shape), `x` itself
-        "Raises `DataError` where `x` is not a batch of this tensor."
-        if x.dtype != self.blank().dtype or x.shape[1:] != self.shape:
-            raise DataError(f"input '{self.name}': expected {self.dtype} (n, {', '.join(map(str, self.shape))}), got {x.dtype} {x.shape}")
-        return x
-
     def blank(self, n: int = 0) -> np.ndarray: # (n, *shape): zeros, empty text, 1970
         "A batch of nothing."
-        return np.full((n, *self.shape), "", object) if self.dtype == "str" else np.zeros((n, *self.shape), self.dtype)
+        if self.dtype == "str":
+            return np.full((n, *self.shape), "", object)
+        return np.zeros((n, *self.shape), self.dtype)
 
     def wire(self, x: np.ndarray) -> np.ndarray: # (n, *shape); dates as int64
         "`x` as ONNX Runtime and Triton take it."
         return x.view(np.int64) if self.dtype == "datetime64[us]" else x
+
+# %% ../../nbs/serving/00_signature.ipynb #df0b3479
+@patch
+def check(self: Tensor, x: np.ndarray) -> np.ndarray: # (n, *shape), `x` itself
+    "Raises `DataError` where `x` is not a batch of this tensor."
+    if x.dtype != self.blank().dtype or x.shape[1:] != self.shape:
+        expected = f"{self.dtype} (n, {', '.join(map(str, self.shape))})"
+        raise DataError(f"input '{self.name}': expected {expected}, got {x.dtype} {x.shape}")
+    return x
 
 # %% ../../nbs/serving/00_signature.ipynb #b46a7c0a
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Signature:
     @classmethod
     def from_dict(cls, d: dict) -> "Signature":
         "The inverse of `dataclasses.asdict`, after a trip through JSON."
-        return cls(*(tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in d[k]) for k in ("inputs", "outputs")))
+        def tensors(rows): return tuple(Tensor(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
+        return cls(tensors(d["inputs"]), tensors(d["outputs"]))
 
 # %% ../../nbs/serving/00_signature.ipynb #a670e1fc
 @dataclass(frozen=True)
@@ -59,68 +66,111 @@ class Signatures:
         first, *_, last = self.steps.values()
         return Signature(first.inputs, last.outputs)
 
-    def save(self, path: str | Path) -> Path:
-        "Write as JSON."
-        return write_json(path, asdict(self))
+# %% ../../nbs/serving/00_signature.ipynb #9016691c
+@patch
+def save(self: Signatures, path: str | Path) -> Path:
+    "Write as JSON."
+    return write_json(path, asdict(self))
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Signatures":
-        "Raises `DataError` where the file is missing or holds something else."
-        d = read_json(path)
-        try: return cls({k: Signature.from_dict(v) for k, v in d["steps"].items()}, tuple(d["classes"]))
-        except (KeyError, TypeError) as e: raise DataError(f"{path}: not a signature file ({e!r})") from None
+@patch(cls_method=True)
+def load(cls: Signatures, path: str | Path) -> Signatures:
+    "Raises `DataError` where the file is missing or holds something else."
+    d = read_json(path)
+    try:
+        steps = {name: Signature.from_dict(step) for name, step in d["steps"].items()}
+        return cls(steps, tuple(d["classes"]))
+    except (KeyError, TypeError) as e:
+        raise DataError(f"{path}: not a signature file ({e!r})") from None
 
-# %% ../../nbs/serving/00_signature.ipynb #48ee7c65
-def _number(v):
-    if isinstance(v, Real): return float(v)
-    if v is None: return float("nan")
+# %% ../../nbs/serving/00_signature.ipynb #feb45f74
+def _read_number(v):
+    if isinstance(v, Real):
+        return float(v)
+    if v is None:
+        return float("nan")
     raise TypeError("a number")
 
-def _text(v):
-    if isinstance(v, str): v.encode(); return v
-    if v is None or v != v: return ""
+# %% ../../nbs/serving/00_signature.ipynb #5b78641e
+def _read_text(v):
+    if isinstance(v, str):
+        v.encode() # half a surrogate pair is no text
+        return v
+    if v is None or v != v: # NaN
+        return ""
     raise TypeError("text")
 
-def _date(v):
-    if v is None or v != v: return np.datetime64("NaT")
-    if isinstance(v, np.datetime64): return v.astype("datetime64[us]")
-    if isinstance(v, str): v = datetime.fromisoformat(v)
-    if isinstance(v, date) and not isinstance(v, datetime): v = datetime.combine(v, time())
-    if not isinstance(v, datetime): raise TypeError("a date, or ISO 8601 text")
-    return np.datetime64(v.astimezone(timezone.utc).replace(tzinfo=None) if v.tzinfo else v, "us")
+# %% ../../nbs/serving/00_signature.ipynb #66247149
+def _read_date(v):
+    if v is None or v != v: # NaN, NaT
+        return np.datetime64("NaT")
+    if isinstance(v, np.datetime64):
+        return v.astype("datetime64[us]")
+    if isinstance(v, str):
+        v = datetime.fromisoformat(v)
+    elif isinstance(v, date) and not isinstance(v, datetime):
+        v = datetime.combine(v, time())
+    if not isinstance(v, datetime):
+        raise TypeError("a date, or ISO 8601 text")
+    if v.tzinfo:
+        v = v.astimezone(timezone.utc).replace(tzinfo=None)
+    return np.datetime64(v, "us")
 
-_READ = {"float64": (_number, "a number"), "str": (_text, "text"), "datetime64[us]": (_date, "a date, or ISO 8601 text")}
+# %% ../../nbs/serving/00_signature.ipynb #f0af8413
+_READERS = {"float64": (_read_number, "a number"), "str": (_read_text, "text"),
+            "datetime64[us]": (_read_date, "a date, or ISO 8601 text")}
 
-def _column(t, values): # (n, 1)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iufb" and t.dtype == "float64": return values.astype(np.float64).reshape(-1, 1)
-    read, asked = _READ[t.dtype]
-    out = t.blank(len(values))
+def _shown(v): # for a message: short
+    text = repr(v)
+    return text if len(text) < 60 else text[:60] + "…"
+
+# %% ../../nbs/serving/00_signature.ipynb #c72ff861
+def _column(tensor, values): # (n, 1)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iufb" and tensor.dtype == "float64":
+        return values.astype(np.float64).reshape(-1, 1)
+    read, asked = _READERS[tensor.dtype]
+    out = tensor.blank(len(values))
     for i, v in enumerate(values):
-        try: out[i] = read(v)
+        try:
+            out[i] = read(v)
         except (TypeError, ValueError, OverflowError):
-            shown = repr(v)
-            raise DataError(f"row {i + 1}: column '{t.name}' has {shown if len(shown) < 60 else shown[:60] + '…'} where the model takes {asked}; mend the row") from None
+            where = f"row {i + 1}: column '{tensor.name}'"
+            raise DataError(f"{where} has {_shown(v)} where the model takes {asked}; mend the row") from None
     return out
 
-# %% ../../nbs/serving/00_signature.ipynb #ec6d090e
+# %% ../../nbs/serving/00_signature.ipynb #5729450a
+def _check_columns(given, names, where=""):
+    "Raises `DataError` where a column is unknown or missing."
+    if unknown := [c for c in given if c not in names]:
+        close = nearest(unknown[0], names)
+        raise DataError(f"{where}column '{unknown[0]}' is none of the model's, leave it out{close}")
+    if missing := [c for c in names if c not in given]:
+        raise DataError(f"{where}column '{missing[0]}' is missing; the model takes {', '.join(names)}")
+
+# %% ../../nbs/serving/00_signature.ipynb #6288f2a0
+def _rows_to_columns(rows, names): # from a list of dicts
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"row {i} is a {type(row).__name__}; give a dict of column and value")
+        _check_columns(row, names, f"row {i}: ")
+    return {c: [row[c] for row in rows] for c in names}
+
+def _frame_to_columns(frame): # from a Polars frame; numbers as an array, which is quick
+    def plain(s): return s.cast(float).fill_null(float("nan")).to_numpy() if s.dtype.is_numeric() else s.to_list()
+    return {c: plain(frame[c]) for c in frame.columns}
+
+# %% ../../nbs/serving/00_signature.ipynb #55ec1bd3
 def arrays(
     signature: Signature, # Of a table: inputs of shape (1,)
     rows, # A list of dicts, a dict of columns, or a Polars frame
 ) -> tuple[np.ndarray, ...]: # One (n, 1) array an input, in the signature's order
-    "Raises `DataError` in one line, with row and column, where a column is missing or unknown, or a value is of another type."
+    "Raises `DataError` in one line, with row and column, on a missing or unknown column or a value of another type."
     names = [t.name for t in signature.inputs]
-    def same(given, where):
-        if extra := [c for c in given if c not in names]: raise DataError(f"{where}column '{extra[0]}' is none of the model's, leave it out{nearest(extra[0], names)}")
-        if missing := [c for c in names if c not in given]: raise DataError(f"{where}column '{missing[0]}' is missing; the model takes {', '.join(names)}")
     if isinstance(rows, list):
-        for i, r in enumerate(rows):
-            if not isinstance(r, dict): raise DataError(f"row {i + 1} is a {type(r).__name__}; give a dict of column and value")
-            same(r, f"row {i + 1}: ")
-        columns = {c: [r[c] for r in rows] for c in names}
+        columns = _rows_to_columns(rows, names)
     else:
-        same(columns := rows if isinstance(rows, dict) else {c: _plain(rows[c]) for c in rows.columns}, "")
-    if len(lengths := {len(columns[c]) for c in names}) > 1: raise DataError(f"columns of different lengths: {sorted(lengths)}")
+        columns = rows if isinstance(rows, dict) else _frame_to_columns(rows)
+        _check_columns(columns, names)
+    lengths = {len(columns[c]) for c in names}
+    if len(lengths) > 1:
+        raise DataError(f"columns of different lengths: {sorted(lengths)}; give each column a value for each row")
     return tuple(_column(t, columns[t.name]) for t in signature.inputs)
-
-def _plain(series): # A Polars column as what `_column` takes fast
-    return series.cast(float).fill_null(float("nan")).to_numpy() if series.dtype.is_numeric() else series.to_list()

@@ -12,35 +12,46 @@ from ..core import ServeError, write_json
 from .client import Client
 from .triton import Triton, control_client, decisive
 
-# %% ../../nbs/serving/08_supervise.ipynb #3629518b
-def _ask(client): # with one sample of zeros
+# %% ../../nbs/serving/08_supervise.ipynb #0b630a5f
+def _ask(client):
     client.predict(*(t.blank(1) for t in client.signature.inputs))
 
+# %% ../../nbs/serving/08_supervise.ipynb #46341ce8
 def probe(server: Triton) -> float: # Seconds it took
     "Predict once. Raises `ServeError` where the server is dead, or fails."
     start = time.monotonic()
-    if not server.alive: raise ServeError(f"{server.repository}: Triton has ended: {decisive(server.log_path.read_text())}")
+    if not server.alive:
+        raise ServeError(f"{server.repository}: Triton has ended: {decisive(server.said())}")
     _ask(server.client)
     return time.monotonic() - start
 
+# %% ../../nbs/serving/08_supervise.ipynb #00f9a4dd
+def _reload(server):
+    "Load again the steps that fail. Raises `InferenceServerException` or `ServeError` where it does not help."
+    with control_client(server) as control:
+        for step, signature in server.signatures.steps.items():
+            model = f"{server.name}_{step}"
+            try:
+                _ask(Client(server.url, model, signature, server.max_batch_size))
+            except ServeError:
+                control.unload_model(model)
+                control.load_model(model)
+        control.load_model(server.name)
+    probe(server)
+
+# %% ../../nbs/serving/08_supervise.ipynb #17bcea6d
 def repair(server: Triton) -> str: # What was done: 'reloaded' or 'restarted'
-    "Load again the steps that fail; where that does not help, restart the server. Raises `ServeError` where neither does."
+    "Load again the steps that fail; where that does not help, restart. Raises `ServeError` where neither does."
     from tritonclient.utils import InferenceServerException
     try:
-        with control_client(server) as control:
-            for step, signature in server.signatures.steps.items():
-                model = f"{server.name}_{step}"
-                try: _ask(Client(server.url, model, signature, server.max_batch_size))
-                except ServeError: control.unload_model(model); control.load_model(model)
-            control.load_model(server.name)
-        probe(server)
+        _reload(server)
         return "reloaded"
-    except (InferenceServerException, HTTPException, OSError, ServeError): pass
-    server.stop()
-    probe(server.start())
-    return "restarted"
+    except (InferenceServerException, HTTPException, OSError, ServeError):
+        server.stop()
+        probe(server.start())
+        return "restarted"
 
-# %% ../../nbs/serving/08_supervise.ipynb #72661215
+# %% ../../nbs/serving/08_supervise.ipynb #2b754a65
 def supervise(
     server: Triton, # Started
     every: float = 2.0, # Seconds between two probes
@@ -48,10 +59,21 @@ def supervise(
     "Probe `server` and repair it. Raises `ServeError` where it cannot be."
     while True:
         start = time.monotonic()
-        try: yield {"ok": True, "seconds": probe(server)}
-        except ServeError as e: yield {"ok": False, "error": str(e), "repair": repair(server), "seconds": time.monotonic() - start}
+        try:
+            yield {"ok": True, "seconds": probe(server)}
+        except ServeError as e:
+            done = repair(server)
+            yield {"ok": False, "error": str(e), "repair": done, "seconds": time.monotonic() - start}
         time.sleep(every)
 
+# %% ../../nbs/serving/08_supervise.ipynb #aeccd425
+def _say_how_to_ask(server, progress):
+    example = write_json(Path(server.folder.name) / "example.json", server.client.example())
+    metrics = f"http://{server.host}:{server.metrics_port}/metrics"
+    progress(f"{server.name} at http://{server.url}, metrics at {metrics} ({server.backend})")
+    progress(f"Try: curl -s http://{server.url}/v2/models/{server.name}/infer -d @{example}")
+
+# %% ../../nbs/serving/08_supervise.ipynb #4aa395e6
 def serve_forever(
     server: Triton, # Not yet started
     every: float = 2.0, # Seconds between two probes
@@ -60,12 +82,14 @@ def serve_forever(
     "Serve until Ctrl-C or SIGTERM; for the main thread. Says how to ask, and what it repaired."
     def end(*_): raise KeyboardInterrupt
     old = signal.signal(signal.SIGTERM, end)
+    server.progress = progress
     try:
         with server:
-            example = write_json(Path(server.folder.name) / "example.json", server.client.example())
-            progress(f"{server.name} at http://{server.url}, metrics at http://{server.host}:{server.metrics_port}/metrics ({server.backend})")
-            progress(f"Try: curl -s http://{server.url}/v2/models/{server.name}/infer -d @{example}")
+            _say_how_to_ask(server, progress)
             for r in supervise(server, every):
-                if not r["ok"]: progress(f"{r['repair']} in {r['seconds']:.1f} s: {r['error']}")
-    except KeyboardInterrupt: progress(f"{server.name}: stopped")
-    finally: signal.signal(signal.SIGTERM, old)
+                if not r["ok"]:
+                    progress(f"{r['repair']} in {r['seconds']:.1f} s: {r['error']}")
+    except KeyboardInterrupt:
+        progress(f"{server.name}: stopped")
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -22,7 +22,7 @@ def target(cls):
 def find_target(task: str) -> type:
     "The class of a task. Raises `DataError` on an unknown one."
     from importlib.metadata import entry_points
-    from mlkit.targets import classes, value # they register themselves
+    from mlkit.targets import classes, value # noqa: F401, they register themselves
     if task not in TARGETS:
         for entry in entry_points(group="mlkit.targets", name=task):
             return entry.load()
@@ -38,7 +38,12 @@ class Target:
     task: ClassVar[str] # As the contract has it
     dtype: ClassVar[str] # Of y on disk: 'I64' or 'F32', as safetensors names it
     score_name: ClassVar[str] # Of the figure that is watched in training, and compared: higher is better
-    n_outputs: ClassVar[int] = 1
+    n_outputs: ClassVar[int] = 1 # Of the network
+
+    @property
+    def n_answers(self) -> int:
+        "Numbers that the served model gives."
+        return self.n_outputs
 
     def to_dict(self) -> dict:
         "The fields as JSON has them."

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..data.prepared import load_split
 from ..inputs.base import Input
 from ..inputs.image import Image
-from ..jobs import Choice, choose
+from ..jobs import Decision, choose
 from ..task import Task
 from .checkpoint import fingerprint
 
@@ -109,7 +109,7 @@ def feeds(
     feed: str, # 'auto', 'memory' or 'stream'
     device: torch.device, # Where the training runs
     batch_size: int, n_threads: int,
-) -> tuple[Choice, tuple]: # Why; the feeds of training and validation
+) -> tuple[Decision, tuple]: # Why; the feeds of training and validation
     "Raises `SetupError` where what was asked for does not fit."
     files = {s: prepared / f"{s}.safetensors" for s in TRAINED_ON}
     chosen = choose("feed", feed, n_bytes=sum(f.stat().st_size for f in files.values()), on=device.type)

@@ -7,9 +7,10 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 def stripes(n=512, seed=0):
     "Images whose bright half is their class."
-    r = np.random.default_rng(seed); y = np.arange(n) % 4
-    X = r.integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
-    for i, k in enumerate(y): X[i, :, 4 * k:4 * k + 4] += 120
+    y = np.arange(n) % 4
+    X = np.random.default_rng(seed).integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
+    for i, k in enumerate(y):
+        X[i, :, 4 * k:4 * k + 4] += 120
     return X, y
 
 SPEC = {"name": "small_cnn", "width": 16, "dropout": 0.0}
@@ -31,7 +32,8 @@ def trained(precision, seed=0, n_epochs=4):
     return net, list(fit(fabric, net, task(), feeds, training))
 
 @pytest.fixture(autouse=True)
-def workspace(monkeypatch): monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def workspace(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_train_learns_and_repeats(precision):
@@ -59,16 +61,16 @@ def test_doctor_finds_it():
     assert choose("train", found=found).options["precision"] == ("bf16-mixed" if found.gpus[0].capability >= (8, 0) else "16-mixed")
 
 @pytest.mark.parametrize("package", ["tensorrt", "tensorrt_rtx"])
-def test_engine_agrees(tmp_path, package):
-    "An engine built here says what torch says."
+def test_plan_agrees(tmp_path, package):
+    "A plan compiled here says what torch says."
     pytest.importorskip(package, reason=f"not run: {package} is not installed")
     from mlkit.evaluation.evaluate import predict
-    from mlkit.serving.tensorrt import Engine, build_engine
+    from mlkit.serving.tensorrt import Plan, build_plan
     from mlkit.serving.export import OnnxChain, export_onnx
     net, _ = trained("32-true")
     net = net.cpu().eval()
     X, _ = stripes(32, 2)
     signatures = export_onnx(net, task(), tmp_path, 20)
     x = OnnxChain(tmp_path)(X, steps=1)
-    engine = Engine(package, build_engine(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
-    assert np.abs(engine(x) - predict(net, task(), X)).max() < 1e-2
+    plan = Plan(package, build_plan(package, (tmp_path / "model.onnx").read_bytes(), signatures.steps["model"], 32))
+    assert np.abs(plan(x) - predict(net, task(), X)).max() < 1e-2

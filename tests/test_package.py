@@ -1,0 +1,166 @@
+"What pip gets: the wheel that is built from the checkout, and the one that a made project carries."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from conftest import ROOT
+
+from mlkit.core import DISTRIBUTION
+from mlkit.project.pin import pin, write_zip
+from mlkit.project.stages import notebook_files
+
+NAME = DISTRIBUTION.replace("-", "_")
+ELSEWHERE = {"triton_python_backend_utils"} # a module that exists only inside Triton
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+import mlkit
+missing = []
+for module in pkgutil.walk_packages(mlkit.__path__, "mlkit."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as e:
+        missing.append(e.name)
+print(json.dumps([mlkit.__file__, missing]))
+"""
+
+
+def run(*command, cwd=ROOT, rc=0, **env):
+    "Raises `AssertionError` with the output where the exit code is not `rc`."
+    here = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=here, capture_output=True, text=True, timeout=600)
+    assert done.returncode == rc, f"{command} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def contents(wheel):
+    "Name in the wheel: its bytes."
+    with ZipFile(wheel) as z:
+        return {name: z.read(name) for name in z.namelist()}
+
+
+def a_wheel(folder, version, code):
+    "A wheel of our name whose package is somebody's."
+    info = f"{NAME}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"mlkit/__init__.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
+    return write_zip(folder / f"{NAME}-{version}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
+
+
+class Bare:
+    "An environment of its own; what mlkit requires comes from ours, what pip installs goes into this one."
+
+    def __init__(self, folder):
+        self.python = folder / "bin/python"
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+
+    def pip(self, *args, cwd=ROOT, rc=0):
+        command = [sys.executable, "-m", "pip", "--python", self.python, "install", "-q", "--disable-pip-version-check"]
+        return run(*command, "--no-deps", "--no-index", *args, cwd=cwd, rc=rc)
+
+    def code(self, code, cwd=ROOT):
+        ours = next(p for p in sys.path if p.endswith("site-packages"))
+        return run(self.python, "-c", code, cwd=cwd, PYTHONPATH=ours).stdout
+
+    @property
+    def installed(self):
+        "The packages that it has."
+        return sorted(p.name for p in self.python.parents[1].glob("lib/*/site-packages/*"))
+
+
+@pytest.fixture
+def bare(tmp_path):
+    return Bare(tmp_path / "bare")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from the checkout by the build backend."
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, ".")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory):
+    "The folder of a project that has the wheel of this mlkit in `vendor`, and names it."
+    folder = tmp_path_factory.mktemp("pinned")
+    pin(folder)
+    return folder
+
+
+def test_wheel_holds_all(wheel):
+    "Every module, every stage notebook, the licence, the marker for type checkers; no tests, nothing compiled."
+    files = contents(wheel)
+    ours = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / "mlkit").rglob("*.py")}
+    assert "mlkit/flow/runner.py" in ours and ours.items() <= files.items()
+    stages = {f"mlkit/notebooks/{name}": p.read_bytes() for name, p in notebook_files().items()}
+    assert "mlkit/notebooks/train.ipynb" in stages and stages.items() <= files.items()
+    assert files["mlkit/py.typed"] == b""
+    licence, = [text for name, text in files.items() if name.endswith(".dist-info/licenses/LICENSE")]
+    assert licence == (ROOT / "LICENSE").read_bytes() and b"Apache License" in licence
+    assert not [name for name in files if name.endswith(".pyc") or name.startswith(("tests/", "nbs/", "bench/"))]
+
+
+def test_wheel_works_alone(wheel, bare, tmp_path):
+    "Installed somewhere else, every module can be imported, and a project would get the notebooks of the wheel."
+    bare.pip(wheel)
+    file, missing = json.loads(bare.code(IMPORT_ALL, cwd=tmp_path).splitlines()[-1])
+    site = bare.python.parents[1]
+    assert Path(file).is_relative_to(site) and set(missing) <= ELSEWHERE
+    found = bare.code("from mlkit.project.stages import notebook_files; print(*notebook_files().values())", cwd=tmp_path)
+    assert found and all(Path(p).is_relative_to(site) for p in found.split())
+    assert (site / "bin/mlkit").is_file()
+
+
+def test_editable_installation_copies_no_notebook(tmp_path):
+    "A copy beside the checkout would grow old."
+    code = f"from hatchling.build import build_editable; print(build_editable({str(tmp_path)!r}))"
+    files = contents(tmp_path / run(sys.executable, "-c", code).stdout.split()[-1])
+    assert not [name for name in files if name.startswith("mlkit/") or name.endswith(".ipynb")], sorted(files)
+
+
+def test_pinned_wheel_is_the_built_one(wheel, pinned):
+    "What a project carries has the same package as what the build backend makes."
+    def package(files):
+        return {name: text for name, text in files.items() if name.startswith("mlkit/")}
+    carried, = (pinned / "vendor").iterdir()
+    assert package(contents(carried)) == package(contents(wheel))
+
+
+def test_pin_installs(pinned, bare, tmp_path):
+    "pip takes the file, and what it has installed would pin itself by the same hash."
+    bare.pip("-r", "requirements.txt", cwd=pinned)
+    assert "mlkit" in bare.installed
+    (again := tmp_path / "again").mkdir()
+    bare.code("from pathlib import Path; from mlkit.project.pin import pin; pin(Path.cwd())", cwd=again)
+    assert (again / "requirements.txt").read_text() == (pinned / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("fault", ["changed", "cut short", "another version", "gone", "no folder"])
+def test_pin_stops(fault, pinned, bare, tmp_path):
+    "pip stops, and never takes a package of our name that somebody else has made."
+    project, strangers = tmp_path / "project", tmp_path / "strangers"
+    shutil.copytree(pinned, project)
+    a_wheel(strangers, "99.0", "STRANGER = True")
+    file, = (project / "vendor").iterdir()
+    if fault == "changed":
+        a_wheel(project / "other", file.name.split("-")[1], "STRANGER = True").replace(file)
+    elif fault == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "another version":
+        a_wheel(project / "vendor", "99.0", "STRANGER = True")
+        file.unlink()
+    elif fault == "gone":
+        file.unlink()
+    else:
+        shutil.rmtree(project / "vendor")
+    done = bare.pip("-r", "requirements.txt", "--find-links", strangers, "--find-links", "vendor", cwd=project, rc=1)
+    says = "DO NOT MATCH THE HASHES" if fault in ("changed", "cut short") else f"No such file or directory: './vendor/{file.name}'"
+    assert says in done.stderr and bare.installed == []
