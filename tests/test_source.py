@@ -458,7 +458,8 @@ def test_s3_wrong(s3, project, monkeypatch):
     says(lambda: open_source("postgre://h/db", project), "did you mean 'postgres'?")
     says(lambda: open_source("s3://k3y:s3cret@data/x.csv", project), "take it out", never=["s3cret"])
     s3.put_object(Bucket="data", Key="evil/../../../../x.csv", Body=b"x\n1\n")
-    says(lambda: open_source("s3://data/evil", project), "no path to write to")
+    says(lambda: open_source("s3://data/evil", project), "s3://data/evil") # refused, or not listed: nothing is written outside
+    assert not (project.parent / "x.csv").exists()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(SetupError, match="Install s3fs"): open_source("s3://data/other.csv", project)
