@@ -59,10 +59,11 @@ def leaks(
     "The columns that are the target in other words."
     return [j for j in told.strong if told.skills[j] >= limit and told.skills[j] > told.others + (1 - limit)]
 
-# %% ../../nbs/audit/07_columns.ipynb #b55f6c70
+# %% ../../nbs/audit/07_columns.ipynb #5d01cb0b
 @check("rows")
 def leakage(
     data,
+    *,
     classes: float = LEAK, # skill of a leak, where classes are predicted
     numbers: float = LEAK_NUMBER, # the same where numbers are predicted
     strong: float = 0.8, # skill from which a column is compared with the others
@@ -76,10 +77,11 @@ def leakage(
         action = f"leave '{name}' out (dtype 'text' in the contract) unless it is known before the target is"
         yield Finding("error", len(data), text, action, (), evidence(skill=s, others=told.others))
 
-# %% ../../nbs/audit/07_columns.ipynb #9deccdd2
+# %% ../../nbs/audit/07_columns.ipynb #eec108b5
 @check("rows")
 def dominant(
     data,
+    *,
     lead: float = 0.1, # over all others together
     strong: float = 0.8, # skill from which a column is compared with the others
     classes: float = LEAK, # skill from which it is `leakage`, where classes are predicted
@@ -95,30 +97,31 @@ def dominant(
                           f"'{data.contract.target.name}' than all others together ({told.others:.2f})",
                           "make sure that it is known before the target is", (), evidence(skill=s, others=told.others))
 
-# %% ../../nbs/audit/07_columns.ipynb #9600b293
+# %% ../../nbs/audit/07_columns.ipynb #4d0da722
 def _told_by_gaps(data, name, empty, min_skill): # `empty`: (n,) bool, rows without a value
     share = empty.mean()
     if not 0.01 < share < 0.99:
         return
     s = skill(empty.astype(int), data.y, data.regression)
     if s >= min_skill:
-        yield Finding("warning", int(empty.sum()), f"whether column '{name}' is filled tells "
+        yield Finding("warning", empty.sum(), f"whether column '{name}' is filled tells "
                       f"'{data.contract.target.name}' (skill {s:.2f} out of fold; {share:.0%} are missing)",
                       f"leave '{name}' out if it is filled in only when the target is known", data.first(empty),
                       evidence(skill=s, missing=share))
 
-# %% ../../nbs/audit/07_columns.ipynb #58c3d72e
+# %% ../../nbs/audit/07_columns.ipynb #82fbb276
 def _later(data, name, max_share): # `name`: a column of dates
     later = (data.rows[name] > data.rows[data.contract.time]).fill_null(False).to_numpy()
     if later.mean() > max_share:
-        yield Finding("warning", int(later.sum()), f"column '{name}' lies after '{data.contract.time}' in "
+        yield Finding("warning", later.sum(), f"column '{name}' lies after '{data.contract.time}' in "
                       f"{later.mean():.0%} of {data.of}", f"leave '{name}' out unless it is planned beforehand",
                       data.first(later), evidence(later=later.mean()))
 
-# %% ../../nbs/audit/07_columns.ipynb #9d5405d0
+# %% ../../nbs/audit/07_columns.ipynb #9e7e9eca
 @check("rows")
 def after_the_fact(
     data,
+    *,
     min_skill: float = 0.5, # of the gaps of a column
     max_later: float = 0.5, # share of rows in which a date may lie after the time of the row
 ):
@@ -131,11 +134,11 @@ def after_the_fact(
             if f.dtype == "datetime" and f.name != data.contract.time:
                 yield from _later(data, f.name, max_later)
 
-# %% ../../nbs/audit/07_columns.ipynb #969996c6
+# %% ../../nbs/audit/07_columns.ipynb #2af70003
 def _counts(v): # whether all values are whole and different
     return not np.isnan(v).any() and len(np.unique(v)) == len(v) and (v == np.round(v)).all()
 
-# %% ../../nbs/audit/07_columns.ipynb #db6dee4d
+# %% ../../nbs/audit/07_columns.ipynb #38e18bf3
 def _counting(data, j, position, min_correlation, min_skill):
     name, date = data.columns[j], data.rows[data.columns[j]].dtype.is_temporal()
     r = np.corrcoef(ranks(data.X[:, j]), position)[0, 1]
@@ -152,10 +155,11 @@ def _counting(data, j, position, min_correlation, min_skill):
         action = "split by it, prepare.method: time, so that the latest rows test"
     yield Finding("warning", len(data), text, action, (), evidence(correlation=r, skill=s))
 
-# %% ../../nbs/audit/07_columns.ipynb #f89e44f8
+# %% ../../nbs/audit/07_columns.ipynb #90174771
 @shortcut.register
 def shortcut_rows(
     data: TableData,
+    *,
     min_correlation: float = 0.99, # of the ranks of a column with the position of the rows
     min_skill: float = 0.2, # of a column that counts, from which it tells the target
 ):
@@ -165,12 +169,12 @@ def shortcut_rows(
         if len(data) >= 30 and _counts(data.X[:, j]):
             yield from _counting(data, j, position, min_correlation, min_skill)
 
-# %% ../../nbs/audit/07_columns.ipynb #80e71b41
+# %% ../../nbs/audit/07_columns.ipynb #38286ee1
 def _far(v, times): # (n,) bool: further from the median than so many interquartile ranges
     low, middle, high = np.nanpercentile(v, (25, 50, 75))
     return np.abs(v - middle) > times * (high - low) if high > low else np.zeros(len(v), bool)
 
-# %% ../../nbs/audit/07_columns.ipynb #7487d350
+# %% ../../nbs/audit/07_columns.ipynb #7c542745
 def _extreme(data, name, v, times, times_log, rare):
     bad = _far(v, times)
     if np.nanmin(v) > 0:
@@ -183,10 +187,11 @@ def _extreme(data, name, v, times, times_log, rare):
                       f"see whether '{name}' is in another unit there, or stands for a missing value",
                       data.first(worst), evidence(share=n / len(v), median=median, worst=v[worst[0]]))
 
-# %% ../../nbs/audit/07_columns.ipynb #74a4d56e
+# %% ../../nbs/audit/07_columns.ipynb #3f3e350b
 @check("rows")
 def extreme(
     data,
+    *,
     times: float = 15.0, # interquartile ranges from the median
     times_log: float = 5.0, # the same of the logarithm, where all values are positive
     rare: float = 0.01, # share of such values up to which it is a warning

@@ -35,11 +35,12 @@ def repeats(
     extra = np.flatnonzero(first != np.arange(len(X)))
     return np.stack([first[extra], extra], 1)
 
-# %% ../../nbs/audit/04_copies.ipynb #272d6dfa
+# %% ../../nbs/audit/04_copies.ipynb #a908e0ea
 @check
 @singledispatch
 def duplicate(
     data,
+    *,
     common: float = 1 / 3, # share of copies from which repetition is the nature of the data
 ):
     "Samples that repeat another in every input and in the target."
@@ -65,11 +66,12 @@ def contradicting(
     groups = pl.DataFrame({"same": same, "y": y}).select((pl.col("y").max() - pl.col("y").min()).over("same"))
     return groups.to_series().to_numpy() > apart
 
-# %% ../../nbs/audit/04_copies.ipynb #4ce43034
+# %% ../../nbs/audit/04_copies.ipynb #e5e3c28c
 @check
 @singledispatch
 def conflict(
     data,
+    *,
     common: float = 1 / 3, # share of such samples above which the data are like that
     apart: float = 0.5, # standard deviations of the target, where it is a number
 ):
@@ -128,7 +130,7 @@ def _crowded(Z, pairs, last, radius): # whether most rows of the pairs have even
     held = np.unique(pairs)
     return (np.abs(Z[held] - Z[last[held]]).max(1) <= radius).mean() > 0.5
 
-# %% ../../nbs/audit/04_copies.ipynb #1e8123da
+# %% ../../nbs/audit/04_copies.ipynb #e8856481
 NO_PAIRS = np.zeros((0, 2), int)
 
 def near_rows(
@@ -149,11 +151,12 @@ def near_rows(
     in_ring = ((gap > near) & (gap <= wider * near)).sum()
     return NO_PAIRS if len(found) <= in_ring or _crowded(Z, found, nearest[:, -1], wider * near) else found
 
-# %% ../../nbs/audit/04_copies.ipynb #6f4c9c48
+# %% ../../nbs/audit/04_copies.ipynb #04e223d2
 @check
 @singledispatch
 def near_duplicate(
     data,
+    *,
     near: float = 0.02, # largest difference in a number, in its standard deviations
     wider: float = 5.0, # see `near_rows`
     neighbours: int = 5, # nearest rows that a row is compared with

@@ -20,10 +20,11 @@ def isolation(
     score = -IsolationForest(n_estimators=100, random_state=0).fit(filled).score_samples(filled)
     return robust_z(score) * (score > np.median(score))
 
-# %% ../../nbs/audit/03_distribution.ipynb #c9d31893
+# %% ../../nbs/audit/03_distribution.ipynb #803093bd
 @check
 def outlier(
     data,
+    *,
     far: float = 6.0, # robust standard deviations from which a sample is an outlier
     many: float = 0.05, # share of outliers above which it is a warning
 ):
@@ -58,10 +59,11 @@ def _small_class(data, max_ratio):
                       "collect more of the small class, and read the figures class by class", (),
                       evidence(ratio=many / few))
 
-# %% ../../nbs/audit/03_distribution.ipynb #2bdb0b7a
+# %% ../../nbs/audit/03_distribution.ipynb #02cfe8c9
 @check
 def imbalance(
     data,
+    *,
     max_ratio: float = 10.0, # of the largest class to the smallest
     max_share: float = 0.5, # of the samples that have the same target, of numbers
 ):
@@ -95,12 +97,13 @@ def _drift_finding(part, found, measured):
         text += f", most by {', '.join(part.columns[j] for j in _drifted_columns(part.X, part.y))}"
         action += "; the columns named show where it differs"
     worst = np.argsort(-(found.p[:, 1] * part.y), kind="stable")
-    return Finding("warning", int(part.y.sum()), text, action, part.first(worst), measured)
+    return Finding("warning", part.y.sum(), text, action, part.first(worst), measured)
 
-# %% ../../nbs/audit/03_distribution.ipynb #872d1a3a
+# %% ../../nbs/audit/03_distribution.ipynb #9ac0d5e4
 @check
 def drift(
     data,
+    *,
     min_auc: float = 0.6, # area under the ROC curve
     n_errors: float = 4.0, # standard errors above chance
     fewest: int = 20, # samples of each of the two splits

@@ -56,13 +56,14 @@ def _suspected_group(data, name, group, n_groups, min_skill, max_crossing):
             f"have a '{name}' of the training rows")
     action = (f"name '{name}' as 'group' in the contract and set prepare.method: group, so that no '{name}' is in two "
               "splits; unless the model will only meet known ones")
-    yield Finding("warning", int(rows.sum()), text, action, data.first(rows),
+    yield Finding("warning", rows.sum(), text, action, data.first(rows),
                   evidence(skill=s, crossing=share, groups=n_groups))
 
-# %% ../../nbs/audit/08_groups.ipynb #15c7f5d9
+# %% ../../nbs/audit/08_groups.ipynb #4b5b357e
 @check("rows")
 def group_leak(
     data,
+    *,
     min_skill: float = 0.5, # of a column that nobody has named as a group
     max_crossing: float = 0.2, # share of test rows that may have a value of the training rows
 ):
@@ -118,10 +119,11 @@ def _followed(data, name, min_agreement, max_beside): # `name`: a column of date
     yield Finding("warning", len(order), text, f"{naming}set prepare.method: time, so that the latest rows test", (),
                   evidence(agreement=agree, beside=beside))
 
-# %% ../../nbs/audit/08_groups.ipynb #094e2d1c
+# %% ../../nbs/audit/08_groups.ipynb #3ff68c13
 @check("rows")
 def time_leak(
     data,
+    *,
     min_agreement: float = 0.3, # of neighbours in time, beyond chance
     max_beside: float = 0.2, # share of test rows that may lie beside a training row in time
 ):

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PROPERTIES', 'SIDE', 'small_copy', 'phash', 'properties', 'ImageData', 'image_data', 'unreadable', 'duplicate_images',
-           'conflict_images', 'near_pairs', 'near_duplicate_images', 'shortcut_images', 'blank', 'plot_worst_labels',
-           'plot_samples']
+           'conflict_images', 'near_pairs', 'near_duplicate_images', 'shortcut_images', 'blank', 'show_labels_images',
+           'show_finding_images']
 
 # %% ../../nbs/audit/05_images.ipynb #6141609e
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2, numpy as np, polars as pl
 
-from .base import Data, Finding, Split, check, drawn, evidence, split_of
+from .base import Data, Finding, Split, check, drawn, evidence, show_finding, show_labels, split_of
 from .copies import NO_PAIRS, conflict, duplicate, near_copies, near_duplicate
 from .labels import judge_labels
 from .skill import codes, shortcut, skill
@@ -65,20 +65,20 @@ class ImageData(Data):
     modality = "image"
     named_columns = False
 
-# %% ../../nbs/audit/05_images.ipynb #ae210004
+# %% ../../nbs/audit/05_images.ipynb #2a553368
 def _look(x, size): # hash, thumbnail and properties of an image
     grey = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) if x.shape[-1] == 3 else x[..., 0]
     small = small_copy(x, SIDE).reshape(SIDE, SIDE, -1)
     return phash(grey), np.broadcast_to(small, (SIDE, SIDE, 3)), properties(x, size)
 
-# %% ../../nbs/audit/05_images.ipynb #11ac62dc
+# %% ../../nbs/audit/05_images.ipynb #65b255d8
 def _matrix(thumbs, rows): # (n, d) float: thumbnails no larger than the smallest image
     side = int(min(SIDE, rows["height"].min() or SIDE, rows["width"].min() or SIDE))
     grey = bool((thumbs == thumbs[..., :1]).all())
     small = [cv2.resize(t[..., 0] if grey else t, (side, side), interpolation=cv2.INTER_AREA) for t in thumbs]
     return np.array(small, float).reshape(len(thumbs), -1)
 
-# %% ../../nbs/audit/05_images.ipynb #f0f27cf2
+# %% ../../nbs/audit/05_images.ipynb #3b63e0ad
 def _audited(index, max_samples): # the readable images, and those of them that are looked at
     readable = index.drop_nulls("content")
     if len(readable) <= max_samples:
@@ -86,7 +86,7 @@ def _audited(index, max_samples): # the readable images, and those of them that 
     draws = np.array([int(c[-13:], 16) / 16**13 for c in readable["content"]])
     return readable, readable.filter(drawn(draws, max_samples / len(readable)))
 
-# %% ../../nbs/audit/05_images.ipynb #a7c0634f
+# %% ../../nbs/audit/05_images.ipynb #d114807e
 def image_data(
     folder: Path, # of shards
     index: pl.DataFrame, # of the shards
@@ -105,7 +105,7 @@ def image_data(
         len(readable), index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
         np.array([s[2] for s in seen], float).reshape(-1, len(PROPERTIES)))
 
-# %% ../../nbs/audit/05_images.ipynb #5685b813
+# %% ../../nbs/audit/05_images.ipynb #58af3f76
 def _first(rows): # names, for a finding
     return tuple(rows["name"].head(10))
 
@@ -118,13 +118,13 @@ def unreadable(data):
                       "remove or replace these files; 'prepare' leaves them out", _first(bad),
                       evidence(share=n / len(data.index)))
 
-# %% ../../nbs/audit/05_images.ipynb #9b80e38a
+# %% ../../nbs/audit/05_images.ipynb #1ff73e5f
 def _crossing_copies(data): # audited images of which a copy lies in another split
     known = data.rows.select("content", "label", split=pl.Series(data.split, dtype=pl.String))
     known = known.filter(pl.col("split") != "")
     return known.filter(pl.col("split").n_unique().over("content", "label") > 1).height
 
-# %% ../../nbs/audit/05_images.ipynb #f3500687
+# %% ../../nbs/audit/05_images.ipynb #32d4eaea
 @duplicate.register
 def duplicate_images(data: ImageData):
     "The same pixels more than once under one label."
@@ -138,7 +138,7 @@ def duplicate_images(data: ImageData):
     yield Finding("warning", n, text, action, _first(extra),
                   evidence(share=n / len(data.index), crossing=crossing))
 
-# %% ../../nbs/audit/05_images.ipynb #0d0ef8b4
+# %% ../../nbs/audit/05_images.ipynb #9a9eb680
 @conflict.register
 def conflict_images(data: ImageData):
     "The same pixels under different labels: one of them is wrong."
@@ -147,7 +147,7 @@ def conflict_images(data: ImageData):
         yield Finding("error", n, f"{n} images occur under more than one label", "correct the labels", _first(bad),
                       evidence(share=n / len(data.index)))
 
-# %% ../../nbs/audit/05_images.ipynb #d5cf11d1
+# %% ../../nbs/audit/05_images.ipynb #eaaa7605
 def _in_contrast(thumbs, flat): # (n, d) float32: each less its mean, in units of its contrast; (n,) the contrast
     T = thumbs.reshape(len(thumbs), int(np.prod(thumbs.shape[1:]))).astype(np.float32)
     T -= T.mean(1, keepdims=True)
@@ -155,7 +155,7 @@ def _in_contrast(thumbs, flat): # (n, d) float32: each less its mean, in units o
     T /= np.maximum(contrast, flat)[:, None]
     return T, contrast
 
-# %% ../../nbs/audit/05_images.ipynb #62fc538c
+# %% ../../nbs/audit/05_images.ipynb #362148bd
 def _alike(T, a, b, distance): # which pairs differ by less; in parts, since a film of one scene has many candidates
     parts = [slice(j, j + 100_000) for j in range(0, len(a), 100_000)]
     near = [np.sqrt(((T[a[p]] - T[b[p]]) ** 2).mean(1)) < distance for p in parts]
@@ -181,10 +181,11 @@ def near_pairs(
         found.append(pairs[_alike(T, *pairs.T, distance)])
     return np.concatenate(found)
 
-# %% ../../nbs/audit/05_images.ipynb #e3aea2de
+# %% ../../nbs/audit/05_images.ipynb #a7fbaf6d
 @near_duplicate.register
 def near_duplicate_images(
     data: ImageData,
+    *,
     bits: int = 10, # of 64 in which hashes may differ
     distance: float = 0.07, # of thumbnails, in units of their contrast
     flat: float = 8.0, # contrast in grey levels, below which an image counts as empty
@@ -197,14 +198,14 @@ def near_duplicate_images(
         yield Finding("warning", n, f"{n} pairs of images are near copies under different labels",
                       "correct the labels", data.first(odd.ravel(), 20), evidence(pairs=n))
 
-# %% ../../nbs/audit/05_images.ipynb #3c85d9f2
+# %% ../../nbs/audit/05_images.ipynb #6a978bdd
 def _strong_properties(data, least): # {property: skill}, the strongest first
     endings = [name.rsplit(".", 1)[-1].lower() if "." in name else "" for name in data.names]
     told = {p: skill(codes(v), data.y, False) for p, v in zip(PROPERTIES, data.properties.T)}
     told["file type"] = skill(np.unique(endings, return_inverse=True)[1], data.y, False)
     return {p: s for p, s in sorted(told.items(), key=lambda item: -item[1]) if s >= least}
 
-# %% ../../nbs/audit/05_images.ipynb #56159664
+# %% ../../nbs/audit/05_images.ipynb #4f1d204c
 def _strongest_place(data): # where it is, for a sentence; its skill
     each = [skill(codes(v), data.y, False) for v in data.X.T]
     best = int(np.argmax(each))
@@ -213,10 +214,11 @@ def _strongest_place(data): # where it is, for a sentence; its skill
     row, column = divmod(best // channels, side)
     return f"row {row}, column {column} of a {side} x {side} thumbnail", each[best]
 
-# %% ../../nbs/audit/05_images.ipynb #99ad993e
+# %% ../../nbs/audit/05_images.ipynb #3f3e1fc0
 @shortcut.register
 def shortcut_images(
     data: ImageData,
+    *,
     min_skill: float = 0.5, # of one property, from which it tells the class
     min_skill_place: float = 0.8, # of one place of the thumbnail; classes may differ in a place by right
 ):
@@ -235,10 +237,11 @@ def shortcut_images(
                       "fold)", "look there for a mark or a date and crop it; explain shows where the model looks", (),
                       evidence(place=s))
 
-# %% ../../nbs/audit/05_images.ipynb #cb83e73f
+# %% ../../nbs/audit/05_images.ipynb #7f771da3
 @check("image")
 def blank(
     data,
+    *,
     flat: float = 2.0, # contrast in grey levels, below which an image is of one colour
 ):
     "Images of one colour."
@@ -248,9 +251,10 @@ def blank(
                       data.first(empty), evidence(share=n / len(data)))
 
 # %% ../../nbs/audit/05_images.ipynb #67190242
-def plot_worst_labels(
+@show_labels.register
+def show_labels_images(
     data: ImageData,
-    folder: Path, # of shards
+    shards: Path, # folder of `ingest`
     n: int = 20, # at most
 ): # Axes; None: labels could not be judged
     "The labels that are believed least: the label, then what the model takes the image for."
@@ -261,20 +265,21 @@ def plot_worst_labels(
     worst = labels.ranking[:n]
     rows = data.rows[worst.tolist()]
     titles = [f"{label}: {rather}?" for label, rather in zip(rows["label"], labels.suggestion[worst])]
-    return image_grid(list(read_images(folder, rows)), titles)
+    return image_grid(list(read_images(shards, rows)), titles)
 
-# %% ../../nbs/audit/05_images.ipynb #9c472ee7
-def plot_samples(
+# %% ../../nbs/audit/05_images.ipynb #29bcfafb
+@show_finding.register
+def show_finding_images(
     data: ImageData,
     finding: Finding,
-    folder: Path, # of shards
+    shards: Path, # folder of `ingest`
 ): # Axes; None: the finding names no image that can be read
     "The samples that a finding names."
     from mlkit.plot import image_grid
     place = {name: i for i, name in enumerate(data.index["name"])}
-    rows = data.index[[place[s] for s in finding.samples]].drop_nulls("content")
+    rows = data.index[[place[s] for s in finding.samples if s in place]].drop_nulls("content")
     if not len(rows):
         return
-    axs = image_grid(list(read_images(folder, rows)), rows["label"].to_list())
+    axs = image_grid(list(read_images(shards, rows)), rows["label"].to_list())
     axs.flat[0].figure.suptitle(finding.check, x=0.01, ha="left", fontsize=10)
     return axs

@@ -79,10 +79,11 @@ def _what(data, found, sure):
         return f"{what} {found.model}, out of fold"
     return f"{what} {found.model}, which is weak itself (skill {found.skill:.2f}): trust the order more than the number"
 
-# %% ../../nbs/audit/02_labels.ipynb #adb088c1
+# %% ../../nbs/audit/02_labels.ipynb #d7fc6fca
 @check
 def label_error(
     data,
+    *,
     many: float = 0.03, # share of suspect labels from which it is a warning
     min_skill: float = 0.7, # of a model of classes, from which its number is believed
     min_skill_numbers: float = 0.3, # of a model of numbers

@@ -9,22 +9,20 @@ from dataclasses import replace
 import numpy as np
 
 from . import columns, copies, distribution, groups, images, labels
-from .base import CHECKS, Data, Finding, SEVERITIES, checks_for, parameters_of
+from .base import CHECKS, SEVERITIES, Data, Finding, checks_for, implementation
+from ..component import checked_parameters
 from ..core import ConfigError, DataError, MlkitError, nearest
 
 # %% ../../nbs/audit/09_run.ipynb #14dc4bac
 ROOMS = (labels, distribution, copies, images, columns, groups)
 
-# %% ../../nbs/audit/09_run.ipynb #903985a1
-def _check_parameters(given, checks, data):
-    "Raises `ConfigError` where a name is unknown."
-    for name, values in given.items():
-        if name not in checks:
-            raise ConfigError(f"audit.checks: no check is called '{name}'{nearest(name, checks)}")
-        known = parameters_of(checks[name], data)
-        for parameter in values:
-            if parameter not in known:
-                raise ConfigError(f"audit.checks.{name}: no parameter '{parameter}'{nearest(parameter, known)}")
+# %% ../../nbs/audit/09_run.ipynb #f976d2e0
+def _own(given, checks, data): # {check: all its parameters} of the checks that are given some
+    "Raises `ConfigError` where a name is unknown, or a value of the wrong type."
+    if unknown := [name for name in given if name not in checks]:
+        raise ConfigError(f"audit.checks: no check is called '{unknown[0]}'{nearest(unknown[0], checks)}")
+    return {name: checked_parameters(implementation(checks[name], data), values, f"audit.checks.{name}")
+            for name, values in given.items()}
 
 # %% ../../nbs/audit/09_run.ipynb #d75b5e1d
 def _findings(check, data, given):
@@ -44,9 +42,9 @@ def audit(
     "Run every check for this kind of data. Raises `ConfigError` on an unknown name, `DataError` where a check fails."
     from threadpoolctl import threadpool_limits
     checks = checks_for(data.modality)
-    _check_parameters(parameters, checks, data)
+    own = _own(parameters, checks, data)
     with threadpool_limits(1):
-        found = [f for name, c in checks.items() for f in _findings(c, data, parameters.get(name, {}))]
+        found = [f for name, c in checks.items() for f in _findings(c, data, own.get(name, {}))]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
 # %% ../../nbs/audit/09_run.ipynb #368d9221
@@ -72,7 +70,7 @@ def stop_on(
             named = f" ({', '.join(f.samples[:3])}{more})" if f.samples else ""
             raise DataError(f"{f.text}{named}; {f.action.split(';')[0]}, or take '{f.check}' out of audit.block")
 
-# %% ../../nbs/audit/09_run.ipynb #f7facb3b
+# %% ../../nbs/audit/09_run.ipynb #afc08d5c
 def findings_table(
     findings: list[Finding],
     modality: str, # of the data
@@ -87,7 +85,7 @@ def findings_table(
     return table([{"severity": f.severity, "check": f.check, "finding": f.text, "for example": ", ".join(f.samples[:3]),
                    "evidence": measured(f), "what to do": f.action} for f in findings])
 
-# %% ../../nbs/audit/09_run.ipynb #cc4a19b6
+# %% ../../nbs/audit/09_run.ipynb #31a27c24
 def plot_balance(
     data: Data,
 ):

@@ -54,9 +54,9 @@ def _joined(train, held_out, n, seed): # at most n rows of each; training rows w
     both = [draw_rows(train, n, seed), draw_rows(held_out, n, seed)]
     return pl.concat(both, how="diagonal").select(held_out.columns)
 
-# %% ../../nbs/monitoring/01_reference.ipynb #0f259bc8
+# %% ../../nbs/monitoring/01_reference.ipynb #4c77aa7d
 def save_reference(
-    train: pl.DataFrame, # `image_statistics` or `row_statistics` of the training split; the model's columns are dropped
+    train: pl.DataFrame, # `statistics_of` the training split; the model's columns are dropped
     held_out: pl.DataFrame, # the same of a split that the model has not learned from, with its answers
     path: str | Path, # Parquet
     n: int, # rows at most, of each of the two
