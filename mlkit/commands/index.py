@@ -8,23 +8,24 @@ from pathlib import Path
 
 import click
 
-from ..core import project_root, read_json
+from ..core import project_root
 
 # %% ../../nbs/commands/05_index.ipynb #8c617119
 def standing(
     root: Path, # the project
-) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None
+) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None; verdict
     "Where the model of the last run stands. Empty where no stage gives a verdict."
     from mlkit.evaluation.registry import last_publication, read_champion
-    from mlkit.evaluation.verdict import VERDICT
+    from mlkit.evaluation.verdict import VERDICT, read_verdict
     from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
-    verdict, champion, note = read_json(root / VERDICT), read_champion(root), last_publication(root, tracking_uri())
+    verdict, champion, note = read_verdict(root), read_champion(root), last_publication(root, tracking_uri())
     published = all(note.get(k) == verdict[k] for k in ("model", "bundle"))
     aliases = sorted(alias for alias, v in note.get("aliases", {}).items() if v == note["version"])
     crowned = champion and champion | {"version": note["aliases"].get("champion") if note.get("champion") == champion else None}
-    return {"registry": {"version": note["version"], "aliases": aliases} if published else None, "champion": crowned}
+    place = {"version": note["version"], "aliases": aliases} if published else None
+    return {"registry": place, "champion": crowned, "verdict": verdict}
 
 # %% ../../nbs/commands/05_index.ipynb #890948f4
 def refresh(root: Path) -> bool: # Whether it was written

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root, read_json
+from ..core import MlkitError, project_root
 from ..evaluation.bundle import BUNDLE
 from ..evaluation.verdict import VERDICT
 
@@ -33,8 +33,8 @@ def conclude(
     if not (root / VERDICT).is_file():
         return True
     from mlkit.evaluation.registry import publish, read_champion
-    from mlkit.evaluation.verdict import verdict_line
-    verdict = read_json(root / VERDICT)
+    from mlkit.evaluation.verdict import read_verdict, verdict_line
+    verdict = read_verdict(root)
     click.secho(verdict_line(verdict), fg="green" if verdict["released"] else "red", bold=True)
     if verdict["released"]:
         publication = publish(root, root / BUNDLE, verdict, ask=ask)

@@ -188,7 +188,7 @@ def upload(
     "A run that holds the bundle and what it was made from, with the figures of the verdict."
     name = f"release {verdict['bundle'][:12]}"
     with Run(verdict["model"], {}, uri, name) as run, tempfile.TemporaryDirectory() as d:
-        run.log(0, **{criterion: j["value"] for criterion, j in verdict["criteria"].items()})
+        run.log(0, **{name: j["value"] for name, j in verdict["criteria"].items() if j["value"] is not None})
         run.log_artifacts(folder, "bundle")
         commit = record(root, Path(d) / "provenance")
         run.log_artifacts(Path(d) / "provenance", "provenance")
@@ -302,6 +302,9 @@ def publish(
     if not verdict["released"]:
         raise RegistryError("the verdict refuses this release; nothing is published")
     check_model_name(verdict["model"])
+    if verdict["criteria"][verdict["compare"]]["value"] is None:
+        raise RegistryError(f"{verdict['compare']}: decides who is champion, but it was not measured here; "
+                            "measure it with 'mlkit run release'")
     uri = tracking_uri(uri)
     if not ask and (known := known_publication(root, uri, verdict)):
         return known

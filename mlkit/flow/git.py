@@ -146,12 +146,15 @@ def filter_command(command: str) -> str: # For the shell
     return f"command -v '{command}' >/dev/null && '{command}' clean-notebooks || {{ {NO_FILTER}; }}"
 
 # %% ../../nbs/flow/16_git.ipynb #21c21231
-ATTRIBUTES = ["dvc.lock merge=mlkit-lock", "nbs/**/*.ipynb filter=mlkit-notebooks"]
+ATTRIBUTES = ["dvc.lock merge=mlkit-lock", "reports/metrics/*.json merge=mlkit-metrics",
+              "nbs/**/*.ipynb filter=mlkit-notebooks"]
 
 def settings(command: str) -> dict[str, str]: # key: value
     "git's configuration for a project."
     return {"merge.mlkit-lock.name": "stages of dvc.lock",
             "merge.mlkit-lock.driver": f"exec '{command}' merge-lock %O %A %B",
+            "merge.mlkit-metrics.name": "figures that the next run writes anew",
+            "merge.mlkit-metrics.driver": "true",
             "filter.mlkit-notebooks.process": filter_command(command)}
 
 # %% ../../nbs/flow/16_git.ipynb #225710b9

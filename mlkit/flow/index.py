@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core import StageError, read_json, write_atomic, write_json
 from .pipeline import INDEX, load_stages
 from .report import CSS, figure
+from .stage import MEASUREMENTS
 
 # %% ../../nbs/flow/17_index.ipynb #21d66a30
 def git_state(root: Path) -> dict: # commit, changed (paths); empty: no git here, or no commit
@@ -52,7 +53,7 @@ def champion_figures(
 # %% ../../nbs/flow/17_index.ipynb #c20d91f2
 def beside(criterion: dict, value: float | None) -> str: # Empty: not known
     "The champion's figure, and how the new one stands to it."
-    if value is None:
+    if value is None or criterion["value"] is None:
         return ""
     if criterion["value"] == value:
         return f"{figure(value)}, this run is as good"
@@ -109,12 +110,14 @@ def pictures(cells: list[dict]) -> list[tuple[bool, str, str]]: # On the cover, 
 
 # %% ../../nbs/flow/17_index.ipynb #8dd036bc
 def summary(
-    notebook: str | Path, # A report
+    notebook: str | Path, # A report; what it measured lies in a folder beside it, or is missing
 ) -> dict: # title, about (text of the first blockquote), picture (PNG, base64, or None), alt
     "What the index shows of a report."
-    cells = json.loads(Path(notebook).read_bytes())["cells"]
+    notebook = Path(notebook)
+    files = [notebook, notebook.parent / Path(MEASUREMENTS).name / notebook.name]
+    cells = [cell for f in files if f.is_file() for cell in json.loads(f.read_bytes())["cells"]]
     lines = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines()]
-    title = next((line[2:] for line in lines if line.startswith("# ")), Path(notebook).stem)
+    title = next((line[2:] for line in lines if line.startswith("# ")), notebook.stem)
     about = next((line[2:].replace("`", "") for line in lines if line.startswith("> ")), "")
     _, picture, alt = max(pictures(cells), key=lambda p: p[0], default=(False, None, ""))
     return {"title": title, "about": about, "picture": picture, "alt": alt or f"Picture: {title}"}
@@ -200,7 +203,7 @@ def index_page(
     "The page that sums up a run. A metrics file with `criteria` is the verdict."
     from jinja2 import Environment
     values = {s: {k: v for f in files for k, v in read_json(f).items()} for s, files in metrics.items()}
-    verdict = next((v for v in values.values() if "criteria" in v), None)
+    verdict = facts.get("verdict") or next((v for v in values.values() if "criteria" in v), None)
     cards = [summary(notebook) | {"href": f"{stage}.html", "figures": key_figures(values.get(stage, {}))}
              for stage, notebook in reports.items()]
     written = written or datetime.now(timezone.utc)
@@ -213,11 +216,13 @@ NOTE = ".mlkit/index.json"
 
 def project_facts(
     root: Path,
-    standing: dict, # registry, champion: as `commands.index` finds them
-) -> dict: # commit, changed, lock, registry, champion
-    "What the page shows besides reports and metrics, and the hash of `dvc.lock`, which stands for these."
+    standing: dict, # registry, champion, verdict: as `commands.index` finds them
+) -> dict: # commit, changed, lock, measured, registry, champion, verdict
+    "What the page shows besides reports and metrics. The hashes of `dvc.lock` and of what was measured stand for these."
     lock = root / "dvc.lock"
-    return git_state(root) | {"lock": md5(lock.read_bytes()).hexdigest() if lock.is_file() else None} | standing
+    measured = {f.name: md5(f.read_bytes()).hexdigest() for f in sorted((root / MEASUREMENTS).glob("*.*"))}
+    hashes = {"lock": md5(lock.read_bytes()).hexdigest() if lock.is_file() else None, "measured": measured}
+    return git_state(root) | hashes | standing
 
 def needed(nodes: dict) -> list[str]: # Paths
     "The files that the page is made from."
@@ -230,7 +235,10 @@ def write_index(root: Path, standing: dict = {}):
     if missing := [p for p in needed(nodes) if not (root / p).is_file()]:
         raise StageError(f"{missing[0]} is missing; run 'dvc repro' first")
     reports = {name: root / node.reports[0] for name, node in nodes.items()}
-    metrics = {name: [root / m for m in node.stage.metrics.values()] for name, node in nodes.items()}
+    def figures(stage):
+        measured = [root / m for m in stage.measures.values() if (root / m).is_file()]
+        return [*(root / m for m in stage.metrics.values()), *measured]
+    metrics = {name: figures(node.stage) for name, node in nodes.items()}
     data = data_version(read_lock(root).get(next(iter(nodes)), {}))
     write_atomic(root / INDEX, index_page(reports, metrics, facts | {"data": data}))
     write_json(root / NOTE, facts)

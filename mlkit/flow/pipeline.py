@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'declaration', 'Node', 'makers', 'in_order',
-           'load_stages', 'watched', 'dependency', 'is_written', 'sections_of', 'stage_entry', 'index_entry',
-           'plot_entry', 'dvc_config', 'write_changed', 'render', 'module_of', 'library_notebooks', 'stale_modules',
-           'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
+           'load_stages', 'watched', 'dependency', 'is_written', 'sections_of', 'origins', 'stage_entry', 'index_entry',
+           'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render', 'module_of', 'library_notebooks',
+           'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, re
@@ -158,22 +158,39 @@ def sections_of(node: Node, written: dict) -> list[str]: # 'train', 'prepare.see
     named = [*([node.stage.name] if node.types else []), *node.stage.uses, "pipeline"]
     return [path for path in named if is_written(path, written)]
 
+# %% ../../nbs/flow/04_pipeline.ipynb #cab105ea
+def origins(
+    node: Node,
+    nodes: dict[str, Node], # All stages
+) -> dict[str, Node]: # name: stage
+    "The stages whose measurements a stage reads, and those whose measurements these read."
+    made = {path: name for name, other in nodes.items() for path in other.stage.measures.values()}
+    found = {made[path]: nodes[made[path]] for path in node.stage.reads.values() if path in made}
+    return found | {k: v for other in found.values() for k, v in origins(other, nodes).items()}
+
 # %% ../../nbs/flow/04_pipeline.ipynb #f63bb72a
 def stage_entry(
     node: Node,
     root: Path,
     params: dict[str, dict],
-    imports: tuple[list[str], list[str], list[str]], # From `Node.imports`
+    imports: tuple[list[str], list[str], list[str]], # From `Node.imports`, of the stage and its origins
     written: dict, # `params.yaml` as it stands
+    measured_by: dict[str, Node] = {}, # See `origins`
 ) -> dict:
     "The entry of a stage in `dvc.yaml`."
     stage, (files, modules, names) = node.stage, imports
-    read = [dependency(path, root, params) for path in stage.reads.values()]
+    together = [node, *measured_by.values()]
+    measured = {path for other in together for path in other.stage.measures.values()}
+    read = [dependency(p, root, params) for other in together for p in other.stage.reads.values() if p not in measured]
+    notebooks = [other.notebook.as_posix() for other in together]
+    pages = [other.reports[0] for other in measured_by.values()] # DVC's edge from one stage to the other
+    sections = [section for other in together for section in sections_of(other, written)]
     entry = {"cmd": f"mlkit run {stage.name}",
-             "deps": [node.notebook.as_posix(), *files, *(path for path in read if path)],
-             "params": [*sections_of(node, written), {ENVIRONMENT: environment_keys(modules, names)}],
+             "deps": [*dict.fromkeys([*notebooks, *files, *filter(None, read), *pages])],
+             "params": [*dict.fromkeys(sections), {ENVIRONMENT: environment_keys(modules, names)}],
              "outs": [*stage.writes.values(), *(p["path"] for p in stage.plots.values()), *node.reports]}
-    return entry | ({"metrics": list(stage.metrics.values())} if stage.metrics else {})
+    metrics = [{path: {"cache": False}} for path in stage.metrics.values()]
+    return entry | ({"metrics": metrics} if metrics else {})
 
 # %% ../../nbs/flow/04_pipeline.ipynb #0e2deee7
 INDEX = "reports/index.html"
@@ -195,6 +212,11 @@ def plot_entry(name: str, plot: dict) -> dict:
     entry = {k: v for k, v in plot.items() if k not in ("path", "y")}
     return {name: {"y": {plot["path"]: plot["y"]}} | entry}
 
+# %% ../../nbs/flow/04_pipeline.ipynb #daf044a0
+def merged_imports(each: list[tuple[list[str], list[str], list[str]]]) -> tuple[list[str], list[str], list[str]]:
+    "What several notebooks import together: own files, modules of mlkit, packages."
+    return tuple(sorted({name for names in kind for name in names}) for kind in zip(*each))
+
 # %% ../../nbs/flow/04_pipeline.ipynb #c4300106
 def dvc_config(
     root: Path, # The project
@@ -203,7 +225,11 @@ def dvc_config(
     nodes = load_stages(root)
     params, written = load_params(root, {n: node.types for n, node in nodes.items()}), read_params(root)
     imports = {n: node.imports(root) for n, node in nodes.items()}
-    stages = {n: stage_entry(node, root, params, imports[n], written) for n, node in nodes.items()}
+    stages = {}
+    for n, node in nodes.items():
+        of = origins(node, nodes)
+        together = merged_imports([imports[n], *(imports[other] for other in of)])
+        stages[n] = stage_entry(node, root, params, together, written, of)
     imports["index"] = import_tree(["import mlkit.flow.index"], root)
     stages["index"] = index_entry(nodes, imports["index"])
     plots = [plot_entry(name, p) for node in nodes.values() for name, p in node.stage.plots.items()]

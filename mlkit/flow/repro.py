@@ -71,12 +71,12 @@ def source_changed(root: Path, source: str) -> bool:
 # %% ../../nbs/flow/12_repro.ipynb #23d68f16
 def stage_runner(root: Path, nodes: dict, params: dict, progress: Progress):
     "The function that `schedule.run_changed` gives to its threads."
-    from mlkit.flow.runner import run_node
+    from mlkit.flow.runner import run_named
     def work(name, env, turn):
         if name == "index":
             return # the page is written when the run has ended and the model is published
         out = progress.stream(name)
-        return run_node(root, nodes[name], params[name], out, out, env, turn)
+        return run_named(root, name, nodes, params, out, out, env, turn)
     return work
 
 # %% ../../nbs/flow/12_repro.ipynb #27621fa5
@@ -87,6 +87,7 @@ def run_pipeline(
     n_jobs: int, # Stages at once
 ) -> list[str]: # Names of the stages that ran or were restored
     "Run what has changed, and show it. Raises `MlkitError`; what had finished by then is kept."
+    from mlkit.flow.measured import drop_stale
     from mlkit.flow.runner import load_project
     from mlkit.flow.schedule import machine_slots, run_changed
     os.chdir(root)
@@ -94,6 +95,10 @@ def run_pipeline(
     stages, progress = {name: node.stage for name, node in nodes.items()}, Progress()
     def stale(name):
         return name == "ingest" and source_changed(root, params["ingest"].get("source") or "")
+    def say(name, what):
+        if what == "restored" and name in nodes:
+            drop_stale(root, nodes[name], params[name])
+        progress(name, what)
     work, slots = stage_runner(root, nodes, params, progress), machine_slots(n_jobs, list(stages.values()))
     with progress.shown(), redirect_stderr(NoTerminal(sys.stderr)):
-        return run_changed(root, work, targets, force, slots, stages, stale, progress)
+        return run_changed(root, work, targets, force, slots, stages, stale, say)

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'DIED', 'FAILED', 'GRACE', 'SIGNALS', 'LOOK', 'flush', 'move_in_place', 'failure', 'write_pages',
-           'keep_failed', 'run_node', 'load_project', 'Interrupted', 'processes', 'end_kernels', 'interruptible',
-           'wait_for', 'run_stage']
+           'write_reports', 'keep_failed', 'run_node', 'load_project', 'run_named', 'Interrupted', 'processes',
+           'end_kernels', 'interruptible', 'wait_for', 'run_stage']
 
 # %% ../../nbs/flow/09_runner.ipynb #a8be2c4b
 import os, shutil, signal, sys, time
@@ -18,7 +18,8 @@ from ..core import MlkitError, StageError, nearest, write_atomic
 from .checks import check_values
 from .config import load_params
 from .kernels import ENDING, execute, kernel, make_portable
-from .pipeline import Node, load_stages
+from .measured import measured_pages, note_measured, still_measured, take_measured
+from .pipeline import Node, load_stages, origins
 from .stage import OUTPUTS
 
 # %% ../../nbs/flow/09_runner.ipynb #2a17d15a
@@ -72,12 +73,29 @@ def write_pages(
     report: Path, # The notebook's path; the page lies beside it
     title: str,
     root: Path, # The project
+    framed: bool = False, # Whether another page shows the page in a frame
 ):
     "Write the report: the notebook and its page."
     from nbformat import write
     from mlkit.flow.report import page
+    report.parent.mkdir(parents=True, exist_ok=True)
     write(make_portable(nb, root), report)
-    write_atomic(report.with_suffix(".html"), page(nb, title))
+    write_atomic(report.with_suffix(".html"), page(nb, title, framed))
+
+# %% ../../nbs/flow/09_runner.ipynb #5528fbe7
+def write_reports(
+    nb, # nbformat's notebook, run
+    node: Node,
+    aside: Path, # Folder that holds the outputs under their declared paths
+    root: Path, # The project
+) -> tuple[list[str], list[str]]: # Declared paths: of the report, of the pages of what was measured
+    "Write the report of a stage, and the page of its measurements where it has any."
+    name, pages = node.stage.name, []
+    if measured := take_measured(nb, name):
+        pages = measured_pages(name)
+        write_pages(measured, aside / pages[0], f"{name}, measured", root, framed=True)
+    write_pages(nb, aside / node.reports[0], name, root)
+    return node.reports, pages
 
 # %% ../../nbs/flow/09_runner.ipynb #45028a29
 FAILED = ".mlkit/failed"
@@ -108,6 +126,7 @@ def run_node(
     stderr=sys.stderr, # The same
     env: dict[str, str] = {}, # Environment variables of the stage
     turn: Callable[[], bool] = lambda: True, # Returns when the stage may begin; False: it need not run after all
+    only_measures: bool = False, # Keep what it measures, and none of its other outputs
 ) -> float: # Seconds it took
     "Run a stage. Raises `StageError` with one line; then nothing in place has changed."
     name, aside = node.stage.name, root / ".mlkit/aside" / node.stage.name
@@ -122,8 +141,10 @@ def run_node(
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 nb = execute(root, node, parameters, aside, started, stdout, stderr)
-            write_pages(nb, report, name, root)
-            move_in_place(aside, root, [*node.stage.outputs.values(), *node.reports])
+            reports, pages = write_reports(nb, node, aside, root)
+            made = node.stage.measures if only_measures else node.stage.outputs
+            move_in_place(aside, root, [*made.values(), *pages, *([] if only_measures else reports)])
+            note_measured(root, node, parameters)
         except Exception as e:
             raise StageError(failure(name, e) + keep_failed(report, name, root)) from e
     for file in (root / FAILED).glob(f"{name}.*"):
@@ -137,6 +158,26 @@ def load_project(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # stage
     params = load_params(root, {n: node.types for n, node in nodes.items()})
     check_values(params, root)
     return nodes, params
+
+# %% ../../nbs/flow/09_runner.ipynb #05c70215
+def run_named(
+    root: Path, # The project
+    name: str, # Of the stage
+    nodes: dict[str, Node], params: dict[str, dict], # From `load_project`
+    out, # What the notebooks print goes here as it comes
+    err, # The same
+    env: dict[str, str] = {}, # As in `run_node`
+    turn: Callable[[], bool] = lambda: True, # The same
+) -> float: # Seconds it took
+    "Run a stage, with the measurements that it reads. Raises `StageError` as `run_node` does."
+    def begin():
+        begins = turn()
+        for other, node in reversed(origins(nodes[name], nodes).items()):
+            if begins and not still_measured(root, node, params[other]):
+                print(f"'{other}' measures again: what it measured is not here", file=out)
+                run_node(root, node, params[other], out, err, env, only_measures=True)
+        return begins
+    return run_node(root, nodes[name], params[name], out, err, env, begin)
 
 # %% ../../nbs/flow/09_runner.ipynb #b25e5213
 class Interrupted(BaseException):
@@ -215,6 +256,6 @@ def run_stage(
         raise StageError(f"no stage is called '{name}'{nearest(name, nodes)}")
     parent, streams = os.getppid(), map(click.get_text_stream, ("stdout", "stderr"))
     with ThreadPoolExecutor(1) as pool, interruptible():
-        job = pool.submit(run_node, root, nodes[name], params[name], *streams)
+        job = pool.submit(run_named, root, name, nodes, params, *streams)
         wait_for(job, parent)
         return job.result()

@@ -66,7 +66,8 @@ IGNORED = """\
 /data/
 /models/
 /serving/
-/reports/
+/reports/*
+!/reports/metrics/
 /scratch/
 /.mlkit/
 /.venv/
