@@ -69,7 +69,8 @@ PAGE_CSS = """
 .output pre { background: none; border: 0; border-left: 3px solid var(--line); border-radius: 0; padding: .1rem .9rem }
 .output_stderr pre { border-color: var(--warn) } .output_error pre { border-color: var(--bad) }
 .output_subarea.output_text:not(.output_stream, .output_error) pre { white-space: pre; overflow-x: auto }
-.frame { display: block; width: 100%; resize: vertical; overflow: auto; border-left: 3px solid var(--line) }
+.frame { display: block; width: 100%; height: var(--height); border-left: 3px solid var(--line) }
+.frame > p { margin: 0; padding: 0 .9rem } @media (max-width: 40rem) { .frame { height: calc(2 * var(--height)) } }
 """
 FRAMED_CSS = "main { max-width: none; padding: 0 .9rem } .output { margin: 0 }" # of a page in a frame
 
@@ -158,7 +159,7 @@ NOT_HERE = "Not measured here yet: 'mlkit run {stage}' measures it."
 def frame_of(soup, stage: str, height: float): # rem
     "A frame with the page of what a stage measured."
     frame = soup.new_tag("object", attrs={"class": "frame", "type": "text/html", "data": f"measurements/{stage}.html",
-                                          "style": f"height: {height:g}rem", "aria-label": f"{stage}: what was measured"})
+                                          "style": f"--height: {height:g}rem", "aria-label": f"{stage}: what was measured"})
     missing = soup.new_tag("p")
     missing.string = NOT_HERE.format(stage=stage)
     frame.append(missing)
