@@ -71,7 +71,8 @@ class Project:
 
     def outputs(self, *names): # of all stages, or of these
         "path: SHA-256 of every file that the stages declare and that is there."
-        declared = [p for n, s in self.stages.items() if not names or n in names for p in [*s.get("outs", []), *s.get("metrics", [])]] # the index is a view and declares none
+        stages = [s for n, s in self.stages.items() if not names or n in names] # the index is a view and declares none
+        declared = [p for s in stages for p in [*s.get("outs", []), *(p for m in s.get("metrics", []) for p in m)]]
         files = [f for p in declared for f in ([self / p] if (self / p).is_file() else sorted((self / p).rglob("*")))]
         return {f.relative_to(self.root).as_posix(): sha256(f) for f in files if f.is_file()}
 
@@ -87,7 +88,9 @@ class Project:
     def strays(self):
         "Files that a stage which was stopped should not have left: those aside, and the temporary ones."
         found = [f for d in ("data", "models", "serving", "reports", ".mlkit/aside") if (self / d).exists() for f in (self / d).rglob("*")]
-        kept = {*self.outputs(), "reports/index.html"}
+        measured = [f"reports/measurements/{name}" for name in ("serve.json", "train.json", "verdict.json")]
+        pages = [f"reports/measurements/{stage}.{ext}" for stage in ("serve", "train") for ext in ("html", "ipynb")]
+        kept = {*self.outputs(), "reports/index.html", *measured, *pages}
         return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
 
     def processes(self):

@@ -3,6 +3,7 @@ import json, os, shutil, sqlite3, sys
 from importlib.metadata import distribution, version
 from pathlib import Path
 
+import pytest
 from conftest import BIN, ran, sha256
 from mlkit.flow.pipeline import library_notebooks
 from ruamel.yaml import YAML
@@ -31,7 +32,7 @@ def test_first_run_releases(finished):
     assert finished.json("reports/metrics/evaluate.json")["accuracy"] >= 0.97
     assert finished.json("reports/metrics/serve.json")["agreement"] == finished.json("reports/metrics/export.json")["agreement"] == 1
     trained = finished.json("reports/measurements/train.json")
-    assert trained["seconds"] > 0 and 0 < trained["waiting_share"] < 1 and "waiting for images" in (finished / "reports/train.html").read_text()
+    assert trained["seconds"] > 0 and 0 < trained["waiting_share"] < 1 and "waiting for images" in (finished / "reports/measurements/train.html").read_text()
     assert not {"seconds", "waiting_share"} & set(finished.json("reports/metrics/train.json"))
     assert {"calm_is_calm": True, "fault_is_flagged": True}.items() <= finished.json("reports/metrics/monitor.json").items()
     assert list(versions(finished).values()) == [(verdict["bundle"], {"champion", "challenger"})]
@@ -241,3 +242,31 @@ def test_a_blank_in_the_path(finished, tmp_path):
     project = finished.clone(tmp_path / "my project")
     project.mlkit("run", "serve")
     assert project.json("reports/metrics/serve.json")["agreement"] == 1
+
+# What is measured
+
+def measured(project): return {p.name: p.read_bytes() for p in (project / "reports/measurements").iterdir()}
+
+@pytest.mark.parametrize("command", [["mlkit", "repro"], ["dvc", "repro"]])
+def test_what_was_measured_elsewhere_is_measured_again(project, command):
+    "A clone with DVC's outputs: nothing to run. The release needs the milliseconds, so only then the server is started."
+    project.mlkit("repro") # the clone lies elsewhere: DVC hashes all of it once
+    shutil.rmtree(project / "reports/measurements")
+    shutil.rmtree(project / ".mlkit/measured")
+    made = project.outputs("serve")
+    assert ran(project.mlkit("repro").stdout) == [] and not (project / "reports/measurements").exists()
+    project.replace("params.yaml", "{min: 0.97}", "{min: 0.96}")
+    said = project.run(*command).stdout
+    assert "'serve' measures again" in said and (command[0] == "dvc" or ran(said) == ["release"])
+    assert set(measured(project)) == {"serve.json", "serve.ipynb", "serve.html", "verdict.json"} and project.outputs("serve") == made
+    assert project.json("reports/metrics/verdict.json")["released"] and project.git("status", "--porcelain").stdout.split() == ["M", "dvc.lock", "M", "params.yaml", "M", "reports/metrics/verdict.json"]
+
+def test_measurements_of_other_values_are_not_shown(project):
+    project.mlkit("repro")
+    before = measured(project)
+    project.param(serve__concurrency=[2])
+    assert ran(project.mlkit("repro").stdout) == ["serve", "release"] and measured(project)["serve.json"] != before["serve.json"]
+    project.param(serve__concurrency=[1, 4])
+    assert "serve" in project.mlkit("repro").stdout and set(measured(project)) == {"train.json", "train.ipynb", "train.html"} # restored
+    project.mlkit("run", "release")
+    assert set(measured(project)) == set(before)

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from html import unescape
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -83,14 +84,22 @@ def test_page(browse, finished, page):
         assert [l for l in links(dom) if not l.startswith("data:")] == [f"{s}.html" for s in finished.stages if s != "index"]
         without = "data:image/png" not in (finished / "reports/tune.html").read_text()
         assert dom.count("data:image/png") == len(STAGES) - without # a picture a stage, where there is one
-    else: assert "index.html" in links(dom) and "The values it ran with" in text(dom) and "data:image/png" in dom
+    else: assert "index.html" in links(dom) and "The values it ran with" in text(dom)
+    if page == "serve": assert seen.page.frames[1].locator("img").count() == 2 and seen.page.frames[1].get_by_text("p99_ms").count() == 1
+    elif page != "index": assert "data:image/png" in dom
+
+def test_a_page_whose_measurements_are_elsewhere(browse, finished, tmp_path):
+    "A fresh clone has the page from DVC's cache, and nothing was measured in it."
+    page = shutil.copy(finished / "reports/serve.html", tmp_path)
+    seen = browse(Path(page))
+    assert seen.page.get_by_text("Not measured here yet: 'mlkit run serve' measures it").is_visible() and seen.console == []
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("page", ["index", "evaluate", "export", "train"])
+@pytest.mark.parametrize("page", ["index", "evaluate", "export", "train", "measurements/serve"])
 def test_nothing_serious_for_axe(browse, finished, page, scheme):
     "On a phone, where most has to scroll, with the code shown."
     seen = browse(finished / f"reports/{page}.html", PHONE, scheme)
-    if page != "index": seen.page.get_by_label("show code").check()
+    if page not in ("index", "measurements/serve"): seen.page.get_by_label("show code").check()
     assert serious(seen.page) == []
     assert seen.page.evaluate("document.scrollingElement.scrollWidth") <= PHONE, "the page itself must not scroll sideways"
 
@@ -128,7 +137,8 @@ def test_the_keyboard_reaches_all_and_shows_where_it_is(browse, finished, page):
     assert wanted > 2 and marked == [True] * wanted
 
 def test_pictures_say_what_they_show(browse, finished):
-    said = {s: browse(finished / f"reports/{s}.html").page.locator("img").evaluate_all("es => es.map(e => e.alt)") for s in STAGES if s != "tune"}
+    def alts(page): return browse(finished / f"reports/{page}.html").page.locator("img").evaluate_all("es => es.map(e => e.alt)")
+    said = {s: alts("measurements/serve" if s == "serve" else s) for s in STAGES if s != "tune"}
     assert all(len(alt) > 10 and not alt.startswith("Picture:") for alts in said.values() for alt in alts), said
     assert any("samples in 10 classes" in alt for alt in said["audit"]) and any("Line training" in alt and "epoch" in alt for alt in said["train"])
     assert any("predicted" in alt and "actual" in alt for alt in said["evaluate"])
@@ -140,7 +150,7 @@ def test_pictures_say_what_they_show(browse, finished):
 def test_words_of_plots_can_be_read_on_a_phone(browse, finished):
     "A figure that is no wider than `plot.WIDTH` keeps 10 points above 9 pixels; `plot` draws none that is."
     from mlkit.plot import LOOK, SMALLEST, WIDTH
-    for stage in ("train", "evaluate", "prepare", "serve"):
+    for stage in ("train", "evaluate", "prepare", "measurements/serve"):
         images = browse(finished / f"reports/{stage}.html", PHONE).page.locator(".output_png img")
         shrunk = images.evaluate_all("es => es.map(e => e.getBoundingClientRect().width / e.naturalWidth)")
         assert shrunk and all(SMALLEST / 72 * LOOK["figure.dpi"] * s >= 9 for s in shrunk), (stage, shrunk, WIDTH)

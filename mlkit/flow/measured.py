@@ -60,7 +60,8 @@ def measured_state(
     parameters: dict, # Its values
 ) -> str: # 64 hex digits
     "What the measurements of a stage are of."
-    made = [root / path for path in {**node.stage.writes, **node.stage.metrics}.values()]
+    read = [path for path in node.stage.reads.values() if path.startswith(MEASUREMENTS)]
+    made = [root / path for path in [*node.stage.writes.values(), *node.stage.metrics.values(), *read]]
     files = sorted(f for path in made for f in (path, *path.rglob("*")) if f.is_file())
     listed = [(f.relative_to(root).as_posix(), sha256(f)) for f in files]
     return hashlib.sha256(json.dumps([parameters, listed], sort_keys=True, default=str).encode()).hexdigest()
