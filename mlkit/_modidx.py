@@ -1192,6 +1192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlkit.flow.git.set_up_git': ('flow/git.html#set_up_git', 'mlkit/flow/git.py'),
                                 'mlkit.flow.git.settings': ('flow/git.html#settings', 'mlkit/flow/git.py'),
                                 'mlkit.flow.git.settle': ('flow/git.html#settle', 'mlkit/flow/git.py'),
+                                'mlkit.flow.git.share_instruction_set': ('flow/git.html#share_instruction_set', 'mlkit/flow/git.py'),
                                 'mlkit.flow.git.write_list': ('flow/git.html#write_list', 'mlkit/flow/git.py')},
             'mlkit.flow.heal': { 'mlkit.flow.heal.broken_lock': ('flow/heal.html#broken_lock', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.broken_rwlock': ('flow/heal.html#broken_rwlock', 'mlkit/flow/heal.py'),

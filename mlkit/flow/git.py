@@ -2,17 +2,17 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'NO_FILTER', 'ATTRIBUTES', 'merged_entry', 'merge_stages', 'merge_locks', 'clean_bytes', 'read_list',
-           'write_list', 'serve_filter', 'git_lines', 'settle', 'after_save', 'install_extension', 'filter_command',
-           'settings', 'add_lines', 'set_up_git']
+           'write_list', 'serve_filter', 'git_lines', 'settle', 'after_save', 'share_instruction_set',
+           'install_extension', 'filter_command', 'settings', 'add_lines', 'set_up_git']
 
 # %% ../../nbs/flow/16_git.ipynb #8ad47971
-import json, subprocess, sys
+import json, os, subprocess, sys
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import BinaryIO
 
-from ..core import write_json
+from ..core import ConfigError, project_root, write_json
 from .notebook import clean, notebook_text
 
 # %% ../../nbs/flow/16_git.ipynb #7cc35ce6
@@ -124,8 +124,16 @@ def after_save(os_path: str, model: dict, **_):
         path = Path(os_path)
         Thread(target=settle, args=(path.parent, path.name), daemon=True).start()
 
+def share_instruction_set(folder: Path): # That the server shows
+    "Give the kernels of this process the instruction set of the project. What a person has set stays."
+    from mlkit.flow.config import instruction_set
+    from mlkit.flow.kernels import instruction_env
+    with suppress(ConfigError): # no project, or a params.yaml that 'mlkit repro' will refuse
+        os.environ.update(instruction_env(instruction_set(project_root(folder))) | os.environ)
+
 def _load_jupyter_server_extension(server): # the names are Jupyter's
     server.contents_manager.register_post_save_hook(after_save)
+    share_instruction_set(Path(server.root_dir))
 
 def _jupyter_server_extension_points():
     return [{"module": "mlkit.flow.git"}]
