@@ -123,7 +123,7 @@ def choose_for_images(sections: dict, shards: Path, contract):
     about = f"{len(index):,} images in {index['label'].n_unique()} classes{left}"
     sections["ingest"]["source"] = Choice(sections["ingest"]["source"].value, about)
     sections["audit"]["block"] = blocking(index)
-    sections["prepare"]["input"] = Choice({"size": size.value}, size.why)
+    sections["prepare"]["input"] = Choice({"image_size": size.value}, size.why)
     sections["train"] = {
         "model": Choice({"name": "small_cnn", "width": 24, "dropout": 0.1}, "a network of mlkit.training.model, or your own in nbs/task.ipynb"),
         "optimizer": Choice({"name": "adamw", "lr": 0.005, "weight_decay": 0.01}, "lr: the peak of the schedule"),

@@ -210,5 +210,5 @@ def pictures(finished, tmp_path_factory):
             x = np.clip(x + random.normal(0, 20, x.shape), 0, 255).astype(np.uint8)
             assert cv2.imwrite(str(folder / f"{i:03d}.{('png', 'jpg')[i % 2]}"), x)
     (project / "raw/cat/torn.png").write_bytes((project / "raw/cat/000.png").read_bytes()[:100])
-    project.param(ingest__source="raw", prepare__input={"size": 16})
+    project.param(ingest__source="raw", prepare__input={"image_size": 16})
     return project

@@ -10,6 +10,7 @@ import pytest
 from conftest import BIN, Project, one_line, ran, wait_for
 from ruamel.yaml import YAML
 
+from mlkit.flow.config import UNHASHED
 from mlkit.flow.git import set_up_git
 from mlkit.flow.notebook import clean, notebook_text, read_notebook
 from mlkit.flow.pipeline import library_notebooks
@@ -49,10 +50,10 @@ def small(tmp_path):
     project = Small(tmp_path / "project")
     make = stage_cells("make", "print('né ☃'); stage.output('x').write_text(str(n)); 'é'", writes={"x": "data/x"})
     fit = stage_cells("fit", "m = int(stage.input('x').read_text()) + sum(steps)\nstage.output('m').write_text(str(m)); m",
-                      "steps: list[int] = [1]\nsize: int | None = None", reads={"x": "data/x"}, writes={"m": "models/m"})
+                      "steps: list[int] = [1]\nwidth: int | None = None", reads={"x": "data/x"}, writes={"m": "models/m"})
     write_notebook(project / "nbs/stages/make.ipynb", make)
     write_notebook(project / "nbs/stages/fit.ipynb", fit)
-    (project / "params.yaml").write_text("make:\n  n: 3   # é\nfit:\n  steps: [1, 2]\n  size: null   # as large as it is\n", encoding="utf-8")
+    (project / "params.yaml").write_text("make:\n  n: 3   # é\nfit:\n  steps: [1, 2]\n  width: null   # as wide as it is\n", encoding="utf-8")
     project.git("init", "-q")
     project.dvc("init", "-q")
     (project / ".gitignore").write_text(".mlkit/\n/data/\n/models/\n/reports/\n/scratch/\n.ipynb_checkpoints/\n")
@@ -136,12 +137,39 @@ def test_dvc_exp_run_rewrites_params(small):
     assert (small / "models/m").read_text() == "8"
     assert small.mlkit("why", "fit").stdout == "fit is up to date\n"
     assert ran(small.mlkit("repro", "fit").stdout) == [] # what DVC ran need not run again
-    small.dvc("exp", "run", "fit", "-S", "fit.steps=[4]", "-S", "fit.size=7")
+    small.dvc("exp", "run", "fit", "-S", "fit.steps=[4]", "-S", "fit.width=7")
     assert ran(small.mlkit("repro", "fit").stdout) == [] and (small / "models/m").read_text() == "9"
-    small.param(fit__size=None)
+    small.param(fit__width=None)
     assert ran(small.mlkit("repro", "fit").stdout) == ["fit"]
     small.git("checkout", "params.yaml")
     assert ran(small.mlkit("repro", "fit").stdout) == ["make", "fit"] and (small / "models/m").read_text() == "6"
+
+
+# Names that DVC leaves out when it looks for a former run
+
+def test_the_refused_names_are_those_that_dvc_ignores():
+    from dvc.stage.cache import _get_cache_hash
+    from dvc_data.hashfile.meta import Meta
+    def key(name, value):
+        return _get_cache_hash({"cmd": "x", "params": {"params.yaml": {"fit": {"deep": [{name: value}]}}}}, key=True)
+    names = {*Meta.fields, "md5", "hash", "path", "cmd", "params", "deps", "outs", "desc", "meta", *UNHASHED, *UNHASHED.values()}
+    assert {name for name in names if key(name, 1) == key(name, 2)} == set(UNHASHED)
+
+
+@pytest.mark.parametrize("name", UNHASHED)
+@pytest.mark.parametrize("inside", [lambda v: v, lambda v: {"width": v}, lambda v: {"steps": [1, [v]]}, lambda v: {"no_such": {"a": {"b": v}}}])
+def test_names_that_dvc_ignores_are_refused(small, name, inside):
+    small.param(fit=inside({name: 8}))
+    done = small.mlkit("repro", rc=1)
+    one_line(done, "params.yaml: fit.", f".{name}: DVC ignores the name '{name}'", "another name")
+    assert ran(done.stdout) == []
+
+
+@pytest.mark.parametrize("cell, place", [("nfiles: int = 1", "nfiles"), ("model: dict = {'deep': [{'size': 8}]}", "model.deep.0.size")])
+def test_a_parameters_cell_with_such_a_name_is_refused(small, cell, place):
+    write_notebook(small / "nbs/stages/fit.ipynb", stage_cells("fit", "pass", cell))
+    for command in ("repro", "render"):
+        one_line(small.mlkit(command, rc=1), f"fit.ipynb: {place}: DVC ignores the name")
 
 
 # What else is installed

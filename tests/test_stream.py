@@ -57,7 +57,7 @@ def data(tmp_path_factory):
     def image(i): return cv2.imencode(".jpg", cv2.resize(random.integers(0, 256, (5, 5, 3), dtype=np.uint8), (20 + i % 9, 24), interpolation=cv2.INTER_CUBIC))[1].tobytes()
     index = write_shards((Sample(str(i), image(i), "jpg", str(i % 2)) for i in range(80)), folder / "shards", 30)
     split = Split({"train": 0.6, "validation": 0.2, "test": 0.2}, method="stratified")
-    Image.prepare(folder / "shards", infer_contract(index), folder, split, size=12)
+    Image.prepare(folder / "shards", infer_contract(index), folder, split, image_size=12)
     return folder
 
 def start(script, *args, **kw):

@@ -82,14 +82,15 @@ def with_draws(index: pl.DataFrame) -> pl.DataFrame: # With `_row` (from 1) and 
 # %% ../../nbs/inputs/01_image.ipynb #5fd7af37
 def image_shape(
     contract: Contract,
-    size: int | None, # Pixels a side that images are resized to; None: as the contract has it
+    image_size: int | None, # Pixels a side that images are resized to; None: as the contract has it
 ) -> tuple[int, int, int]: # (height, width, channels)
     "Raises `ConfigError` where neither gives a size."
     h, w, c = contract.inputs[0].shape
-    if size:
-        h = w = size
+    if image_size:
+        h = w = image_size
     if h is None or w is None:
-        raise ConfigError("prepare.input.size: the images differ in size; say how many pixels a side they should have, for example 'size: 64'")
+        raise ConfigError("params.yaml: prepare.input.image_size: the images differ in size; "
+                          "say how many pixels a side they should have, such as 'image_size: 64'")
     return h, w, c or 3
 
 def fit_image(
@@ -176,13 +177,13 @@ def prepare(cls: Image,
     out: Path, # `data/prepared`
     split: Split,
     *,
-    size: PositiveInt | None = None, # Pixels a side; None: as the contract has it
+    image_size: PositiveInt | None = None, # Pixels a side; None: as the contract has it
 ): # -> Image, Target, metrics, lines for people
     "Split, cut to size, fit. Raises `DataError` and `ConfigError`."
     whole = read_index(shards)
     index, small = usable(whole)
     rows, sizes = split.apply(with_draws(index).lazy(), contract)
-    shape, rows = image_shape(contract, size), rows.collect()
+    shape, rows = image_shape(contract, image_size), rows.collect()
     classes = tuple(c for c in contract.target.categories if c not in small)
     target = find_target(contract.task).fit(contract.target.model_copy(update={"categories": classes}), rows.filter(split="train")["label"])
     for s in SPLITS:
