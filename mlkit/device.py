@@ -69,7 +69,8 @@ def _ask_aside(library, visible): # `visible` is part of the cache's key
     code = f"import json; from mlkit.device import ask_driver; print(json.dumps(ask_driver({library!r})))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=30)
+        done = subprocess.run([sys.executable, "-c", code], env=env, timeout=30, capture_output=True,
+                              encoding="utf-8", errors="replace")
     except subprocess.TimeoutExpired:
         return {}, "the driver does not answer"
     if done.returncode < 0:
@@ -102,7 +103,7 @@ def find_gpus(
 # %% ../nbs/02_device.ipynb #81f219d0
 def _limit(name): # a control group's limit: a list of numbers, empty where there is none
     try:
-        return [int(n) for n in Path("/sys/fs/cgroup", name).read_text().split()]
+        return [int(n) for n in Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").split()]
     except (OSError, ValueError): # no control group, or 'max'
         return []
 
@@ -190,7 +191,7 @@ def torch_cuda() -> str | None: # '13.0'; None: built for the CPU, or not there
     "The CUDA version that torch is built for, read from its version.py."
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    text = file.read_text() if file and file.is_file() else ""
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)", text, re.M)
     return found[1] if found else None
 

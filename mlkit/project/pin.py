@@ -87,7 +87,7 @@ HEAD = """\
 def is_pinned(root: Path) -> bool:
     "Whether `requirements.txt` of a project names a wheel in `vendor/`."
     path = root / REQUIREMENTS
-    return path.is_file() and any(line.startswith(LINE) for line in path.read_text().splitlines())
+    return path.is_file() and any(line.startswith(LINE) for line in path.read_text(encoding="utf-8").splitlines())
 
 # %% ../../nbs/project/01_pin.ipynb #6ccaa6c8
 def pin(
@@ -101,6 +101,6 @@ def pin(
         if other != wheel:
             other.unlink()
     path, line = root / REQUIREMENTS, f"file:./{VENDOR}/{wheel.name}#sha256={sha256(wheel)}"
-    lines = path.read_text().splitlines() if is_pinned(root) else [*HEAD.splitlines(), LINE]
+    lines = path.read_text(encoding="utf-8").splitlines() if is_pinned(root) else [*HEAD.splitlines(), LINE]
     write_atomic(path, "\n".join(line if given.startswith(LINE) else given for given in lines) + "\n")
     return before != {wheel.name: sha256(wheel)}
