@@ -1,14 +1,19 @@
 "What pip gets: the wheel that is built from the checkout, and the one that a made project carries."
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 from mlkit.core import DISTRIBUTION
 from mlkit.project.pin import pin, write_zip
@@ -16,6 +21,8 @@ from mlkit.project.stages import notebook_files
 
 NAME = DISTRIBUTION.replace("-", "_")
 ELSEWHERE = {"triton_python_backend_utils"} # a module that exists only inside Triton
+UNDECLARED = ELSEWHERE | {"cudf"} # it holds older versions of packages that mlkit needs; `mlkit doctor` says how to add it
+PACKAGE_OF = {"nvidia": "nvidia-dali-cuda130", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "pyspark": "pyspark"}
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
@@ -74,6 +81,35 @@ class Bare:
         return sorted(p.name for p in self.python.parents[1].glob("lib/*/site-packages/*"))
 
 
+def imported(code):
+    "The packages outside Python that a text imports, wherever the line stands."
+    nodes = list(ast.walk(ast.parse(code)))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {name.split(".")[0] for name in whole | parts}
+    return tops - sys.stdlib_module_names - {"mlkit"}
+
+
+def normal(name):
+    "The one spelling of a distribution's name."
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(extras=True):
+    "The distributions that pyproject.toml names."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return {normal(Requirement(line).name) for line in project["dependencies"] + optional * extras}
+
+
+def undeclared(packages, known):
+    "The packages of which no distribution is in `known`."
+    installed = packages_distributions()
+    def names(package):
+        return {normal(n) for n in [*installed.get(package, []), PACKAGE_OF.get(package, package)]}
+    return {package for package in packages - UNDECLARED if not names(package) & known}
+
+
 @pytest.fixture
 def bare(tmp_path):
     return Bare(tmp_path / "bare")
@@ -93,6 +129,37 @@ def pinned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pinned")
     pin(folder)
     return folder
+
+
+@pytest.mark.parametrize("code, names", [
+    ("import threadpoolctl", {"threadpoolctl"}), ("import os, scipy.stats as s", {"scipy"}),
+    ("from sklearn.svm import SVC", {"sklearn"}),
+    ("def f():\n    with a:\n        from IPython.display import display", {"IPython"}), ("from . import core", set()),
+    ("from ..core import sha256\nfrom mlkit.core import nearest", set())])
+def test_imports_are_found(code, names):
+    assert imported(code) == names
+
+
+def test_undeclared_packages_are_found():
+    known = {"scikit-learn", "opencv-python-headless", "nvidia-dali-cuda130"}
+    assert undeclared({"sklearn", "cv2", "nvidia", "threadpoolctl", "jinja2"}, known) == {"threadpoolctl", "jinja2"}
+
+
+def test_every_import_is_declared():
+    "What another package happens to bring today, it may drop tomorrow."
+    code = [p.read_text(encoding="utf-8") for p in (ROOT / "mlkit").rglob("*.py")]
+    for notebook in notebook_files().values():
+        cells = json.loads(notebook.read_bytes())["cells"]
+        code += ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    packages = set().union(*map(imported, code))
+    assert {"torch", "IPython", "nvidia"} <= packages and undeclared(packages, declared()) == set()
+
+
+def test_what_is_required_is_pinned():
+    "constraints.txt holds the version of everything that an installation needs."
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {normal(line.split("==")[0]) for line in lines if "==" in line}
+    assert declared(extras=False) - pins == set()
 
 
 def test_wheel_holds_all(wheel):
