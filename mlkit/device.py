@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['LIBCUDA', 'MAJOR', 'MINOR', 'PACKAGES', 'PROGRAMS', 'Gpu', 'ask_driver', 'find_gpus', 'usable_cores', 'usable_memory',
-           'gibibytes', 'limit_threads', 'Package', 'installed', 'torch_cuda', 'Found', 'find', 'add_command']
+           'gibibytes', 'limit_threads', 'Package', 'installed', 'torch_cuda', 'Found', 'find_origin', 'find',
+           'packages_of', 'add_command']
 
 # %% ../nbs/02_device.ipynb #2aa13459
-import ctypes, importlib.metadata, importlib.util, json, os, re, shutil, subprocess, sys
+import ctypes, importlib.metadata, importlib.util, json, os, re, shlex, shutil, subprocess, sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import ConfigError, DISTRIBUTION
+from .core import ConfigError, DISTRIBUTION, VENDOR, WHEEL_NAME, project_root
 
 # %% ../nbs/02_device.ipynb #e2658a2b
 @dataclass(frozen=True)
@@ -208,14 +209,25 @@ class Found:
     torch_cuda: str | None = None # CUDA version that torch is built for; None: the CPU build
     programs: dict[str, str] = field(default_factory=dict) # Paths
     no_triton: str = "no tritonserver on PATH"
-    checkout: str = "" # Folder of mlkit's repository, if mlkit runs from there
+    origin: str = "" # What pip can install mlkit from, see `find_origin`
 
 # %% ../nbs/02_device.ipynb #bd2fbf07
-def _checkout(): # the folder of mlkit's repository as a command may write it, or ''
-    root = Path(importlib.util.find_spec("mlkit").origin).resolve().parents[1]
-    if not (root / "pyproject.toml").is_file():
-        return ""
-    return "." if root == Path.cwd() else str(root)
+def _wheel(): # the one that the project at hand carries; None: there is none
+    try:
+        root = project_root()
+    except ConfigError:
+        return None
+    return next((root / VENDOR).glob(f"{WHEEL_NAME}-*.whl"), None)
+
+def find_origin() -> str: # '.', './vendor/….whl', or an absolute path; '': neither is at hand
+    "What pip can install mlkit from: the repository that it runs from, else the wheel in the project's `vendor`."
+    repository = Path(importlib.util.find_spec("mlkit").origin).resolve().parents[1]
+    if (repository / "pyproject.toml").is_file():
+        return "." if repository == Path.cwd() else str(repository)
+    wheel = _wheel()
+    if wheel and wheel.parents[1] == Path.cwd():
+        return f"./{VENDOR}/{wheel.name}"
+    return str(wheel or "")
 
 # %% ../nbs/02_device.ipynb #d348e633
 PROGRAMS = ("tritonserver", "java")
@@ -234,19 +246,33 @@ def find(
         gpus=tuple(Gpu(name, tuple(cc), size) for name, cc, size in driver.get("gpus", [])), no_gpu=no_gpu,
         driver_cuda=tuple(driver.get("cuda", ())), torch_cuda=torch_cuda(),
         packages={name: version for name, p in PACKAGES.items() if (version := installed(p))},
-        programs=programs, no_triton=str(no_triton), checkout=_checkout(),
+        programs=programs, no_triton=str(no_triton), origin=find_origin(),
     )
 
 # %% ../nbs/02_device.ipynb #4e814d1c
+def packages_of(
+    extra: str, # An extra of mlkit: 'dali'
+) -> list[str]: # As pip takes them; empty: pip does not know mlkit, or the extra
+    "What an extra adds."
+    from packaging.requirements import Requirement
+    try:
+        every = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    optional = [r for r in every if r.marker and not r.marker.evaluate({"extra": ""})]
+    return [str(r).split(";")[0].strip() for r in optional if r.marker.evaluate({"extra": extra})]
+
 def add_command(
-    what: str, # What pip installs; in brackets: an extra of mlkit; '': mlkit itself
-    checkout: str = "", # Folder of mlkit's repository, if mlkit runs from there
-) -> str: # For a shell
+    what: str, # What pip installs; in brackets: an extra of mlkit; '': what mlkit itself requires
+    origin: str = "", # What pip can install mlkit from, see `find_origin`
+) -> str: # For a shell; '': no command can
     "The command that installs `what`."
-    from shlex import quote
-    pins = f" -c {quote(str(Path(checkout, 'constraints.txt')))}" if checkout else ""
+    cloned = bool(origin) and not origin.endswith(".whl")
+    pins = ["-c", str(Path(origin, "constraints.txt"))] if cloned else []
     if what and not what.startswith("["):
-        return f"pip install {quote(what)}{pins}"
-    if checkout:
-        return f"pip install -e {quote(checkout + what)}{pins}"
-    return f"pip install {quote(DISTRIBUTION + what)}"
+        wanted = [what]
+    elif origin:
+        wanted = ["-e", origin + what] if cloned else [origin + what]
+    else:
+        wanted = packages_of(what.strip("[]")) if what else []
+    return shlex.join(["pip", "install", *wanted, *pins]) if wanted else ""

@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,15 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from mlkit.core import DISTRIBUTION
+from mlkit.core import DISTRIBUTION, VENDOR
+from mlkit.device import add_command
 from mlkit.project.pin import pin, write_zip
 from mlkit.project.stages import notebook_files
 
-NAME = DISTRIBUTION.replace("-", "_")
 ELSEWHERE = {"triton_python_backend_utils"} # a module that exists only inside Triton
 UNDECLARED = ELSEWHERE | {"cudf"} # it holds older versions of packages that mlkit needs; `mlkit doctor` says how to add it
 PACKAGE_OF = {"nvidia": "nvidia-dali-cuda130", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "pyspark": "pyspark"}
+OURS = next(p for p in sys.path if p.endswith("site-packages"))
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
@@ -51,13 +53,14 @@ def contents(wheel):
         return {name: z.read(name) for name in z.namelist()}
 
 
-def a_wheel(folder, version, code):
-    "A wheel of our name whose package is somebody's."
-    info = f"{NAME}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n"
+def a_wheel(folder, version, code, package="mlkit", name=DISTRIBUTION):
+    "A wheel of a name, ours say, whose package is somebody's."
+    start = f"{name.replace('-', '_')}-{version}"
+    info = f"{start}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files = {"mlkit/__init__.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
-    return write_zip(folder / f"{NAME}-{version}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
+    files = {f"{package}/__init__.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
+    return write_zip(folder / f"{start}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
 
 
 class Bare:
@@ -72,8 +75,7 @@ class Bare:
         return run(*command, "--no-deps", "--no-index", *args, cwd=cwd, rc=rc)
 
     def code(self, code, cwd=ROOT):
-        ours = next(p for p in sys.path if p.endswith("site-packages"))
-        return run(self.python, "-c", code, cwd=cwd, PYTHONPATH=ours).stdout
+        return run(self.python, "-c", code, cwd=cwd, PYTHONPATH=OURS).stdout
 
     @property
     def installed(self):
@@ -231,3 +233,17 @@ def test_pin_stops(fault, pinned, bare, tmp_path):
     done = bare.pip("-r", "requirements.txt", "--find-links", strangers, "--find-links", "vendor", cwd=project, rc=1)
     says = "DO NOT MATCH THE HASHES" if fault in ("changed", "cut short") else f"No such file or directory: './vendor/{file.name}'"
     assert says in done.stderr and bare.installed == []
+
+
+def test_an_extra_of_a_made_project(pinned, bare, tmp_path):
+    "The command that doctor gives there installs the extra, without an index for mlkit, and asks no stranger."
+    wheel, = (pinned / VENDOR).iterdir()
+    a_wheel(tmp_path, "2.5", "DALI = True", "nvidia/dali", "nvidia-dali-cuda130")
+    a_wheel(tmp_path, "99.0", "STRANGER = True")
+    bare.code(f"import sysconfig; open(sysconfig.get_path('purelib') + '/ours.pth', 'w').write({OURS!r})")
+    command = shlex.split(add_command("[dali]", f"./{VENDOR}/{wheel.name}"))
+    assert command[:2] == ["pip", "install"]
+    pip = [sys.executable, "-m", "pip", "--python", bare.python, "install", "--disable-pip-version-check"]
+    run(*pip, "--no-index", "--find-links", tmp_path, *command[2:], cwd=pinned)
+    assert {"nvidia", f"{wheel.name.split('-py3')[0]}.dist-info"} <= set(bare.installed)
+    assert not [name for name in bare.installed if "99.0" in name]
