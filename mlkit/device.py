@@ -254,13 +254,12 @@ def packages_of(
     extra: str, # An extra of mlkit: 'dali'
 ) -> list[str]: # As pip takes them; empty: pip does not know mlkit, or the extra
     "What an extra adds."
-    from packaging.requirements import Requirement
     try:
-        every = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
+        lines = importlib.metadata.requires(DISTRIBUTION) or [] # 's3fs; extra == "s3"'
     except importlib.metadata.PackageNotFoundError:
         return []
-    optional = [r for r in every if r.marker and not r.marker.evaluate({"extra": ""})]
-    return [str(r).split(";")[0].strip() for r in optional if r.marker.evaluate({"extra": extra})]
+    marked = re.compile(rf"""\bextra == ['"]{re.escape(extra)}['"]""")
+    return [line.split(";")[0].strip() for line in lines if marked.search(line)]
 
 def add_command(
     what: str, # What pip installs; in brackets: an extra of mlkit; '': what mlkit itself requires
