@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['LIBCUDA', 'MAJOR', 'MINOR', 'PACKAGES', 'PROGRAMS', 'Gpu', 'ask_driver', 'find_gpus', 'usable_cores', 'usable_memory',
-           'gibibytes', 'limit_threads', 'Package', 'installed', 'torch_cuda', 'Found', 'find', 'add_command']
+           'gibibytes', 'limit_threads', 'Package', 'installed', 'torch_cuda', 'Found', 'find_origin', 'find',
+           'packages_of', 'add_command']
 
 # %% ../nbs/02_device.ipynb #2aa13459
-import ctypes, importlib.metadata, importlib.util, json, os, re, shutil, subprocess, sys
+import ctypes, importlib.metadata, importlib.util, json, os, re, shlex, shutil, subprocess, sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import ConfigError, DISTRIBUTION
+from .core import ConfigError, DISTRIBUTION, VENDOR, WHEEL_NAME, project_root
 
 # %% ../nbs/02_device.ipynb #e2658a2b
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def _ask_aside(library, visible): # `visible` is part of the cache's key
     code = f"import json; from mlkit.device import ask_driver; print(json.dumps(ask_driver({library!r})))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=30)
+        done = subprocess.run([sys.executable, "-c", code], env=env, timeout=30, capture_output=True,
+                              encoding="utf-8", errors="replace")
     except subprocess.TimeoutExpired:
         return {}, "the driver does not answer"
     if done.returncode < 0:
@@ -102,7 +104,7 @@ def find_gpus(
 # %% ../nbs/02_device.ipynb #81f219d0
 def _limit(name): # a control group's limit: a list of numbers, empty where there is none
     try:
-        return [int(n) for n in Path("/sys/fs/cgroup", name).read_text().split()]
+        return [int(n) for n in Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").split()]
     except (OSError, ValueError): # no control group, or 'max'
         return []
 
@@ -190,7 +192,7 @@ def torch_cuda() -> str | None: # '13.0'; None: built for the CPU, or not there
     "The CUDA version that torch is built for, read from its version.py."
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    text = file.read_text() if file and file.is_file() else ""
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)", text, re.M)
     return found[1] if found else None
 
@@ -207,14 +209,25 @@ class Found:
     torch_cuda: str | None = None # CUDA version that torch is built for; None: the CPU build
     programs: dict[str, str] = field(default_factory=dict) # Paths
     no_triton: str = "no tritonserver on PATH"
-    checkout: str = "" # Folder of mlkit's repository, if mlkit runs from there
+    origin: str = "" # What pip can install mlkit from, see `find_origin`
 
 # %% ../nbs/02_device.ipynb #bd2fbf07
-def _checkout(): # the folder of mlkit's repository as a command may write it, or ''
-    root = Path(importlib.util.find_spec("mlkit").origin).resolve().parents[1]
-    if not (root / "pyproject.toml").is_file():
-        return ""
-    return "." if root == Path.cwd() else str(root)
+def _wheel(): # the one that the project at hand carries; None: there is none
+    try:
+        root = project_root()
+    except ConfigError:
+        return None
+    return next((root / VENDOR).glob(f"{WHEEL_NAME}-*.whl"), None)
+
+def find_origin() -> str: # '.', './vendor/….whl', or an absolute path; '': neither is at hand
+    "What pip can install mlkit from: the repository that it runs from, else the wheel in the project's `vendor`."
+    repository = Path(importlib.util.find_spec("mlkit").origin).resolve().parents[1]
+    if (repository / "pyproject.toml").is_file():
+        return "." if repository == Path.cwd() else str(repository)
+    wheel = _wheel()
+    if wheel and wheel.parents[1] == Path.cwd():
+        return f"./{VENDOR}/{wheel.name}"
+    return str(wheel or "")
 
 # %% ../nbs/02_device.ipynb #d348e633
 PROGRAMS = ("tritonserver", "java")
@@ -233,19 +246,32 @@ def find(
         gpus=tuple(Gpu(name, tuple(cc), size) for name, cc, size in driver.get("gpus", [])), no_gpu=no_gpu,
         driver_cuda=tuple(driver.get("cuda", ())), torch_cuda=torch_cuda(),
         packages={name: version for name, p in PACKAGES.items() if (version := installed(p))},
-        programs=programs, no_triton=str(no_triton), checkout=_checkout(),
+        programs=programs, no_triton=str(no_triton), origin=find_origin(),
     )
 
 # %% ../nbs/02_device.ipynb #4e814d1c
+def packages_of(
+    extra: str, # An extra of mlkit: 'dali'
+) -> list[str]: # As pip takes them; empty: pip does not know mlkit, or the extra
+    "What an extra adds."
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or [] # 's3fs; extra == "s3"'
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    marked = re.compile(rf"""\bextra == ['"]{re.escape(extra)}['"]""")
+    return [line.split(";")[0].strip() for line in lines if marked.search(line)]
+
 def add_command(
-    what: str, # What pip installs; in brackets: an extra of mlkit; '': mlkit itself
-    checkout: str = "", # Folder of mlkit's repository, if mlkit runs from there
-) -> str: # For a shell
+    what: str, # What pip installs; in brackets: an extra of mlkit; '': what mlkit itself requires
+    origin: str = "", # What pip can install mlkit from, see `find_origin`
+) -> str: # For a shell; '': no command can
     "The command that installs `what`."
-    from shlex import quote
-    pins = f" -c {quote(str(Path(checkout, 'constraints.txt')))}" if checkout else ""
+    cloned = bool(origin) and not origin.endswith(".whl")
+    pins = ["-c", str(Path(origin, "constraints.txt"))] if cloned else []
     if what and not what.startswith("["):
-        return f"pip install {quote(what)}{pins}"
-    if checkout:
-        return f"pip install -e {quote(checkout + what)}{pins}"
-    return f"pip install {quote(DISTRIBUTION + what)}"
+        wanted = [what]
+    elif origin:
+        wanted = ["-e", origin + what] if cloned else [origin + what]
+    else:
+        wanted = packages_of(what.strip("[]")) if what else []
+    return shlex.join(["pip", "install", *wanted, *pins]) if wanted else ""

@@ -4,7 +4,7 @@
 __all__ = ['LOW_DISK', 'TITLES', 'MARKS', 'Row', 'unmet', 'doctor', 'failing', 'doctor_table']
 
 # %% ../nbs/04_doctor.ipynb #ac8b94f6
-import importlib.metadata, os, shutil, sys
+import importlib.metadata, os, shlex, shutil, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,23 +60,27 @@ def _wrong(requirement): # what is wrong with it; '' where nothing is
 
 def unmet(
     dist: str = DISTRIBUTION, # An installed distribution
-) -> tuple[int, list[str]]: # How many it requires, and what is wrong with some
+) -> tuple[int, dict[str, str]]: # How many it requires; what pip would have to install: why
     "The requirements that the environment does not meet."
     from packaging.requirements import Requirement
     try:
         every = [Requirement(r) for r in importlib.metadata.requires(dist) or []]
     except importlib.metadata.PackageNotFoundError:
-        return 1, [f"{dist} is not installed"]
+        return 1, {"": f"{dist} is not installed"}
     required = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
-    return len(required), [why for r in required if (why := _wrong(r))]
+    return len(required), {f"{r.name}{r.specifier}": why for r in required if (why := _wrong(r))}
 
 # %% ../nbs/04_doctor.ipynb #8ec94781
 def _packages(found):
     n, wrong = unmet()
     if not wrong:
         return Row("Machine", "Packages", f"{n} of {n}", "the versions that mlkit requires")
-    why = wrong[0] + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-    return Row("Machine", "Packages", f"{n - len(wrong)} of {n}", why, add_command("", found.checkout), "fail")
+    first, *more = wrong.values()
+    why = f"{first} and {len(more)} more" if more else first
+    packages = [package for package in wrong if package]
+    by_name = shlex.join(["pip", "install", *packages]) if packages else ""
+    command = add_command("", found.origin) or by_name
+    return Row("Machine", "Packages", f"{n - len(wrong)} of {n}", why, command, "fail")
 
 # %% ../nbs/04_doctor.ipynb #26e7d256
 def _project(root):
@@ -123,7 +127,7 @@ def _package(name, found):
     if version:
         return Row("Installed", name, version, use)
     useless = package.gpu and not found.gpus
-    return Row("Installed", name, "not installed", use, add_command(package.add, found.checkout), "none", useless)
+    return Row("Installed", name, "not installed", use, add_command(package.add, found.origin), "none", useless)
 
 def _triton(found):
     if path := found.programs.get("tritonserver"):

@@ -149,7 +149,7 @@ def engine_type(
 def need(found: Found, package: str):
     "Raises `Lacks` where a package is not installed."
     if package not in found.packages:
-        raise Lacks(f"{package} is not installed", add_command(PACKAGES[package].add, found.checkout))
+        raise Lacks(f"{package} is not installed", add_command(PACKAGES[package].add, found.origin))
 
 # %% ../nbs/03_jobs.ipynb #38314935
 def need_gpu(

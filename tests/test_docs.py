@@ -1,4 +1,6 @@
 "What the documents say about files is true: rooms, links and paths are there."
+import json
+import posixpath
 import re
 
 import pytest
@@ -8,7 +10,11 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "ben
 
 
 def text(name):
-    return (ROOT / name).read_text()
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def links_to_files(markdown):
+    return [link for link in re.findall(r"\]\(([^)\s]+)", markdown) if not re.match(r"\w+:|#", link)]
 
 
 def is_room(name):
@@ -18,10 +24,21 @@ def is_room(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links(name):
-    "Every link to a file leads to one."
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text(name)) if not re.match(r"\w+:|#", link)]
+    "Every link to a file leads to one, and makes no detour."
+    links = links_to_files(text(name))
     missing = [link for link in links if not ((ROOT / name).parent / link.split("#")[0]).resolve().exists()]
-    assert not missing
+    assert not missing and [link for link in links if posixpath.normpath(link) != link.rstrip("/")] == []
+
+
+def test_links_of_notebooks():
+    "The prose of a notebook is read in its own folder; that of a stage in `reports`, where a run puts it."
+    missing = {}
+    for notebook in set((ROOT / "nbs").rglob("*.ipynb")) - set((ROOT / "nbs/stages").iterdir()):
+        cells = json.loads(notebook.read_bytes())["cells"]
+        prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        links = [link for link in links_to_files(prose) if not (notebook.parent / link.split("#")[0]).exists()]
+        missing |= {notebook.relative_to(ROOT).as_posix(): links} if links else {}
+    assert missing == {}
 
 
 def test_where_things_live():

@@ -65,7 +65,7 @@ def test_no_cluster_there(parts, monkeypatch, engine, address):
     assert address in str(e.value) and CLUSTER in str(e.value) and "\n" not in str(e.value)
 
 def test_without_an_address_dask_is_local_and_closed(parts, monkeypatch, tmp_path):
-    pytest.importorskip("distributed", reason="not run: Dask is not installed; pip install 'mlkit-lifecycle[dask]'")
+    pytest.importorskip("distributed", reason="not run: Dask is not installed; pip install -e '.[dask]'")
     import psutil
     monkeypatch.delenv(CLUSTER, raising=False)
     with open_parts(parts, "dask") as frame:

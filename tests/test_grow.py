@@ -94,7 +94,7 @@ def test_a_bucket(project, s3):
 
 def test_a_topic(project):
     "DVC cannot see it: `mlkit repro` looks. What breaks the contract stops every run: what was good before is not taken for what is there now."
-    pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit-lifecycle[kafka]')")
+    pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install -e '.[kafka]')")
     def repro(rc=0):
         done = project.mlkit("repro", "ingest", rc=rc)
         return ran(done.stdout), "has changed since" in done.stdout, done.stdout + done.stderr

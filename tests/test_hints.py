@@ -1,4 +1,5 @@
-"On the package index `mlkit` is a stranger's package: nothing that a person reads may tell them to install it."
+"""On the package index `mlkit` is a stranger's package, and our own name there is nobody's yet: nothing that a person reads may
+tell them to install either from there."""
 import re
 import subprocess
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, Project
 
+from mlkit.device import PACKAGES, add_command
+
 INSTALL = r"(?:pip3?|pipx|uv tool|conda) install|(?:uv|poetry) add"
-FOREIGN = re.compile(rf"(?:{INSTALL})\b[^\n`;|&()#,]*?(?<![\w./-])mlkit(?![\w/-])")
+FOREIGN = re.compile(rf"(?:{INSTALL})\b[^\n`;|&()#,]*?(?<![\w./-])mlkit(?:-lifecycle)?(?![\w/-])")
 
 
 def hints(text): # the commands in `text` that install a stranger's package
@@ -30,13 +33,15 @@ def hints_in(files): # {file: commands}
 
 @pytest.mark.parametrize("text", [
     "pip install mlkit", "run: pip install 'mlkit[dali]'", 'python -m pip install -U "mlkit==0.1.0"', "uv add mlkit",
-    "pip install --quiet torch mlkit>=1", "pip3 install mlkit\n", "pipx install mlkit", "conda install -c x mlkit"])
+    "pip install --quiet torch mlkit>=1", "pip3 install mlkit\n", "pipx install mlkit", "conda install -c x mlkit",
+    "pip install 'mlkit-lifecycle[dali]'", "pip install mlkit-lifecycle==0.1.0", "uv add mlkit-lifecycle"])
 def test_a_strangers_package_is_found(text):
     assert hints(text)
 
 
 @pytest.mark.parametrize("text", [
-    "pip install 'mlkit-lifecycle[dali]'", "pip install -e '/src/mlkit[gpu]' -c constraints.txt", "mlkit setup",
+    "pip install -e '/src/mlkit[gpu]' -c constraints.txt", "mlkit setup", "pip uninstall mlkit-lifecycle",
+    "pip install './vendor/mlkit_lifecycle-0.1.0-py3-none-any.whl[dali]'", "pip install ./mlkit-lifecycle[gpu]",
     "`pip install -r requirements.txt` (the mlkit of this project)", "pip install -r requirements.txt, then mlkit setup",
     "pip install ./mlkit-1.0.whl", "pip uninstall mlkit", "pip install -e .\nmlkit repro"])
 def test_other_commands_are_not(text):
@@ -47,6 +52,14 @@ def test_the_checkout_names_no_strangers_package():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and ROOT / name != Path(__file__)]
     assert len(files) > 50 and hints_in(f for f in files if f.is_file()) == {}
+
+
+@pytest.mark.parametrize("origin", ["", ".", "/src/ml kit", "./vendor/mlkit_lifecycle-0.1.0-py3-none-any.whl"])
+@pytest.mark.parametrize("what", ["", *sorted({package.add for package in PACKAGES.values()})])
+def test_doctors_commands_name_no_strangers_package(what, origin):
+    "What `mlkit doctor` and every refusal of an engine tell a person to type."
+    command = add_command(what, origin)
+    assert not hints(command) and command.startswith("pip install ") or (what, origin, command) == ("", "", "")
 
 
 def pictures(folder):

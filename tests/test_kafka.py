@@ -11,7 +11,7 @@ from mlkit.sources import kafka as sources
 from mlkit.core import DataError, SetupError
 from mlkit.sources.registry import open_source
 
-kafka = pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install 'mlkit-lifecycle[kafka]')")
+kafka = pytest.importorskip("confluent_kafka", reason="not run: no Kafka client (pip install -e '.[kafka]')")
 BROKER = """
 import sys
 from confluent_kafka import Producer

@@ -1,21 +1,30 @@
 "What pip gets: the wheel that is built from the checkout, and the one that a made project carries."
+import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
-from mlkit.core import DISTRIBUTION
+from mlkit.core import DISTRIBUTION, VENDOR
+from mlkit.device import add_command
 from mlkit.project.pin import pin, write_zip
 from mlkit.project.stages import notebook_files
 
-NAME = DISTRIBUTION.replace("-", "_")
 ELSEWHERE = {"triton_python_backend_utils"} # a module that exists only inside Triton
+UNDECLARED = ELSEWHERE | {"cudf"} # it holds older versions of packages that mlkit needs; `mlkit doctor` says how to add it
+PACKAGE_OF = {"nvidia": "nvidia-dali-cuda130", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "pyspark": "pyspark"}
+OURS = next(p for p in sys.path if p.endswith("site-packages"))
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
@@ -44,13 +53,14 @@ def contents(wheel):
         return {name: z.read(name) for name in z.namelist()}
 
 
-def a_wheel(folder, version, code):
-    "A wheel of our name whose package is somebody's."
-    info = f"{NAME}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n"
+def a_wheel(folder, version, code, package="mlkit", name=DISTRIBUTION):
+    "A wheel of a name, ours say, whose package is somebody's."
+    start = f"{name.replace('-', '_')}-{version}"
+    info = f"{start}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files = {"mlkit/__init__.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
-    return write_zip(folder / f"{NAME}-{version}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
+    files = {f"{package}/__init__.py": code, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
+    return write_zip(folder / f"{start}-py3-none-any.whl", {k: v.encode() for k, v in files.items()})
 
 
 class Bare:
@@ -65,13 +75,41 @@ class Bare:
         return run(*command, "--no-deps", "--no-index", *args, cwd=cwd, rc=rc)
 
     def code(self, code, cwd=ROOT):
-        ours = next(p for p in sys.path if p.endswith("site-packages"))
-        return run(self.python, "-c", code, cwd=cwd, PYTHONPATH=ours).stdout
+        return run(self.python, "-c", code, cwd=cwd, PYTHONPATH=OURS).stdout
 
     @property
     def installed(self):
         "The packages that it has."
         return sorted(p.name for p in self.python.parents[1].glob("lib/*/site-packages/*"))
+
+
+def imported(code):
+    "The packages outside Python that a text imports, wherever the line stands."
+    nodes = list(ast.walk(ast.parse(code)))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {name.split(".")[0] for name in whole | parts}
+    return tops - sys.stdlib_module_names - {"mlkit"}
+
+
+def normal(name):
+    "The one spelling of a distribution's name."
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(extras=True):
+    "The distributions that pyproject.toml names."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return {normal(Requirement(line).name) for line in project["dependencies"] + optional * extras}
+
+
+def undeclared(packages, known):
+    "The packages of which no distribution is in `known`."
+    installed = packages_distributions()
+    def names(package):
+        return {normal(n) for n in [*installed.get(package, []), PACKAGE_OF.get(package, package)]}
+    return {package for package in packages - UNDECLARED if not names(package) & known}
 
 
 @pytest.fixture
@@ -93,6 +131,37 @@ def pinned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pinned")
     pin(folder)
     return folder
+
+
+@pytest.mark.parametrize("code, names", [
+    ("import threadpoolctl", {"threadpoolctl"}), ("import os, scipy.stats as s", {"scipy"}),
+    ("from sklearn.svm import SVC", {"sklearn"}),
+    ("def f():\n    with a:\n        from IPython.display import display", {"IPython"}), ("from . import core", set()),
+    ("from ..core import sha256\nfrom mlkit.core import nearest", set())])
+def test_imports_are_found(code, names):
+    assert imported(code) == names
+
+
+def test_undeclared_packages_are_found():
+    known = {"scikit-learn", "opencv-python-headless", "nvidia-dali-cuda130"}
+    assert undeclared({"sklearn", "cv2", "nvidia", "threadpoolctl", "jinja2"}, known) == {"threadpoolctl", "jinja2"}
+
+
+def test_every_import_is_declared():
+    "What another package happens to bring today, it may drop tomorrow."
+    code = [p.read_text(encoding="utf-8") for p in (ROOT / "mlkit").rglob("*.py")]
+    for notebook in notebook_files().values():
+        cells = json.loads(notebook.read_bytes())["cells"]
+        code += ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    packages = set().union(*map(imported, code))
+    assert {"torch", "IPython", "nvidia"} <= packages and undeclared(packages, declared()) == set()
+
+
+def test_what_is_required_is_pinned():
+    "constraints.txt holds the version of everything that an installation needs."
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {normal(line.split("==")[0]) for line in lines if "==" in line}
+    assert declared(extras=False) - pins == set()
 
 
 def test_wheel_holds_all(wheel):
@@ -164,3 +233,17 @@ def test_pin_stops(fault, pinned, bare, tmp_path):
     done = bare.pip("-r", "requirements.txt", "--find-links", strangers, "--find-links", "vendor", cwd=project, rc=1)
     says = "DO NOT MATCH THE HASHES" if fault in ("changed", "cut short") else f"No such file or directory: './vendor/{file.name}'"
     assert says in done.stderr and bare.installed == []
+
+
+def test_an_extra_of_a_made_project(pinned, bare, tmp_path):
+    "The command that doctor gives there installs the extra, without an index for mlkit, and asks no stranger."
+    wheel, = (pinned / VENDOR).iterdir()
+    a_wheel(tmp_path, "2.5", "DALI = True", "nvidia/dali", "nvidia-dali-cuda130")
+    a_wheel(tmp_path, "99.0", "STRANGER = True")
+    bare.code(f"import sysconfig; open(sysconfig.get_path('purelib') + '/ours.pth', 'w').write({OURS!r})")
+    command = shlex.split(add_command("[dali]", f"./{VENDOR}/{wheel.name}"))
+    assert command[:2] == ["pip", "install"]
+    pip = [sys.executable, "-m", "pip", "--python", bare.python, "install", "--disable-pip-version-check"]
+    run(*pip, "--no-index", "--find-links", tmp_path, *command[2:], cwd=pinned)
+    assert {"nvidia", f"{wheel.name.split('-py3')[0]}.dist-info"} <= set(bare.installed)
+    assert not [name for name in bare.installed if "99.0" in name]

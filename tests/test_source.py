@@ -308,7 +308,7 @@ def test_hugging_face(tmp_path):
 @pytest.fixture(scope="module")
 def postgres():
     "A server of its own on loopback, with a password. Gives the URL of its database."
-    pytest.importorskip("adbc_driver_postgresql", reason="not run: no PostgreSQL driver (pip install 'mlkit-lifecycle[sql]')")
+    pytest.importorskip("adbc_driver_postgresql", reason="not run: no PostgreSQL driver (pip install -e '.[sql]')")
     places = os.pathsep.join([os.environ["PATH"], *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)])
     tools = {t: shutil.which(t, path=places) for t in ("initdb", "pg_ctl")}
     if not all(tools.values()): pytest.skip("not run: no PostgreSQL server here (apt-get install postgresql)")
@@ -399,7 +399,7 @@ def test_postgres_wrong(postgres, monkeypatch):
 @pytest.fixture(scope="module")
 def s3():
     "A client of an S3 server on loopback."
-    pytest.importorskip("s3fs", reason="not run: no s3fs (pip install 'mlkit-lifecycle[s3]')")
+    pytest.importorskip("s3fs", reason="not run: no s3fs (pip install -e '.[s3]')")
     moto = pytest.importorskip("moto.server", reason="not run: no S3 server (pip install 'moto[server]')")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

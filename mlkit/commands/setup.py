@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from ..core import ConfigError, MlkitError, project_root
+from ..core import ConfigError, MlkitError, VENDOR, project_root
 
 # %% ../../nbs/commands/08_setup.ipynb #ed40a5dd
 def setup_project(root: Path) -> list[str]: # Lines: what changed that a person should know
     "Git's merge driver, the pinned mlkit, and a `dvc.yaml` in step."
     from mlkit.flow.git import set_up_git
     from mlkit.flow.pipeline import render
-    from mlkit.project.pin import REQUIREMENTS, VENDOR, is_pinned, pin
+    from mlkit.project.pin import REQUIREMENTS, is_pinned, pin
     set_up_git(root, str(Path(sys.executable).with_name("mlkit")))
     said = []
     if is_pinned(root) and pin(root):

@@ -82,7 +82,7 @@ def has_avx2() -> bool:
     if platform.machine() != "x86_64":
         return False
     try:
-        return " avx2 " in Path("/proc/cpuinfo").read_text()
+        return " avx2 " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
 

@@ -58,7 +58,7 @@ def bounds() -> list:
     status = process_status()
     namespaces = sorted(os.readlink(p) for p in Path("/proc/self/ns").iterdir())
     return [[status.get(k) for k in RIGHTS], os.getpriority(os.PRIO_PROCESS, 0), list(limits(1).values()),
-            Path("/proc/self/cgroup").read_text(), namespaces]
+            Path("/proc/self/cgroup").read_text(encoding="utf-8"), namespaces]
 
 # %% ../../nbs/flow/06_warm.ipynb #8c772c4c
 def packages() -> str: # 8 hex digits

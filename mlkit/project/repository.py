@@ -19,7 +19,8 @@ def git(
 ) -> subprocess.CompletedProcess:
     "Run git. Raises `FileNotFoundError` where it is not installed."
     env = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
-    return subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, encoding="utf-8", errors="replace",
+                          stdin=subprocess.DEVNULL)
 
 # %% ../../nbs/project/02_repository.ipynb #e1931c6a
 def has_git() -> bool:
@@ -52,7 +53,7 @@ def init_dvc(root: Path):
             config["core"] |= {"analytics": False, "check_update": False}
     except DvcException as e:
         raise ConfigError(f"{root}: DVC cannot be set up: {e}") from None
-    with open(root / ".dvcignore", "a") as f:
+    with open(root / ".dvcignore", "a", encoding="utf-8") as f:
         f.write(OURS)
 
 # %% ../../nbs/project/02_repository.ipynb #3ea79d38

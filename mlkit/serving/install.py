@@ -69,7 +69,7 @@ def _new_lines(file): # yields the whole lines that a growing file has got since
 def _follow(process, output, folders, progress):
     "Pass on what `process` writes into the file `output`, until it ends."
     start = last = time.monotonic()
-    with open(output) as file:
+    with open(output, encoding="utf-8", errors="replace") as file:
         lines, ended = _new_lines(file), False
         while not ended:
             ended = process.poll() is not None # asked before the last look
@@ -91,14 +91,14 @@ def _pip(target, packages, progress): # (exit code, what it wrote to stderr)
     aside.mkdir(parents=True)
     command = [sys.executable, *PIP, "--target", target, *packages]
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(aside)}
-    with open(aside / "out", "w") as out, open(aside / "err", "w") as err:
+    with open(aside / "out", "wb") as out, open(aside / "err", "wb") as err:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
         try:
             _follow(process, aside / "out", [aside, target], progress)
         finally:
             process.kill()
             process.wait()
-    said = (aside / "err").read_text()
+    said = (aside / "err").read_text(encoding="utf-8", errors="replace")
     shutil.rmtree(aside)
     return process.returncode, said
 

@@ -60,8 +60,8 @@ def _run(client, data, concurrency, measure_s): # subprocess.CompletedProcess; i
     for window in (measure_s, 3 * measure_s, 10 * measure_s):
         options = _options(client, data, concurrency, window, data.with_name(f"{concurrency}.csv"))
         command = [str(part) for part in (binary, *(part for option in options.items() for part in option))]
-        done = subprocess.run(command, env=env, cwd=data.parent, capture_output=True, text=True,
-                              timeout=3 * window + client.timeout)
+        done = subprocess.run(command, env=env, cwd=data.parent, capture_output=True,
+                              encoding="utf-8", errors="replace", timeout=3 * window + client.timeout)
         if not re.search(TOO_SHORT, done.stderr):
             break
     return done
@@ -100,7 +100,7 @@ def measure_load(
                 raise ServeError(f"{where}: {n} at a time {why}") from None
             if done.returncode:
                 raise ServeError(f"{where}: {n} at a time: {_why(done.stderr)}")
-            levels.append(_level(n, done.stdout, Path(d, f"{n}.csv").read_text()))
+            levels.append(_level(n, done.stdout, Path(d, f"{n}.csv").read_text(encoding="utf-8")))
     return levels
 
 # %% ../../nbs/serving/09_load.ipynb #a4c0dad7

@@ -33,7 +33,7 @@ def _pbtxt(config: dict) -> str:
 def parse_config(path: Path): # ModelConfig
     "The configuration in a file `config.pbtxt`."
     from google.protobuf import text_format
-    return text_format.Parse(path.read_text(), _schema().ModelConfig())
+    return text_format.Parse(path.read_text(encoding="utf-8"), _schema().ModelConfig())
 
 # %% ../../nbs/serving/05_repository.ipynb #e74a1aa3
 def datatype(t: Tensor) -> str: # Triton's word in a request

@@ -169,9 +169,9 @@ def _arguments(server):
 # %% ../../nbs/serving/07_triton.ipynb #cf2c981c
 def _own_backends(server, path, shm): # arguments of the serving environment's Triton; the backend is put in place
     backends = path.parents[1] / "backends"
-    source = Path(triton_backend.__file__).read_text()
+    source = Path(triton_backend.__file__).read_text(encoding="utf-8")
     file = backends / "onnxruntime/model.py"
-    if not file.is_file() or file.read_text() != source:
+    if not file.is_file() or file.read_text(encoding="utf-8") != source:
         write_atomic(file, source)
     folder = _link(server, "backends", backends)
     return [f"--backend-directory={folder}", f"--backend-config=python,shm-region-prefix-name={shm}"]
@@ -235,7 +235,7 @@ def alive(self: Triton) -> bool:
 @patch
 def said(self: Triton) -> str:
     "What the server wrote into its log since it was started. A log that was asked for also holds earlier starts."
-    with open(self.log_path) as log:
+    with open(self.log_path, encoding="utf-8", errors="replace") as log:
         log.seek(self.log_start)
         return log.read()
 

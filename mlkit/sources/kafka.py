@@ -26,7 +26,8 @@ def kafka_settings() -> dict[str, str]: # librdkafka's property: its value
     path = Path(named or Path.home() / ".config/kcat.conf")
     if not named and not path.is_file():
         return {}
-    with reading(path): lines = path.read_text().splitlines()
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
     pairs = (l.partition("=") for l in lines if l.strip() and not l.lstrip().startswith("#"))
     return {k.strip(): v.strip() for k, _, v in pairs}
 
