@@ -181,7 +181,7 @@ def set_up_git(
 ) -> bool: # False: no git repository here
     "Tell git of the merge driver and the filter, and Jupyter of the hook. Idempotent."
     def git(*args):
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, encoding="utf-8", errors="replace")
     try:
         if git("rev-parse", "--git-dir").returncode:
             return False

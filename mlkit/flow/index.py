@@ -19,7 +19,9 @@ from .stage import MEASUREMENTS
 # %% ../../nbs/flow/17_index.ipynb #21d66a30
 def git_state(root: Path) -> dict: # commit, changed (paths); empty: no git here, or no commit
     "The commit, and the files that differ from it."
-    def git(*args): return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout
+    def git(*args):
+        command = ["git", *args]
+        return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
     try:
         commit = git("rev-parse", "--short=9", "--verify", "HEAD").strip()
         changed = git("status", "--porcelain", "--", ".").splitlines()

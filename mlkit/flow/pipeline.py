@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'de
            'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
-import ast, os, re
+import ast, os, posixpath, re
 from dataclasses import dataclass
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
@@ -312,10 +312,11 @@ def export_stale(root: Path) -> list[str]: # Modules
 
 # %% ../../nbs/flow/04_pipeline.ipynb #5242804e
 def readme_text(notebook: Path) -> str:
-    "The prose of a notebook in `nbs`. Relative links lead into that folder."
+    "The prose of a notebook in `nbs`, its relative links seen from the folder around."
+    def from_root(link): return "](" + posixpath.normpath(f"nbs/{link[1]}")
     cells = read_notebook(notebook)["cells"]
     prose = ["".join(c["source"]).strip() for c in cells if c["cell_type"] == "markdown"]
-    return re.sub(r"\]\((?!\w+:|#)", "](nbs/", "\n\n".join(prose) + "\n")
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)", from_root, "\n\n".join(prose) + "\n")
 
 def render_readme(root: Path) -> bool: # Whether the file changed
     "Bring `README.md` in step with `nbs/index.ipynb`, where there is one."

@@ -121,7 +121,7 @@ def write_files(
         else:
             shutil.copyfile(notebook, stages / f"{name}.ipynb")
     for name, text in texts.items():
-        (root / name).write_text(text)
+        (root / name).write_text(text, encoding="utf-8")
     pin(root)
     export_stale(root)
     connect_task(root)
