@@ -38,7 +38,8 @@ def test_verify(project):
     "One flipped bit in any file, in a mode that DVC trusts; 20 files, each found, named, and put right."
     import random
     r, faults = random.Random(0), 0
-    files = [f for d in ("data", "models", "serving", "reports", ".dvc/cache/files") for f in sorted((project / d).rglob("*")) if f.is_file() and f.stat().st_size]
+    files = [*(project / f for f in project.outputs()), *sorted(f for f in (project / ".dvc/cache/files").rglob("*") if f.is_file())]
+    files = [f for f in files if f.stat().st_size]
     for f in r.sample(files, 20):
         good, mode = f.read_bytes(), f.stat().st_mode
         i = r.randrange(len(good))
