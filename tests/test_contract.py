@@ -78,6 +78,7 @@ WRONG = {
     "timestamp in the future": (csv(put(new, "visit", 6, late)), "new.csv", "warn", ["column 'visit', row 6", late, "future"]),
     "mixed time zones": (csv(put(new, "visit", 4, "2024-03-01T12:00:00")), "new.csv", "stop", ["column 'visit', row 4", "no time zone"]),
     "bad UTF-8": (csv(new).replace("Köln".encode(), b"K\xf6ln", 1), "new.csv", "stop", [f"line {new['town'].to_list().index('Köln') + 2}, column 'town'", "0xf6", "UTF-8"]),
+    "UTF-16 cut in the middle": (csv(new).decode().encode("utf-16")[:-1001], "new.csv", "stop", ["new.csv", "utf-16", "cut short"]),
     "truncated gzip": (gzip.compress(csv(new))[:-2000], "new.csv.gz", "stop", ["new.csv.gz, line ", "gzip", "fetch it again"]),
     "ragged CSV": (csv(new).replace(b",yes\n", b"\n", 1), "new.csv", "stop", ["line ", "9 fields where the header has 10", "column 'sick'"]),
     "1e308": (csv(put(new, "weight", 11, "1e308")), "new.csv", "stop", ["column 'weight', row 11", "1e308", "too large"]),
