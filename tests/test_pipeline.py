@@ -208,7 +208,7 @@ def test_registry_is_restored(project):
     # what the registry gives is what was put in
     code = "from mlkit.evaluation.registry import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
     folder = project.run(sys.executable, "-c", code).stdout.strip()
-    assert sha256(f"{folder}/model.safetensors") == sha256(project / "models/model.safetensors")
+    assert sha256(project / folder / "model.safetensors") == sha256(project / "models/model.safetensors")
 
 def test_worse_becomes_challenger_only(project):
     for f in project.root.glob("mlflow.db*"): f.unlink()
