@@ -125,7 +125,7 @@ def accuracy_figures(
     low, high = binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return {"accuracy": hits / n, "accuracy_low": low, "accuracy_high": high}
 
-# %% ../../nbs/targets/01_classes.ipynb #399c1fa5
+# %% ../../nbs/targets/01_classes.ipynb #a9dd308d
 @patch
 def figures(
     self: Classes,
@@ -134,7 +134,7 @@ def figures(
     n_bins: int, # Of the calibration error
     seed: int = 0, # Not used: the interval is exact
 ) -> dict[str, float]: # name of a figure: its value
-    "Accuracy with its interval, macro F1, log loss, Brier score, calibration error. Raises `DataError` without samples."
+    "What the page shows, and the verdict can bound. Raises `DataError` without samples."
     from sklearn.metrics import f1_score, log_loss
     check_answers(p, y)
     p = p.astype(np.float64) / p.sum(1, keepdims=True, dtype=np.float64)

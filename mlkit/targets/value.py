@@ -25,7 +25,7 @@ class Value(Target):
     dtype = "F32"
     score_name = "r2"
 
-# %% ../../nbs/targets/02_value.ipynb #8995d780
+# %% ../../nbs/targets/02_value.ipynb #5db5b3d8
 @patch(cls_method=True)
 def fit(
     cls: Value,
@@ -35,8 +35,8 @@ def fit(
     "Mean and standard deviation. Raises `DataError` where the target does not vary."
     v = y.cast(pl.Float64).drop_nulls().to_numpy()
     if not len(v) or not v.std() > 0:
-        raise DataError(f"target '{feature.name}' is the same in all rows of the training split; there is nothing to learn: "
-                        "name another column as ingest.target")
+        raise DataError(f"target '{feature.name}' is the same in all rows of the training split; "
+                        "there is nothing to learn: name another column as ingest.target")
     return cls(feature.name, float(v.mean()), float(v.std()))
 
 # %% ../../nbs/targets/02_value.ipynb #8e5afecf
@@ -209,9 +209,11 @@ def confusion(self: Value, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # actu
         return names[np.searchsorted(edges, v, side="right")].tolist()
     return pl.DataFrame({"actual": tenth(y), "predicted": tenth(self.said(p))})
 
-# %% ../../nbs/targets/02_value.ipynb #203f785e
+# %% ../../nbs/targets/02_value.ipynb #24e8540a
 @patch
-def details(self: Value, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # tenth, from, to, samples, bias, mean absolute error
+def details(
+    self: Value, p: np.ndarray, y: np.ndarray,
+) -> pl.DataFrame: # tenth, from, to, samples, bias, mean absolute error
     "The errors by tenths of the true values: where it says too much, where too little."
     parts = [rows for rows in np.array_split(np.argsort(y, kind="stable"), N_TENTHS) if len(rows)]
     e = self.said(p) - y
@@ -280,7 +282,7 @@ def splits(self: Value, prepared: Path) -> pl.DataFrame: # split, samples, mean,
     rows = splits_of(prepared, self.name).group_by("split", maintain_order=True)
     return rows.agg(samples=pl.len(), mean=v.mean(), std=v.std(), smallest=v.min(), largest=v.max())
 
-# %% ../../nbs/targets/02_value.ipynb #e3cdb987
+# %% ../../nbs/targets/02_value.ipynb #b4561239
 @patch
 def plot_splits(self: Value, prepared: Path): # Folder of `prepare`
     "The target in each split."
@@ -292,6 +294,7 @@ def plot_splits(self: Value, prepared: Path): # Folder of `prepare`
     for (s, y), color in zip(ys.items(), (GREEN, BLUE, ORANGE)):
         look = {"histtype": "stepfilled", "alpha": 0.5} if s == "train" else {"histtype": "step"}
         shares = np.full(len(y), 1 / len(y))
-        ax.hist(np.clip(y, edges[0], edges[-1]), edges, weights=shares, lw=2, color=color, label=f"{s} ({len(y):,})", **look)
+        inside, name_n = np.clip(y, edges[0], edges[-1]), f"{s} ({len(y):,})"
+        ax.hist(inside, edges, weights=shares, lw=2, color=color, label=name_n, **look)
     ax.set(title=f"{name}: the splits beside each other", xlabel=name, ylabel="share of rows")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
