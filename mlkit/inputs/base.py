@@ -52,7 +52,7 @@ class Input:
     unit: ClassVar[str] = "sample" # One of them, for people: 'image', 'row'
     per_file: ClassVar[int] = 1000 # Samples that `ingest` puts into a file, where `ingest.samples_per_file` is null
 
-# %% ../../nbs/inputs/00_base.ipynb #04f82478
+# %% ../../nbs/inputs/00_base.ipynb #f452e52a
 @patch
 def to_dict(self: Input) -> dict: # name of a field: value
     "The fields as JSON has them."
@@ -66,7 +66,7 @@ def from_dict(
     "The inverse of `to_dict`."
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../../nbs/inputs/00_base.ipynb #3389794a
+# %% ../../nbs/inputs/00_base.ipynb #ac3f0cde
 def show_frame(
     rows: pl.DataFrame,
     titles: list[str] | None = None, # One a row; they become the first column
@@ -78,7 +78,7 @@ def show_frame(
     shown = rows.select(plain)
     display(table(shown if titles is None else shown.insert_column(0, pl.Series("", titles, pl.String))))
 
-# %% ../../nbs/inputs/00_base.ipynb #1fa82487
+# %% ../../nbs/inputs/00_base.ipynb #662b4fed
 @patch(cls_method=True)
 def frame(
     cls: Input,
@@ -93,7 +93,7 @@ def show_ingested(cls: Input, shards: Path, contract): # As of `frame`
     "Show the first samples."
     show_frame(cls.frame(shards, contract).head(8).collect())
 
-# %% ../../nbs/inputs/00_base.ipynb #78e3a691
+# %% ../../nbs/inputs/00_base.ipynb #333bfb76
 @patch
 def show_prepared(
     self: Input,
@@ -106,7 +106,7 @@ def show_prepared(
     from mlkit.plot import table
     display(table([{"what": k, "value": str(v)} for k, v in self.to_dict().items()]))
 
-# %% ../../nbs/inputs/00_base.ipynb #4ecd8427
+# %% ../../nbs/inputs/00_base.ipynb #84fa02e8
 @patch
 def front(self: Input): # `torch.nn.Module`
     "The first module: from the stored X, a batch, to what a network takes."
@@ -122,7 +122,7 @@ def preprocess(
     "The first step in ONNX."
     return to_onnx(self.front(), *self.tensors(), opset)
 
-# %% ../../nbs/inputs/00_base.ipynb #95d18fac
+# %% ../../nbs/inputs/00_base.ipynb #c0e68044
 @patch
 def raw(
     self: Input,
@@ -137,7 +137,7 @@ def odd(self: Input, raw) -> tuple: # Raw samples; X as `prepare` would store it
     "Samples as nobody would like them: here, the first one."
     return raw[:1], raw[:1]
 
-# %% ../../nbs/inputs/00_base.ipynb #a9757f66
+# %% ../../nbs/inputs/00_base.ipynb #32636f25
 @patch
 def describe(
     self: Input,
@@ -151,7 +151,7 @@ def example(self: Input, raw) -> str: # Of raw samples
     "How a client asks, as code."
     return f"client.predict({', '.join(self.tensors()[0])})"
 
-# %% ../../nbs/inputs/00_base.ipynb #f9ab7e63
+# %% ../../nbs/inputs/00_base.ipynb #1c31c6dc
 @patch
 def show_samples(
     self: Input,
@@ -163,7 +163,7 @@ def show_samples(
     "Show samples with a title each."
     show_frame(pl.read_parquet(prepared / f"{split}.parquet")[list(map(int, rows))], titles)
 
-# %% ../../nbs/inputs/00_base.ipynb #37408601
+# %% ../../nbs/inputs/00_base.ipynb #652fd4ef
 @patch
 def show_raw(
     self: Input,
@@ -173,5 +173,6 @@ def show_raw(
     "Show samples as they are, and with a fault."
     print(f"{len(after):,} samples with a fault" + (f" in {', '.join(names)}" if names else ""))
 
-# %% ../../nbs/inputs/00_base.ipynb #1ecc5eb0
-CORRUPTIONS = Registry("corruption", "mlkit.corruptions") # name: function(input, raw, seed, *, own parameters) -> (raw, names)
+# %% ../../nbs/inputs/00_base.ipynb #32e2f0af
+# name: function(input, raw, seed, *, own parameters) -> (raw, names)
+CORRUPTIONS = Registry("corruption", "mlkit.corruptions")

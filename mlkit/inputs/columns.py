@@ -29,7 +29,7 @@ class Column:
     kind: ClassVar[str]
     wire: ClassVar[str] = "float64" # Dtype of its input tensor: 'float64', 'str', 'datetime64[us]'
 
-# %% ../../nbs/inputs/02_columns.ipynb #a4980cec
+# %% ../../nbs/inputs/02_columns.ipynb #e9310f70
 KINDS: dict[str, type] = {} # kind: class
 ENCODERS: dict[str, type] = {} # dtype of the contract: class; else its column type says the kind
 
@@ -43,7 +43,7 @@ def encodes(
         return cls
     return add
 
-# %% ../../nbs/inputs/02_columns.ipynb #d756ea4e
+# %% ../../nbs/inputs/02_columns.ipynb #d925c21d
 @patch
 def to_dict(self: Column) -> dict: # 'kind', and the fields that say something
     "As JSON has it."
@@ -59,7 +59,7 @@ def load_column(
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "kind"}
     return KINDS[d["kind"]](**fields)
 
-# %% ../../nbs/inputs/02_columns.ipynb #1bd817ad
+# %% ../../nbs/inputs/02_columns.ipynb #39b4ab4c
 N_KNOTS = 33 # Of a column, at most
 
 def fit_knots(
@@ -75,7 +75,7 @@ def fit_knots(
     means = tuple(float(scores[at == i].mean()) for i in range(len(at_knots)))
     return {"knots": tuple(at_knots.tolist()), "scores": means}
 
-# %% ../../nbs/inputs/02_columns.ipynb #9d77cc32
+# %% ../../nbs/inputs/02_columns.ipynb #1a5068d0
 @encodes("int64", "float64", "bool")
 @dataclass(frozen=True)
 class Number(Column):
@@ -94,7 +94,7 @@ class Number(Column):
         "What a subclass fits besides."
         return {}
 
-# %% ../../nbs/inputs/02_columns.ipynb #29bc4694
+# %% ../../nbs/inputs/02_columns.ipynb #ef3906ca
 @patch(cls_method=True)
 def fit(
     cls: Number,
@@ -108,7 +108,7 @@ def fit(
     moments = float(np.median(v)), float(v.mean()), std
     return cls(feature.name, feature.dtype, *moments, bool(missing), **fit_knots(v), **cls.extra(v))
 
-# %% ../../nbs/inputs/02_columns.ipynb #c5d08475
+# %% ../../nbs/inputs/02_columns.ipynb #df9dc254
 @patch
 def features(self: Number) -> list[str]: # Names
     "The names of its features, in order."
@@ -121,7 +121,7 @@ def numbers(self: Number, s: pl.Series) -> np.ndarray: # n values, typed as in t
     "Step one: as float64; what is missing becomes NaN."
     return s.cast(pl.Float64).fill_null(math.nan).to_numpy()
 
-# %% ../../nbs/inputs/02_columns.ipynb #1a13bb53
+# %% ../../nbs/inputs/02_columns.ipynb #0085d95d
 @patch
 def encode(
     self: Number,
@@ -136,13 +136,13 @@ def encode(
     if self.flag:
         yield np.isnan(v)
 
-# %% ../../nbs/inputs/02_columns.ipynb #6371337d
+# %% ../../nbs/inputs/02_columns.ipynb #9ca1d4e7
 @patch
 def fitted(self: Number) -> str:
     "What was fitted, for people."
     return f"mean {self.mean:.4g}, standard deviation {self.std:.4g}, missing taken for {self.fill:.4g}"
 
-# %% ../../nbs/inputs/02_columns.ipynb #3e572313
+# %% ../../nbs/inputs/02_columns.ipynb #6bdba86a
 DATE_PARTS = {"day": 86_400.0, "week": 604_800.0, "year": 31_556_952.0} # Seconds; the mean Gregorian year
 
 def seconds(
@@ -151,7 +151,7 @@ def seconds(
     "A datetime as a number."
     return s.dt.epoch("us").cast(pl.Float64) / 1e6
 
-# %% ../../nbs/inputs/02_columns.ipynb #726f1565
+# %% ../../nbs/inputs/02_columns.ipynb #26aaf8eb
 @encodes("datetime")
 @dataclass(frozen=True)
 class Date(Number):
@@ -167,7 +167,7 @@ class Date(Number):
         seen = {p: np.ptp(v % s) > 0 if p == "day" else span >= s for p, s in DATE_PARTS.items()}
         return {"parts": tuple(p for p, there in seen.items() if there)}
 
-# %% ../../nbs/inputs/02_columns.ipynb #8e89ad80
+# %% ../../nbs/inputs/02_columns.ipynb #aacd3b66
 @patch(nm="numbers")
 def date_numbers(self: Date, s: pl.Series) -> np.ndarray: # n datetimes to (n,) float64
     "Step one: seconds since 1970; what is missing becomes NaN."
@@ -178,7 +178,7 @@ def date_fitted(self: Date) -> str:
     "What was fitted, for people."
     return f"around {np.datetime64(int(self.fill), 's')}, with {', '.join(self.parts) or 'no cycle'}"
 
-# %% ../../nbs/inputs/02_columns.ipynb #eac2d1f1
+# %% ../../nbs/inputs/02_columns.ipynb #09540003
 @patch(nm="features")
 def date_features(self: Date) -> list[str]: # Names
     "As of a number, with the waves of its parts before the flag."
@@ -197,9 +197,9 @@ def waves(
     for wave in (np.sin, np.cos):
         yield np.where(np.isnan(v), 0, wave(angle.astype(np.float64)))
 
-# %% ../../nbs/inputs/02_columns.ipynb #cdfee66a
+# %% ../../nbs/inputs/02_columns.ipynb #8224efe0
 @patch(nm="encode")
-def date_encode(self: Date, v: np.ndarray) -> Iterator[np.ndarray]: # (n,) float64; (n,) each, in the order of `features`
+def date_encode(self: Date, v: np.ndarray) -> Iterator[np.ndarray]: # (n,) float64; as `features`, (n,) each
     "Step two: as of a number, with the waves of its parts before the flag."
     *first, flag = [*Number.encode(self, v), *([] if self.flag else [None])]
     yield from first
@@ -208,7 +208,7 @@ def date_encode(self: Date, v: np.ndarray) -> Iterator[np.ndarray]: # (n,) float
     if self.flag:
         yield flag
 
-# %% ../../nbs/inputs/02_columns.ipynb #090b521d
+# %% ../../nbs/inputs/02_columns.ipynb #002625e3
 @encodes("category")
 @dataclass(frozen=True)
 class Category(Column):
@@ -227,7 +227,7 @@ class Category(Column):
         "One: the code."
         return [self.name]
 
-# %% ../../nbs/inputs/02_columns.ipynb #44fcac9b
+# %% ../../nbs/inputs/02_columns.ipynb #fa0f58b9
 @patch(nm="numbers")
 def category_numbers(self: Category, s: pl.Series) -> np.ndarray: # n values to (n,) float64
     "Step one: the codes."
@@ -241,13 +241,13 @@ def category_encode(self: Category, v: np.ndarray) -> Iterator[np.ndarray]: # (n
     "Step two: nothing to do."
     yield v
 
-# %% ../../nbs/inputs/02_columns.ipynb #ea29768a
+# %% ../../nbs/inputs/02_columns.ipynb #3a118573
 @patch(nm="fitted")
 def category_fitted(self: Category) -> str:
     "What was fitted, for people."
     return f"{len(self.values)} values have a code"
 
-# %% ../../nbs/inputs/02_columns.ipynb #f6cb2731
+# %% ../../nbs/inputs/02_columns.ipynb #5d5532ad
 def encoder_of(
     dtype: str, # Of the contract
 ) -> type: # A `Column`
@@ -259,13 +259,13 @@ def encoder_of(
         raise DataError(f"the column type '{dtype}' is not for features: its encoder is '{kind}'{nearest(kind, KINDS)}")
     return KINDS[kind]
 
-# %% ../../nbs/inputs/02_columns.ipynb #c9e6bc2a
+# %% ../../nbs/inputs/02_columns.ipynb #d8e949ab
 @patch(nm="onnx")
 def number_onnx(self: Number, node: Callable, constant: Callable) -> str: # Name of a (n, 1) float64
     "A number is what it is."
     return self.name
 
-# %% ../../nbs/inputs/02_columns.ipynb #a4096874
+# %% ../../nbs/inputs/02_columns.ipynb #db48befe
 NONE = -2**63 # Microseconds: how a missing date travels, as NumPy's NaT
 
 @patch(nm="onnx")
@@ -276,7 +276,7 @@ def date_onnx(self: Date, node: Callable, constant: Callable) -> str: # Name of 
     missing = node("Equal", self.name, constant(NONE, T.INT64))
     return node("Where", missing, constant(math.nan, T.DOUBLE), seconds)
 
-# %% ../../nbs/inputs/02_columns.ipynb #016db4f3
+# %% ../../nbs/inputs/02_columns.ipynb #7090993e
 @patch(nm="onnx")
 def category_onnx(self: Category, node: Callable, constant: Callable) -> str: # Name of a (n, 1) float64
     "A look-up; what is not in it has the code 0."
@@ -286,7 +286,7 @@ def category_onnx(self: Category, node: Callable, constant: Callable) -> str: # 
     look_up = {"domain": "ai.onnx.ml", "keys_strings": keys, "values_int64s": codes, "default_int64": 0}
     return node("Cast", node("LabelEncoder", self.name, **look_up), to=T.DOUBLE)
 
-# %% ../../nbs/inputs/02_columns.ipynb #032e72b8
+# %% ../../nbs/inputs/02_columns.ipynb #707d0ab2
 BIG = 2**63 - 1
 ODD_NUMBERS = (None, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, -0.0, 2.0**53 + 1, 1e-7)
 ODD_INTEGERS = (None, 0, 1, -1, BIG, -BIG - 1, 2**53 + 1)
@@ -298,7 +298,7 @@ def odd_numbers(self: Number, dtype: pl.DataType) -> tuple: # For a Series of th
         return None, True, False
     return ODD_INTEGERS if dtype.is_integer() else ODD_NUMBERS
 
-# %% ../../nbs/inputs/02_columns.ipynb #69e320b4
+# %% ../../nbs/inputs/02_columns.ipynb #0ebdb6f2
 ODD_YEARS = (1, 1582, 1900, 1969, 1970, 2038, 9999)
 
 @patch(nm="odd_values")
@@ -306,7 +306,7 @@ def odd_dates(self: Date, dtype: pl.DataType) -> tuple: # For a Series of this t
     "Years far from now."
     return None, *(datetime(y, 2, 3, 4, 5, 6, 789, tzinfo=timezone.utc) for y in ODD_YEARS)
 
-# %% ../../nbs/inputs/02_columns.ipynb #1d891da2
+# %% ../../nbs/inputs/02_columns.ipynb #8ae42e52
 ODD_TEXTS = (None, "", " ", "unheard of", "\U0001f600", "\x00", "x" * 10_000)
 
 @patch(nm="odd_values")

@@ -152,7 +152,7 @@ class Image(Input):
     modality = "image"
     unit = "image"
 
-# %% ../../nbs/inputs/01_image.ipynb #5c8b5283
+# %% ../../nbs/inputs/01_image.ipynb #b62ff345
 BLOCK = 1 << 22 # Bytes of pixels that are looked at together
 
 def blocks(
@@ -162,7 +162,7 @@ def blocks(
     step = max(1, BLOCK // max(1, X[:1].nbytes))
     return (slice(i, i + step) for i in range(0, len(X), step))
 
-# %% ../../nbs/inputs/01_image.ipynb #be19f3b9
+# %% ../../nbs/inputs/01_image.ipynb #c1974239
 def count_intensities(
     X: np.ndarray, # (n, h, w, c) uint8
 ) -> np.ndarray: # (c, 256) int64
@@ -173,7 +173,7 @@ def count_intensities(
         counts += np.stack([np.bincount(X[part, ..., c].ravel(), minlength=256) for c in channels])
     return counts
 
-# %% ../../nbs/inputs/01_image.ipynb #db8629f4
+# %% ../../nbs/inputs/01_image.ipynb #1e94b2a0
 @patch(cls_method=True)
 def fit(
     cls: Image,
@@ -186,7 +186,7 @@ def fit(
     std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(1) / n)
     return cls(X.shape[1:], tuple(mean.tolist()), tuple(np.maximum(std, 1e-6).tolist()))
 
-# %% ../../nbs/inputs/01_image.ipynb #2da77e66
+# %% ../../nbs/inputs/01_image.ipynb #7e567b83
 @patch(cls_method=True)
 def ingest(
     cls: Image,
@@ -207,13 +207,13 @@ def ingest(
         "samples": len(index), "classes": len(agreed.target.categories),
         "files": index["shard"].n_unique(), "megabytes": round(index["size"].sum() / 1e6, 2)})
 
-# %% ../../nbs/inputs/01_image.ipynb #faef377c
+# %% ../../nbs/inputs/01_image.ipynb #7f1a9da7
 @patch(cls_method=True)
 def frame(cls: Image, shards: Path, contract: Contract) -> pl.LazyFrame: # A row an image; see `with_draws`
     "What is split: the usable images."
     return with_draws(usable(read_index(shards))[0]).lazy()
 
-# %% ../../nbs/inputs/01_image.ipynb #608ac03d
+# %% ../../nbs/inputs/01_image.ipynb #b5465fe6
 @patch(cls_method=True)
 def show_ingested(cls: Image, shards: Path, contract: Contract): # As of `frame`
     "Show some of the images, and the first rows of the index."
@@ -225,7 +225,7 @@ def show_ingested(cls: Image, shards: Path, contract: Contract): # As of `frame`
     columns = ["key", "name", "label", "shard", "height", "width", "channels", pl.col("content").str.head(12)]
     display(table(index.select(columns).head(5)))
 
-# %% ../../nbs/inputs/01_image.ipynb #f37d4f46
+# %% ../../nbs/inputs/01_image.ipynb #0331289d
 def write_split(
     shards: Path, # Folder of `ingest`
     rows: pl.DataFrame, # Of the index, those of the split
@@ -239,7 +239,7 @@ def write_split(
     images = (fit_image(x, shape) for x in read_images(shards, rows))
     save_split(path.with_suffix(".safetensors"), images, target.encode(rows[target.name]), shape)
 
-# %% ../../nbs/inputs/01_image.ipynb #e4045825
+# %% ../../nbs/inputs/01_image.ipynb #b354cb8f
 def fit_target(
     contract: Contract,
     train: pl.DataFrame, # Rows of the training split
@@ -250,7 +250,7 @@ def fit_target(
     feature = contract.target.model_copy(update={"categories": classes})
     return find_target(contract.task).fit(feature, train["label"])
 
-# %% ../../nbs/inputs/01_image.ipynb #955b3b5b
+# %% ../../nbs/inputs/01_image.ipynb #ee7933f2
 @patch(cls_method=True)
 def prepare(
     cls: Image,
@@ -272,7 +272,7 @@ def prepare(
     notes = [f"Left out, with fewer than three different images, one a split: {few_samples(small)}"] if small else []
     return cls.fit(X), target, sizes | {"left_out": len(whole) - len(index)}, notes
 
-# %% ../../nbs/inputs/01_image.ipynb #feaa8468
+# %% ../../nbs/inputs/01_image.ipynb #86fd1e8d
 def class_means(
     X: np.ndarray, y: np.ndarray, # (n, h, w, c) uint8, (n,) int
     n_classes: int,
@@ -285,7 +285,7 @@ def class_means(
     n = np.maximum(np.bincount(y, minlength=n_classes), 1)
     return (total / n[:, None, None, None]).round().astype(np.uint8)
 
-# %% ../../nbs/inputs/01_image.ipynb #1d93f6eb
+# %% ../../nbs/inputs/01_image.ipynb #d08263e4
 @patch
 def show_prepared(self: Image, prepared: Path, target: Target, contract: Contract):
     "Show average pictures, and what was fitted."
@@ -297,7 +297,7 @@ def show_prepared(self: Image, prepared: Path, target: Target, contract: Contrac
     moments = enumerate(zip(self.mean, self.std), 1)
     display(table([{"channel": i, "mean": m, "standard deviation": s} for i, (m, s) in moments]))
 
-# %% ../../nbs/inputs/01_image.ipynb #846aedd2
+# %% ../../nbs/inputs/01_image.ipynb #f8e78439
 @patch
 def front(self: Image): # `torch.nn.Module`
     "uint8 pixels (n, h, w, c) to float32 (n, c, h, w), mean 0 and standard deviation 1 on the training split."
@@ -310,7 +310,7 @@ def tensors(self: Image) -> tuple[dict, tuple]: # What is sent, name: (dtype, sh
     h, w, c = self.shape
     return {"image": ("uint8", self.shape)}, ("x", "float32", (c, h, w))
 
-# %% ../../nbs/inputs/01_image.ipynb #15879bc6
+# %% ../../nbs/inputs/01_image.ipynb #d39068c6
 @patch
 def odd(self: Image, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Raw samples; X as `prepare` would store it
     "A black image, a white one, and four of noise."
@@ -319,7 +319,7 @@ def odd(self: Image, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Raw sa
     X = np.concatenate([black, white, noise])
     return X, X
 
-# %% ../../nbs/inputs/01_image.ipynb #521439c5
+# %% ../../nbs/inputs/01_image.ipynb #5305f014
 @patch
 def show_samples(self: Image, prepared: Path, split: str, rows, titles: list[str]): # (k,) positions; k titles
     "Show samples with a title each, as pictures."
@@ -328,7 +328,7 @@ def show_samples(self: Image, prepared: Path, split: str, rows, titles: list[str
         X, _ = load_split(prepared / f"{split}.safetensors")
         image_grid(X[np.asarray(rows)], titles, columns=min(10, len(rows)), size=1)
 
-# %% ../../nbs/inputs/01_image.ipynb #76cd29e2
+# %% ../../nbs/inputs/01_image.ipynb #b431d97d
 @patch
 def show_raw(self: Image, before: np.ndarray, after: np.ndarray, names: list[str]):
     "Show eight samples as they are, and with a fault."
@@ -340,7 +340,7 @@ def example(self: Image, raw: np.ndarray) -> str: # Of raw samples
     "How a client asks, as code."
     return f"client.predict(images)   # (n, {', '.join(map(str, self.shape))}) uint8"
 
-# %% ../../nbs/inputs/01_image.ipynb #228d0926
+# %% ../../nbs/inputs/01_image.ipynb #af3f2645
 @CORRUPTIONS
 def noise(
     image: Image,
@@ -353,7 +353,7 @@ def noise(
     drawn = np.random.default_rng(seed).standard_normal(X.shape, dtype=np.float32)
     return np.clip(np.rint(X + 255 * sigma * drawn), 0, 255).astype(np.uint8), []
 
-# %% ../../nbs/inputs/01_image.ipynb #8239586c
+# %% ../../nbs/inputs/01_image.ipynb #94d86630
 @CORRUPTIONS
 def dim(
     image: Image, X: np.ndarray, seed: int, # As of `noise`
