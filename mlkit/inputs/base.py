@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['INPUTS', 'CORRUPTIONS', 'modality', 'find_input', 'Ingested', 'Input', 'show_frame']
 
-# %% ../../nbs/inputs/00_base.ipynb #fb456589
+# %% ../../nbs/inputs/00_base.ipynb #4dbe9863
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,25 +15,28 @@ from ..component import Registry
 from ..core import DataError, nearest
 from ..data.prepared import load_split
 
-# %% ../../nbs/inputs/00_base.ipynb #cbc34f95
+# %% ../../nbs/inputs/00_base.ipynb #d39ce636
 INPUTS: dict[str, type] = {} # modality: class
 
-def modality(cls):
-    "Register a class under its `modality`."
+def modality(cls: type) -> type:
+    "Register a class under its `modality`. A later one of the same modality takes its place."
     INPUTS[cls.modality] = cls
     return cls
 
-def find_input(name: str) -> type:
+# %% ../../nbs/inputs/00_base.ipynb #a126607f
+def find_input(
+    name: str, # A modality: 'image', 'rows' or one of your own
+) -> type: # An `Input`
     "The class of a modality. Raises `DataError` on an unknown one."
     from importlib.metadata import entry_points
     from mlkit.inputs import image, rows # noqa: F401, they register themselves
-    if name not in INPUTS:
-        for entry in entry_points(group="mlkit.inputs", name=name):
-            return entry.load()
-        raise DataError(f"no input is for the modality '{name}'{nearest(name, INPUTS)}")
-    return INPUTS[name]
+    if name in INPUTS:
+        return INPUTS[name]
+    for entry in entry_points(group="mlkit.inputs", name=name):
+        return entry.load()
+    raise DataError(f"no input is for the modality '{name}'{nearest(name, INPUTS)}")
 
-# %% ../../nbs/inputs/00_base.ipynb #a4b84f0a
+# %% ../../nbs/inputs/00_base.ipynb #dde0d064
 @dataclass
 class Ingested:
     "What came in."
@@ -41,6 +44,7 @@ class Ingested:
     found: list # `judge.Breach`es that only warn
     metrics: dict # For `reports/metrics/ingest.json`
 
+# %% ../../nbs/inputs/00_base.ipynb #72349b64
 @dataclass(frozen=True)
 class Input:
     "What is known of the samples of one modality once the training split has been seen."
@@ -48,71 +52,109 @@ class Input:
     unit: ClassVar[str] = "sample" # One of them, for people: 'image', 'row'
     per_file: ClassVar[int] = 1000 # Samples that `ingest` puts into a file, where `ingest.samples_per_file` is null
 
-    def to_dict(self) -> dict:
-        "The fields as JSON has them."
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "Input":
-        "The inverse of `to_dict`."
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
-
-# %% ../../nbs/inputs/00_base.ipynb #13ce94c0
-@patch(cls_method=True)
-def frame(cls: Input, shards: Path, contract) -> pl.LazyFrame: # A row a sample: `_row`, `_draw`, the target's column
-    "What is split."
-    return pl.scan_parquet(sorted(shards.glob("*.parquet")))
-
-@patch(cls_method=True)
-def show_ingested(cls: Input, shards: Path, contract):
-    "The first samples."
-    show_frame(cls.frame(shards, contract).head(8).collect())
-
+# %% ../../nbs/inputs/00_base.ipynb #f452e52a
 @patch
-def show_prepared(self: Input, prepared: Path, target, contract):
-    "What was fitted."
-    from IPython.display import display
-    from mlkit.plot import table
-    display(table([{"what": k, "value": str(v)} for k, v in self.to_dict().items()]))
+def to_dict(self: Input) -> dict: # name of a field: value
+    "The fields as JSON has them."
+    return asdict(self)
 
-def show_frame(rows: pl.DataFrame, titles: list[str] | None = None):
-    "Samples as a table: what has a plain form, with a title each."
+@patch(cls_method=True)
+def from_dict(
+    cls: Input,
+    d: dict, # As `to_dict` gives it, or as it was read from JSON
+) -> Input:
+    "The inverse of `to_dict`."
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+
+# %% ../../nbs/inputs/00_base.ipynb #ac3f0cde
+def show_frame(
+    rows: pl.DataFrame,
+    titles: list[str] | None = None, # One a row; they become the first column
+):
+    "Show samples as a table: the columns that have a plain form."
     from IPython.display import display
     from mlkit.plot import table
     plain = [c for c, t in rows.schema.items() if not t.is_nested() and t != pl.Binary and c != "_draw"]
     shown = rows.select(plain)
     display(table(shown if titles is None else shown.insert_column(0, pl.Series("", titles, pl.String))))
 
-# %% ../../nbs/inputs/00_base.ipynb #1baca8cf
+# %% ../../nbs/inputs/00_base.ipynb #662b4fed
+@patch(cls_method=True)
+def frame(
+    cls: Input,
+    shards: Path, # Folder of `ingest`
+    contract, # See `contract.Contract`
+) -> pl.LazyFrame: # A row a sample: `_row`, `_draw`, the target's column
+    "What is split."
+    return pl.scan_parquet(sorted(shards.glob("*.parquet")))
+
+@patch(cls_method=True)
+def show_ingested(cls: Input, shards: Path, contract): # As of `frame`
+    "Show the first samples."
+    show_frame(cls.frame(shards, contract).head(8).collect())
+
+# %% ../../nbs/inputs/00_base.ipynb #333bfb76
 @patch
-def front(self: Input):
+def show_prepared(
+    self: Input,
+    prepared: Path, # Folder of `prepare`
+    target, # See `targets.base.Target`
+    contract, # See `contract.Contract`
+):
+    "Show what was fitted."
+    from IPython.display import display
+    from mlkit.plot import table
+    display(table([{"what": k, "value": str(v)} for k, v in self.to_dict().items()]))
+
+# %% ../../nbs/inputs/00_base.ipynb #84fa02e8
+@patch
+def front(self: Input): # `torch.nn.Module`
     "The first module: from the stored X, a batch, to what a network takes."
     from torch import nn
     return nn.Identity()
 
 @patch
-def raw(self: Input, prepared: Path, split: str) -> np.ndarray: # (n, …)
+def preprocess(
+    self: Input,
+    to_onnx, # Function of (module, inputs, output, opset) that exports a torch module
+    opset: int,
+): # onnx.ModelProto
+    "The first step in ONNX."
+    return to_onnx(self.front(), *self.tensors(), opset)
+
+# %% ../../nbs/inputs/00_base.ipynb #c0e68044
+@patch
+def raw(
+    self: Input,
+    prepared: Path, # Folder of `prepare`
+    split: str,
+) -> np.ndarray: # (n, …)
     "Samples as a server gets them."
     return load_split(prepared / f"{split}.safetensors")[0]
-
-@patch
-def preprocess(self: Input, to_onnx, opset: int): # ModelProto
-    "The first step in ONNX. `to_onnx(module, inputs, output, opset)` exports a torch module."
-    return to_onnx(self.front(), *self.tensors(), opset)
 
 @patch
 def odd(self: Input, raw) -> tuple: # Raw samples; X as `prepare` would store it
     "Samples as nobody would like them: here, the first one."
     return raw[:1], raw[:1]
 
-# %% ../../nbs/inputs/00_base.ipynb #7ce6f747
+# %% ../../nbs/inputs/00_base.ipynb #32636f25
 @patch
-def describe(self: Input, rows: pl.DataFrame) -> pl.DataFrame: # n rows, in the same order
+def describe(
+    self: Input,
+    rows: pl.DataFrame, # n rows of a split
+) -> pl.DataFrame: # n rows, in the same order
     "Columns that stand beside predictions; their names begin with 'input: '."
     return rows.select([])
 
 @patch
-def show_samples(self: Input,
+def example(self: Input, raw) -> str: # Of raw samples
+    "How a client asks, as code."
+    return f"client.predict({', '.join(self.tensors()[0])})"
+
+# %% ../../nbs/inputs/00_base.ipynb #1c31c6dc
+@patch
+def show_samples(
+    self: Input,
     prepared: Path, # Folder of `prepare`
     split: str,
     rows, # (k,) positions in the split
@@ -121,15 +163,16 @@ def show_samples(self: Input,
     "Show samples with a title each."
     show_frame(pl.read_parquet(prepared / f"{split}.parquet")[list(map(int, rows))], titles)
 
+# %% ../../nbs/inputs/00_base.ipynb #652fd4ef
 @patch
-def show_raw(self: Input, before, after, names: list[str]):
-    "Samples as they are, and with a fault in the columns `names`."
+def show_raw(
+    self: Input,
+    before, after, # Raw samples as they are, and with a fault
+    names: list[str], # Of the columns that have the fault
+):
+    "Show samples as they are, and with a fault."
     print(f"{len(after):,} samples with a fault" + (f" in {', '.join(names)}" if names else ""))
 
-@patch
-def example(self: Input, raw) -> str:
-    "How a client asks, as code."
-    return f"client.predict({', '.join(self.tensors()[0])})"
-
-# %% ../../nbs/inputs/00_base.ipynb #3bd86fe2
-CORRUPTIONS = Registry("corruption", "mlkit.corruptions") # name: function(input, raw, seed, *, own parameters) -> (raw, names)
+# %% ../../nbs/inputs/00_base.ipynb #32e2f0af
+# name: function(input, raw, seed, *, own parameters) -> (raw, names)
+CORRUPTIONS = Registry("corruption", "mlkit.corruptions")

@@ -45,13 +45,13 @@ class Target:
     score_name: ClassVar[str] # Of the figure that is watched in training, and compared: higher is better
     n_outputs: ClassVar[int] = 1 # Of the network
 
-# %% ../../nbs/targets/00_base.ipynb #248efb9b
+# %% ../../nbs/targets/00_base.ipynb #f05afc42
 @patch(as_prop=True)
 def n_answers(self: Target) -> int:
     "How many numbers the served model gives for a sample."
     return self.n_outputs
 
-# %% ../../nbs/targets/00_base.ipynb #342669a4
+# %% ../../nbs/targets/00_base.ipynb #f31728d5
 @patch
 def to_dict(self: Target) -> dict: # name of a field: value
     "The fields as JSON has them."
@@ -65,7 +65,7 @@ def from_dict(
     "The inverse of `to_dict`."
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../../nbs/targets/00_base.ipynb #5abbcfae
+# %% ../../nbs/targets/00_base.ipynb #ba61ae4b
 def splits_of(
     prepared: Path, # Folder of `prepare`
     name: str, # Column of the target
@@ -75,7 +75,7 @@ def splits_of(
     parts = [pl.scan_parquet(prepared / f"{s}.parquet").select(name, split=pl.lit(s)) for s in SPLITS]
     return pl.concat(parts).collect()
 
-# %% ../../nbs/targets/00_base.ipynb #f2c33d43
+# %% ../../nbs/targets/00_base.ipynb #091a7b50
 def check_answers(
     p: np.ndarray, # (n, k) answers
     y: np.ndarray, # (n,) what is true

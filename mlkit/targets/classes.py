@@ -29,7 +29,7 @@ class Classes(Target):
     def n_outputs(self) -> int:
         return len(self.classes)
 
-# %% ../../nbs/targets/01_classes.ipynb #f8a4aca4
+# %% ../../nbs/targets/01_classes.ipynb #05709775
 @patch(cls_method=True)
 def fit(
     cls: Classes,
@@ -42,7 +42,7 @@ def fit(
         raise DataError(f"target '{feature.name}': {len(classes)} class; a classifier needs two")
     return cls(feature.name, tuple(classes))
 
-# %% ../../nbs/targets/01_classes.ipynb #30a00576
+# %% ../../nbs/targets/01_classes.ipynb #e77f043c
 @patch
 def encode(self: Classes, labels: pl.Series) -> np.ndarray: # n labels to (n,) int64
     "The number of each label. Raises `DataError` on a label that is not among the classes."
@@ -54,13 +54,13 @@ def encode(self: Classes, labels: pl.Series) -> np.ndarray: # n labels to (n,) i
                         f"({', '.join(self.classes)}); widen the contract")
     return y.to_numpy()
 
-# %% ../../nbs/targets/01_classes.ipynb #efddfb99
+# %% ../../nbs/targets/01_classes.ipynb #a291a0d0
 @patch
 def as_learned(self: Classes, y): # (n,) int64, array or tensor; as it is
     "What the loss compares with."
     return y
 
-# %% ../../nbs/targets/01_classes.ipynb #7dacac59
+# %% ../../nbs/targets/01_classes.ipynb #341acd38
 @patch
 def loss(
     self: Classes,
@@ -73,26 +73,26 @@ def loss(
     from torch.nn.functional import cross_entropy
     return cross_entropy(output, y, label_smoothing=label_smoothing)
 
-# %% ../../nbs/targets/01_classes.ipynb #665a2333
+# %% ../../nbs/targets/01_classes.ipynb #0cf2ccd8
 @patch
 def score(self: Classes, output, y) -> float: # Of (n, k) logits and (n,) int64: a share in [0, 1]
     "The accuracy, as it is watched in training."
     return (output.argmax(1) == y).double().mean().item()
 
-# %% ../../nbs/targets/01_classes.ipynb #b5d24a80
+# %% ../../nbs/targets/01_classes.ipynb #827845a5
 @patch
 def answer(self: Classes): # `torch.nn.Module`
     "The last module: logits to probabilities."
     from torch import nn
     return nn.Softmax(1)
 
-# %% ../../nbs/targets/01_classes.ipynb #43a9549a
+# %% ../../nbs/targets/01_classes.ipynb #68cf3c06
 @patch
 def said(self: Classes, p: np.ndarray) -> np.ndarray: # (n, k) probabilities to (n,) numbers of classes
     "The answer of each sample."
     return p.argmax(1)
 
-# %% ../../nbs/targets/01_classes.ipynb #cdb95e97
+# %% ../../nbs/targets/01_classes.ipynb #6ec8a8d9
 @patch
 def calibration(
     self: Classes,
@@ -106,7 +106,7 @@ def calibration(
     means = frame.group_by("bin").agg(pl.col("predicted").mean(), pl.col("actual").mean(), samples=pl.len())
     return means.sort("bin").drop("bin").with_columns(pl.col("samples").cast(pl.Int64))
 
-# %% ../../nbs/targets/01_classes.ipynb #8b38e2a0
+# %% ../../nbs/targets/01_classes.ipynb #0d423b63
 @patch
 def calibration_error(self: Classes, p: np.ndarray, y: np.ndarray, n_bins: int) -> float: # In [0, 1], lower is better
     "How far confidence and accuracy lie apart, on average."
@@ -114,7 +114,7 @@ def calibration_error(self: Classes, p: np.ndarray, y: np.ndarray, n_bins: int) 
     apart = (bins["predicted"] - bins["actual"]).abs() * bins["samples"]
     return float(apart.sum() / len(y))
 
-# %% ../../nbs/targets/01_classes.ipynb #cbb2b5bc
+# %% ../../nbs/targets/01_classes.ipynb #268b0506
 def accuracy_figures(
     hits: int, # Right answers
     n: int, # Answers
@@ -125,7 +125,7 @@ def accuracy_figures(
     low, high = binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return {"accuracy": hits / n, "accuracy_low": low, "accuracy_high": high}
 
-# %% ../../nbs/targets/01_classes.ipynb #399c1fa5
+# %% ../../nbs/targets/01_classes.ipynb #58885346
 @patch
 def figures(
     self: Classes,
@@ -134,7 +134,7 @@ def figures(
     n_bins: int, # Of the calibration error
     seed: int = 0, # Not used: the interval is exact
 ) -> dict[str, float]: # name of a figure: its value
-    "Accuracy with its interval, macro F1, log loss, Brier score, calibration error. Raises `DataError` without samples."
+    "What the page shows, and the verdict can bound. Raises `DataError` without samples."
     from sklearn.metrics import f1_score, log_loss
     check_answers(p, y)
     p = p.astype(np.float64) / p.sum(1, keepdims=True, dtype=np.float64)
@@ -145,7 +145,7 @@ def figures(
         "brier": float(((p - np.eye(k)[y]) ** 2).sum(1).mean()),
         "calibration_error": self.calibration_error(p, y, n_bins), "samples": n}
 
-# %% ../../nbs/targets/01_classes.ipynb #dee821e0
+# %% ../../nbs/targets/01_classes.ipynb #abf01d88
 @patch
 def better_p(
     self: Classes,
@@ -161,13 +161,13 @@ def better_p(
 
 Classes.test_name = "McNemar's test"
 
-# %% ../../nbs/targets/01_classes.ipynb #2f60973a
+# %% ../../nbs/targets/01_classes.ipynb #bc81f60e
 @patch
 def compared(self: Classes, said: np.ndarray, y: np.ndarray) -> dict[str, float]: # Of (n,) answers and (n,) int
     "The figures by which models stand beside each other."
     return {"accuracy": float((said == y).mean())}
 
-# %% ../../nbs/targets/01_classes.ipynb #c1f949d6
+# %% ../../nbs/targets/01_classes.ipynb #89e27a91
 Classes.unit = "a probability"
 
 @patch
@@ -175,13 +175,13 @@ def difference(self: Classes, a: np.ndarray, b: np.ndarray) -> np.ndarray: # Two
     "The largest difference of each sample."
     return np.abs(a.astype(np.float64) - b).max(1)
 
-# %% ../../nbs/targets/01_classes.ipynb #e2d6304c
+# %% ../../nbs/targets/01_classes.ipynb #bedcdcbb
 @patch
 def same(self: Classes, a: np.ndarray, b: np.ndarray) -> np.ndarray: # Two of (n, k); (n,) bool
     "Whether both give the same class."
     return a.argmax(1) == b.argmax(1)
 
-# %% ../../nbs/targets/01_classes.ipynb #54933558
+# %% ../../nbs/targets/01_classes.ipynb #cb554a9e
 @patch
 def prediction_frame(
     self: Classes,
@@ -193,13 +193,13 @@ def prediction_frame(
     return pl.DataFrame({"key": keys, "actual": names[y].tolist(), "predicted": names[top].tolist(),
                          "confidence": p.max(1), "correct": top == y})
 
-# %% ../../nbs/targets/01_classes.ipynb #39b00932
+# %% ../../nbs/targets/01_classes.ipynb #50d20c99
 @patch
 def worst(self: Classes, predictions: pl.DataFrame) -> pl.DataFrame: # Some rows of `prediction_frame`
     "Wrong answers, the surest first."
     return predictions.filter(~pl.col("correct")).sort("confidence", descending=True, maintain_order=True)
 
-# %% ../../nbs/targets/01_classes.ipynb #b59e175f
+# %% ../../nbs/targets/01_classes.ipynb #af31afaf
 @patch
 def ordinary(self: Classes, predictions: pl.DataFrame) -> pl.DataFrame: # Some rows of `prediction_frame`
     "Right answers, of each class in turn the one that was least sure."
@@ -207,21 +207,21 @@ def ordinary(self: Classes, predictions: pl.DataFrame) -> pl.DataFrame: # Some r
     turn = pl.int_range(pl.len()).over("actual")
     return right.with_columns(_turn=turn).sort("_turn", maintain_order=True).drop("_turn")
 
-# %% ../../nbs/targets/01_classes.ipynb #6317b9f9
+# %% ../../nbs/targets/01_classes.ipynb #78f3476e
 @patch
 def title(self: Classes, r: dict) -> str: # Of a row of `prediction_frame`: 'cat, said dog (0.93)'
     "A prediction in some words."
     wrong = "" if r["correct"] else f", said {r['predicted']}"
     return f"{r['actual']}{wrong} ({r['confidence']:.2f})"
 
-# %% ../../nbs/targets/01_classes.ipynb #6804f604
+# %% ../../nbs/targets/01_classes.ipynb #0cd817ca
 @patch
 def confusion(self: Classes, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # actual, predicted; a row a sample
     "What DVC draws as a confusion matrix."
     names = np.array(self.classes, object)
     return pl.DataFrame({"actual": names[y].tolist(), "predicted": names[p.argmax(1)].tolist()})
 
-# %% ../../nbs/targets/01_classes.ipynb #5257363c
+# %% ../../nbs/targets/01_classes.ipynb #f5295bbe
 @patch
 def details(self: Classes, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # class, precision, recall, f1, samples
     "The figures of each class."
@@ -229,7 +229,7 @@ def details(self: Classes, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # clas
     columns = precision_recall_fscore_support(y, p.argmax(1), labels=range(self.n_outputs), zero_division=0)
     return pl.DataFrame({"class": self.classes, **dict(zip(("precision", "recall", "f1", "samples"), columns))})
 
-# %% ../../nbs/targets/01_classes.ipynb #e9b8b2a1
+# %% ../../nbs/targets/01_classes.ipynb #974a1dae
 def write_counts(
     ax, # matplotlib's
     m: np.ndarray, # (k, k) int
@@ -243,7 +243,7 @@ def write_counts(
         color, weight = (GREY, "normal") if i == j else (ink, "bold")
         ax.text(j, i, m[i, j], ha="center", va="center", fontsize=size, color=color, weight=weight)
 
-# %% ../../nbs/targets/01_classes.ipynb #77067884
+# %% ../../nbs/targets/01_classes.ipynb #4a35a80f
 @patch
 def plot(self: Classes, p: np.ndarray, y: np.ndarray): # (n, k) probabilities; (n,) int
     "How often each class was taken for each other. Right answers are the diagonal, drawn pale."
@@ -259,7 +259,7 @@ def plot(self: Classes, p: np.ndarray, y: np.ndarray): # (n, k) probabilities; (
     if self.n_outputs <= 20:
         write_counts(ax, m, 0.6 * most)
 
-# %% ../../nbs/targets/01_classes.ipynb #0f845b1f
+# %% ../../nbs/targets/01_classes.ipynb #e9953781
 @patch
 def plot_calibration(self: Classes, p: np.ndarray, y: np.ndarray, n_bins: int):
     "Confidence against accuracy; on the line, the model is as sure as it is right."
@@ -271,7 +271,7 @@ def plot_calibration(self: Classes, p: np.ndarray, y: np.ndarray, n_bins: int):
     limits = 0, 1.04
     ax.set(title="Is it as sure as it is right?", xlabel="confidence", ylabel="accuracy", xlim=limits, ylim=limits)
 
-# %% ../../nbs/targets/01_classes.ipynb #1c679ed9
+# %% ../../nbs/targets/01_classes.ipynb #d3b29f7f
 @patch
 def splits(self: Classes, prepared: Path) -> pl.DataFrame: # class, samples, and the share of each split
     "The shares of the splits, by class."
@@ -281,7 +281,7 @@ def splits(self: Classes, prepared: Path) -> pl.DataFrame: # class, samples, and
     shares = {s: (pl.col("split") == s).mean().round(3) for s in SPLITS}
     return rows.group_by(label).agg(samples=pl.len(), **shares).sort("class")
 
-# %% ../../nbs/targets/01_classes.ipynb #c0d640c6
+# %% ../../nbs/targets/01_classes.ipynb #d03c9a73
 @patch
 def plot_splits(self: Classes, prepared: Path): # Folder of `prepare`
     "The shares of the splits, by class; of many classes the largest twenty."

@@ -25,7 +25,7 @@ class Value(Target):
     dtype = "F32"
     score_name = "r2"
 
-# %% ../../nbs/targets/02_value.ipynb #8995d780
+# %% ../../nbs/targets/02_value.ipynb #28533715
 @patch(cls_method=True)
 def fit(
     cls: Value,
@@ -35,30 +35,30 @@ def fit(
     "Mean and standard deviation. Raises `DataError` where the target does not vary."
     v = y.cast(pl.Float64).drop_nulls().to_numpy()
     if not len(v) or not v.std() > 0:
-        raise DataError(f"target '{feature.name}' is the same in all rows of the training split; there is nothing to learn: "
-                        "name another column as ingest.target")
+        raise DataError(f"target '{feature.name}' is the same in all rows of the training split; "
+                        "there is nothing to learn: name another column as ingest.target")
     return cls(feature.name, float(v.mean()), float(v.std()))
 
-# %% ../../nbs/targets/02_value.ipynb #8e5afecf
+# %% ../../nbs/targets/02_value.ipynb #8d650be3
 @patch
 def encode(self: Value, values: pl.Series) -> np.ndarray: # n values to (n,) float32
     "The values in their own unit, as they are stored."
     return values.cast(pl.Float32).to_numpy()
 
-# %% ../../nbs/targets/02_value.ipynb #3ec6c69e
+# %% ../../nbs/targets/02_value.ipynb #e676ecbe
 @patch
 def as_learned(self: Value, y): # (n,) array; (n,) float32
     "Standardised."
     return ((np.asarray(y, np.float64) - self.mean) / self.std).astype(np.float32)
 
-# %% ../../nbs/targets/02_value.ipynb #ef39e63c
+# %% ../../nbs/targets/02_value.ipynb #b1af85c1
 @patch
 def loss(self: Value, output, y): # Of (n, 1) and (n,), standardised: a tensor
     "The mean squared error."
     from torch.nn.functional import mse_loss
     return mse_loss(output[:, 0], y)
 
-# %% ../../nbs/targets/02_value.ipynb #4ef6a60c
+# %% ../../nbs/targets/02_value.ipynb #44522e94
 @patch
 def score(self: Value, output, y) -> float: # Of (n, 1) and (n,), standardised: at most 1
     "R², as it is watched in training."
@@ -66,20 +66,20 @@ def score(self: Value, output, y) -> float: # Of (n, 1) and (n,), standardised: 
     spread = ((y.double() - y.double().mean()) ** 2).sum()
     return (1 - rest / spread.clamp(min=1e-12)).item()
 
-# %% ../../nbs/targets/02_value.ipynb #6e8f03af
+# %% ../../nbs/targets/02_value.ipynb #e9bce93f
 @patch
 def answer(self: Value): # `torch.nn.Module`
     "The last module: standard deviations to the target's unit."
     from mlkit.layers import Rescale
     return Rescale(self.mean, self.std)
 
-# %% ../../nbs/targets/02_value.ipynb #3d2c7b14
+# %% ../../nbs/targets/02_value.ipynb #9fb36436
 @patch
 def said(self: Value, p: np.ndarray) -> np.ndarray: # (n, 1) to (n,) float64
     "The answer of each sample."
     return p[:, 0].astype(np.float64)
 
-# %% ../../nbs/targets/02_value.ipynb #39612a63
+# %% ../../nbs/targets/02_value.ipynb #e6d9a268
 def errors(
     v: np.ndarray, y: np.ndarray, # (..., n) answers, and what is true
     axis: int = -1, # Of the samples
@@ -89,7 +89,7 @@ def errors(
     mse = (e ** 2).mean(axis)
     return np.stack([1 - mse / np.maximum(y.var(axis), 1e-300), np.sqrt(mse), np.abs(e).mean(axis)])
 
-# %% ../../nbs/targets/02_value.ipynb #183952bc
+# %% ../../nbs/targets/02_value.ipynb #c12bc857
 def error_intervals(
     v: np.ndarray, y: np.ndarray, # (n,) answers, and what is true
     confidence: float, # 0.95 say
@@ -103,7 +103,7 @@ def error_intervals(
                       confidence_level=confidence, method="percentile", rng=seed)
     return found.confidence_interval
 
-# %% ../../nbs/targets/02_value.ipynb #05bd8403
+# %% ../../nbs/targets/02_value.ipynb #bd385574
 @patch
 def figures(
     self: Value,
@@ -123,7 +123,7 @@ def figures(
     names = [f"{name}{end}" for name in ("r2", "rmse", "mae") for end in ("", "_low", "_high")]
     return dict(zip(names, map(float, np.stack(ends, 1).ravel()))) | {"samples": len(y)}
 
-# %% ../../nbs/targets/02_value.ipynb #d6b99fe5
+# %% ../../nbs/targets/02_value.ipynb #fb9b0764
 @patch
 def better_p(
     self: Value,
@@ -137,14 +137,14 @@ def better_p(
 
 Value.test_name = "Wilcoxon's test"
 
-# %% ../../nbs/targets/02_value.ipynb #bd7f498f
+# %% ../../nbs/targets/02_value.ipynb #b84b083c
 @patch
 def compared(self: Value, said: np.ndarray, y: np.ndarray) -> dict[str, float]: # Of (n,) answers and (n,) values
     "The figures by which models stand beside each other."
     r2, _, mae = errors(said, y.astype(np.float64))
     return {"r2": float(r2), "mae": float(mae)}
 
-# %% ../../nbs/targets/02_value.ipynb #45c6eaad
+# %% ../../nbs/targets/02_value.ipynb #93ae51ec
 Value.unit = "a value, in standard deviations of the target"
 SAME = 1e-3 # Standard deviations
 
@@ -153,13 +153,13 @@ def difference(self: Value, a: np.ndarray, b: np.ndarray) -> np.ndarray: # Two o
     "How far each sample's two values are apart."
     return np.abs(a.astype(np.float64) - b)[:, 0] / self.std
 
-# %% ../../nbs/targets/02_value.ipynb #75d61318
+# %% ../../nbs/targets/02_value.ipynb #3117dfbe
 @patch
 def same(self: Value, a: np.ndarray, b: np.ndarray) -> np.ndarray: # Two of (n, 1); (n,) bool
     "Whether both give the same answer."
     return self.difference(a, b) < SAME
 
-# %% ../../nbs/targets/02_value.ipynb #a8e97ca2
+# %% ../../nbs/targets/02_value.ipynb #69ac2a3f
 @patch
 def prediction_frame(
     self: Value,
@@ -168,13 +168,13 @@ def prediction_frame(
     "A row a sample."
     return pl.DataFrame({"key": keys, "actual": y, "predicted": p[:, 0], "error": p[:, 0] - y})
 
-# %% ../../nbs/targets/02_value.ipynb #8ba17136
+# %% ../../nbs/targets/02_value.ipynb #16245a27
 @patch
 def worst(self: Value, predictions: pl.DataFrame) -> pl.DataFrame: # Rows of `prediction_frame`
     "The largest errors first."
     return predictions.sort(pl.col("error").abs(), descending=True, maintain_order=True)
 
-# %% ../../nbs/targets/02_value.ipynb #74b99390
+# %% ../../nbs/targets/02_value.ipynb #020f2054
 def spread(n: int) -> list[int]: # Positions 0 … n - 1, those that come first spread evenly
     "An order of n things in which the first few cover all of them."
     order = {}
@@ -183,7 +183,7 @@ def spread(n: int) -> list[int]: # Positions 0 … n - 1, those that come first 
         order |= dict.fromkeys(i for i in map(int, np.unique(at)) if i not in order)
     return list(order)
 
-# %% ../../nbs/targets/02_value.ipynb #10d3b54c
+# %% ../../nbs/targets/02_value.ipynb #4fb4b534
 @patch
 def ordinary(self: Value, predictions: pl.DataFrame) -> pl.DataFrame: # Some rows of `prediction_frame`
     "Of the better half: rows from the lowest to the highest answer, spread evenly, the ends first."
@@ -191,13 +191,13 @@ def ordinary(self: Value, predictions: pl.DataFrame) -> pl.DataFrame: # Some row
     good = nearest_first.head((len(predictions) + 1) // 2).sort("predicted")
     return good[spread(len(good))]
 
-# %% ../../nbs/targets/02_value.ipynb #27ac8654
+# %% ../../nbs/targets/02_value.ipynb #0a2a9898
 @patch
 def title(self: Value, r: dict) -> str: # Of a row of `prediction_frame`: '20, said 10'
     "A prediction in some words."
     return f"{r['actual']:.4g}, said {r['predicted']:.4g}"
 
-# %% ../../nbs/targets/02_value.ipynb #4393530b
+# %% ../../nbs/targets/02_value.ipynb #770c4cf6
 N_TENTHS = 10
 
 @patch
@@ -209,9 +209,11 @@ def confusion(self: Value, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # actu
         return names[np.searchsorted(edges, v, side="right")].tolist()
     return pl.DataFrame({"actual": tenth(y), "predicted": tenth(self.said(p))})
 
-# %% ../../nbs/targets/02_value.ipynb #203f785e
+# %% ../../nbs/targets/02_value.ipynb #4d3548a6
 @patch
-def details(self: Value, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # tenth, from, to, samples, bias, mean absolute error
+def details(
+    self: Value, p: np.ndarray, y: np.ndarray,
+) -> pl.DataFrame: # tenth, from, to, samples, bias, mean absolute error
     "The errors by tenths of the true values: where it says too much, where too little."
     parts = [rows for rows in np.array_split(np.argsort(y, kind="stable"), N_TENTHS) if len(rows)]
     e = self.said(p) - y
@@ -220,7 +222,7 @@ def details(self: Value, p: np.ndarray, y: np.ndarray) -> pl.DataFrame: # tenth,
          "bias": float(e[b].mean()), "mean absolute error": float(np.abs(e[b]).mean())}
         for i, b in enumerate(parts)])
 
-# %% ../../nbs/targets/02_value.ipynb #e60c1d1c
+# %% ../../nbs/targets/02_value.ipynb #76a1a53c
 @patch
 def calibration(self: Value, p: np.ndarray, y: np.ndarray, n_bins: int) -> pl.DataFrame: # predicted, actual, samples
     "What was said against what came true: means of equally filled bins of the answer."
@@ -230,7 +232,7 @@ def calibration(self: Value, p: np.ndarray, y: np.ndarray, n_bins: int) -> pl.Da
                          "actual": [float(y[b].mean(dtype=np.float64)) for b in parts],
                          "samples": [len(b) for b in parts]})
 
-# %% ../../nbs/targets/02_value.ipynb #1195f726
+# %% ../../nbs/targets/02_value.ipynb #edb6db4a
 def plot_residuals(
     ax, # matplotlib's
     v: np.ndarray, y: np.ndarray, # (n,) answers, and what is true
@@ -246,7 +248,7 @@ def plot_residuals(
     ax.legend()
     ax.set(title="Residuals", xlabel="predicted", ylabel="actual - predicted")
 
-# %% ../../nbs/targets/02_value.ipynb #0963fb7f
+# %% ../../nbs/targets/02_value.ipynb #950bedb0
 MAX_POINTS = 5000
 
 @patch
@@ -261,7 +263,7 @@ def plot(self: Value, p: np.ndarray, y: np.ndarray): # (n, 1); (n,)
     left.set(title=f"{words([self.name])[0]}: right on the line", xlabel="predicted", ylabel="actual")
     plot_residuals(right, v, y, self.calibration(v[:, None], y, 10), size)
 
-# %% ../../nbs/targets/02_value.ipynb #aba04ccb
+# %% ../../nbs/targets/02_value.ipynb #d2dfba69
 @patch
 def plot_calibration(self: Value, p: np.ndarray, y: np.ndarray, n_bins: int):
     "What was said against what came true."
@@ -272,7 +274,7 @@ def plot_calibration(self: Value, p: np.ndarray, y: np.ndarray, n_bins: int):
     ax.scatter(bins["predicted"], bins["actual"], color=BLUE)
     ax.set(title="Does it come true on average?", xlabel="predicted", ylabel="actual, on average")
 
-# %% ../../nbs/targets/02_value.ipynb #f03aed08
+# %% ../../nbs/targets/02_value.ipynb #1ca0691b
 @patch
 def splits(self: Value, prepared: Path) -> pl.DataFrame: # split, samples, mean, std, smallest, largest
     "How the target is spread in each split."
@@ -280,7 +282,7 @@ def splits(self: Value, prepared: Path) -> pl.DataFrame: # split, samples, mean,
     rows = splits_of(prepared, self.name).group_by("split", maintain_order=True)
     return rows.agg(samples=pl.len(), mean=v.mean(), std=v.std(), smallest=v.min(), largest=v.max())
 
-# %% ../../nbs/targets/02_value.ipynb #e3cdb987
+# %% ../../nbs/targets/02_value.ipynb #f0db956c
 @patch
 def plot_splits(self: Value, prepared: Path): # Folder of `prepare`
     "The target in each split."
@@ -292,6 +294,7 @@ def plot_splits(self: Value, prepared: Path): # Folder of `prepare`
     for (s, y), color in zip(ys.items(), (GREEN, BLUE, ORANGE)):
         look = {"histtype": "stepfilled", "alpha": 0.5} if s == "train" else {"histtype": "step"}
         shares = np.full(len(y), 1 / len(y))
-        ax.hist(np.clip(y, edges[0], edges[-1]), edges, weights=shares, lw=2, color=color, label=f"{s} ({len(y):,})", **look)
+        inside, name_n = np.clip(y, edges[0], edges[-1]), f"{s} ({len(y):,})"
+        ax.hist(inside, edges, weights=shares, lw=2, color=color, label=name_n, **look)
     ax.set(title=f"{name}: the splits beside each other", xlabel=name, ylabel="share of rows")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
