@@ -2,15 +2,15 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'counted', 'listed', 'first_line', 'reading', 'Tally', 'Source', 'source', 'importing', 'import_task',
-           'find_source']
+           'names_sources', 'find_source']
 
 # %% ../../nbs/sources/02_base.ipynb #b7097db5
 import sys, tarfile, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Iterator
 
@@ -195,15 +195,32 @@ def importing(what: str, todo: str): # For the message
         raise DataError(f"{what} cannot be imported ({type(e).__name__}: {first_line(e)}); {todo}") from None
 
 # %% ../../nbs/sources/02_base.ipynb #17782922
-def import_task(root: Path):
-    "Import `task.py` of a project, once, if it has to do with sources. Raises `DataError` where that fails."
-    task = root / "task.py"
-    if not task.is_file() or "mlkit.sources" not in task.read_text(encoding="utf-8", errors="replace"):
+def import_task(
+    root: Path, # the project
+):
+    "Import `task.py` of a project, once; nothing where there is none. Raises `DataError` where that fails."
+    file = (root / "task.py").resolve()
+    loaded = getattr(sys.modules.get("task"), "__file__", None)
+    if not file.is_file() or loaded and Path(loaded).resolve() == file:
         return
     if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    with importing(str(task), "mend nbs/task.ipynb"):
-        import_module("task")
+        sys.path.insert(0, str(root)) # it may import its neighbours
+    spec = spec_from_file_location("task", file)
+    sys.modules["task"] = module_from_spec(spec)
+    try:
+        with importing(str(root / "task.py"), "mend nbs/task.ipynb"):
+            spec.loader.exec_module(sys.modules["task"])
+    except DataError:
+        del sys.modules["task"]
+        raise
+
+# %% ../../nbs/sources/02_base.ipynb #1ca26ff7
+def names_sources(
+    root: Path, # the project
+) -> bool:
+    "Whether `task.py` of a project has to do with sources."
+    task = root / "task.py"
+    return task.is_file() and "mlkit.sources" in task.read_text(encoding="utf-8", errors="replace")
 
 # %% ../../nbs/sources/02_base.ipynb #14e7200e
 def find_source(
@@ -216,6 +233,6 @@ def find_source(
     for e in entry_points(group="mlkit.sources", name=name):
         with importing(f"source '{name}': its entry point {e.value}", "mend that package or uninstall it"):
             return e.load()
-    if root:
+    if root and names_sources(root):
         import_task(root)
     return SOURCES.get(name)

@@ -16,7 +16,7 @@ from ..component import Registry, make_component
 AUGMENTATIONS = Registry("augmentation", "mlkit.augmentations")
 
 def make_augmentation(
-    spec: dict | None, # As `train.augment` has it; None: nothing is changed
+    spec: dict | None, # as `train.augment` has it; None: nothing is changed
 ) -> Callable: # (x, generator) -> x
     "Raises `ConfigError` on an unknown name or parameter."
     if spec is None:
@@ -27,9 +27,9 @@ def make_augmentation(
 @AUGMENTATIONS
 def shift(
     *,
-    pixels: PositiveInt = 1, # Largest move
+    pixels: PositiveInt = 1, # largest move
 ):
-    "Moves each image by a random whole number of pixels in both directions; what comes in from outside is the border repeated."
+    "Moves each image by a random whole number of pixels in both directions; the border is repeated."
     def moved(x, generator): # (n, c, h, w)
         n, _, h, w = x.shape
         dy, dx = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=generator).to(x.device)

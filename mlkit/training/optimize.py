@@ -6,26 +6,32 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'make_optimizer', 'adamw', 'sgd', 'make_sc
 # %% ../../nbs/training/04_optimize.ipynb #351196a1
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
+from torch.optim import lr_scheduler
 
 from ..component import Registry, make_component
 
 # %% ../../nbs/training/04_optimize.ipynb #50b660bb
-OPTIMIZERS = Registry("optimizer", "mlkit.optimizers") # name: function(parameters, *, own parameters) -> torch's Optimizer
+OPTIMIZERS = Registry("optimizer", "mlkit.optimizers")
 
-def make_optimizer(spec: dict, parameters): # Iterable of torch parameters
+def make_optimizer(
+    spec: dict, # as `train.optimizer` has it
+    parameters, # iterable of torch parameters
+): # torch's Optimizer
     "Raises `ConfigError` on an unknown name or parameter."
     return make_component(OPTIMIZERS, spec, parameters, where="train.optimizer")
 
+# %% ../../nbs/training/04_optimize.ipynb #452d6f08
 @OPTIMIZERS
 def adamw(
     parameters,
     *,
-    lr: PositiveFloat = 0.002, # The peak, where the schedule has one
+    lr: PositiveFloat = 0.002, # the peak, where the schedule has one
     weight_decay: NonNegativeFloat = 0.01,
 ):
     "Adam with decoupled weight decay (Loshchilov and Hutter 2019)."
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
+# %% ../../nbs/training/04_optimize.ipynb #3e442a5f
 @OPTIMIZERS
 def sgd(
     parameters,
@@ -35,31 +41,37 @@ def sgd(
     weight_decay: NonNegativeFloat = 0.0001,
 ):
     "Stochastic gradient descent (Sutskever et al. 2013)."
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    return torch.optim.SGD(parameters, **values, nesterov=momentum > 0)
 
 # %% ../../nbs/training/04_optimize.ipynb #03fb1a76
-SCHEDULES = Registry("schedule", "mlkit.schedules") # name: function(optimizer, n_steps, *, own parameters) -> torch's LRScheduler
+SCHEDULES = Registry("schedule", "mlkit.schedules")
 
-def make_schedule(spec: dict, optimizer, n_steps: int):
+def make_schedule(
+    spec: dict, # as `train.schedule` has it
+    optimizer, # torch's Optimizer
+    n_steps: int, # of the whole training
+): # torch's LRScheduler
     "Raises `ConfigError` on an unknown name or parameter."
     return make_component(SCHEDULES, spec, optimizer, n_steps, where="train.schedule")
 
+# %% ../../nbs/training/04_optimize.ipynb #e8a3b0e9
 @SCHEDULES
 def one_cycle(optimizer, n_steps: int):
     "Up to the peak within three tenths of the steps, then down to nothing (Smith and Topin 2018)."
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=n_steps)
+    return lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=n_steps)
 
+# %% ../../nbs/training/04_optimize.ipynb #bca41c7b
 @SCHEDULES
 def constant(optimizer, n_steps: int):
     "The same all the time."
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 @SCHEDULES
 def cosine(
     optimizer, n_steps: int,
     *,
-    floor: NonNegativeFloat = 0.0, # Share of the peak at the end
+    floor: NonNegativeFloat = 0.0, # share of the peak at the end
 ):
     "Half a cosine, from the peak to the floor (Loshchilov and Hutter 2017)."
-    lr = optimizer.defaults["lr"]
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps, eta_min=floor * lr)
+    return lr_scheduler.CosineAnnealingLR(optimizer, n_steps, eta_min=floor * optimizer.defaults["lr"])
