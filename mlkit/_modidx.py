@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mlkit.flow.heal.left_over': ('flow/heal.html#left_over', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.remove_unfinished': ('flow/heal.html#remove_unfinished', 'mlkit/flow/heal.py')},
             'mlkit.flow.index': { 'mlkit.flow.index.beside': ('flow/index.html#beside', 'mlkit/flow/index.py'),
+                                  'mlkit.flow.index.breakable': ('flow/index.html#breakable', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.champion_figures': ('flow/index.html#champion_figures', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.champion_line': ('flow/index.html#champion_line', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.commit_line': ('flow/index.html#commit_line', 'mlkit/flow/index.py'),
