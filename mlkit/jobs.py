@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Annotated, Literal
 
 from .core import ConfigError, SetupError, nearest
 from .device import Found, Gpu, PACKAGES, add_command, find, gibibytes, usable_cores
@@ -141,9 +141,13 @@ def choose(
 # %% ../nbs/03_jobs.ipynb #7b66485b
 def engine_type(
     job: str, # One of `ENGINES`
-): # Literal["auto", ...]
+): # str, which pydantic checks
     "The type of a parameter that names an engine of a job. Raises `ConfigError` on an unknown job."
-    return Literal["auto", *engines_of(job)]
+    from pydantic import GetPydanticSchema
+    engines_of(job)
+    def names_of_now(_, handler):
+        return handler.generate_schema(Literal["auto", *engines_of(job)])
+    return Annotated[str, GetPydanticSchema(names_of_now)]
 
 # %% ../nbs/03_jobs.ipynb #f3d44b5c
 def need(found: Found, package: str):

@@ -1,5 +1,5 @@
 "What goes wrong at a user's: one line that says what, where and what to do; nothing half-written; the next run goes on."
-import json, os, shutil, signal, socket, subprocess
+import json, os, shutil, signal, socket, subprocess, sys
 
 import cv2, numpy as np, polars as pl
 import pytest
@@ -124,6 +124,26 @@ def test_what_is_left_out_is_counted_on_the_page(fresh, tmp_path):
 def splits_of(project):
     "The split of each image, by its content."
     return {c: s for s in ("train", "validation", "test") for c in pl.read_parquet(project / f"data/prepared/{s}.parquet")["content"]}
+
+BROKEN = """
+import sys
+import cv2, numpy as np
+from mlkit.data.shards import decode
+whole = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), (9, 9), 0)
+for ext in ("png", "jpg", "webp", "tiff", "bmp", "jp2", "gif", "ppm"):
+    data = cv2.imencode(f".{ext}", whole)[1].tobytes()
+    seen = [decode(broken) is None for broken in (data[:20], data[:len(data) // 2])]
+    print(ext, seen[0])
+"""
+
+def test_opencv_writes_nothing_about_broken_images():
+    "mlkit counts them and names them; OpenCV's own lines are there for whoever asks for them."
+    def said(**env):
+        own = {k: v for k, v in os.environ.items() if k != "OPENCV_LOG_LEVEL"}
+        return subprocess.run([sys.executable, "-c", BROKEN], env=own | env, capture_output=True, text=True, check=True)
+    done = said()
+    assert done.stderr == "" and all(line.split()[1] == "True" for line in done.stdout.splitlines()) and done.stdout.count("\n") == 8
+    assert "buffer is incomplete" in said(OPENCV_LOG_LEVEL="WARNING").stderr
 
 def test_folder_of_images(pictures):
     assert pictures.json("reports/metrics/ingest.json").items() >= {"samples": 121, "classes": 3}.items()

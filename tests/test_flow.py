@@ -201,6 +201,29 @@ def test_a_page_does_not_say_what_is_installed(small, tmp_path):
             assert str(folder) not in (small / f).read_text(encoding="utf-8"), (f, folder)
 
 
+# Libraries that tell their makers how they are used
+
+ASKS = """import json
+from evidently.telemetry import event_logger
+from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
+from mlflow.telemetry.utils import is_telemetry_disabled
+silent = {"evidently": not event_logger.is_enabled(), "hub": HF_HUB_DISABLE_TELEMETRY, "mlflow": is_telemetry_disabled()}
+stage.output("x").write_text(json.dumps(silent))"""
+CI = ("CI", "GITHUB_ACTIONS", "GITLAB_CI", "JENKINS_URL", "BUILDKITE") # there MLflow is silent by itself
+
+
+def test_no_library_of_a_stage_sends_figures_of_use(small):
+    "What a person has set stays."
+    write_notebook(small / "nbs/stages/make.ipynb", stage_cells("make", ASKS, writes={"x": "data/x"}))
+    def silent(*settings):
+        unset = [part for name in (*CI, "DO_NOT_TRACK") for part in ("-u", name)]
+        small.run("env", *unset, *settings, "mlkit", "repro", "-f", "make")
+        return small.json("data/x")
+    assert silent() == {"evidently": True, "hub": True, "mlflow": True}
+    assert silent("MLFLOW_DISABLE_TELEMETRY=false") == {"evidently": True, "hub": True, "mlflow": False}
+    assert silent("HF_HUB_DISABLE_TELEMETRY=0") == {"evidently": True, "hub": False, "mlflow": True}
+
+
 # A kernel that fails at its start
 
 DIES = """import os

@@ -10,6 +10,9 @@ import pytest
 from conftest import EVIL
 from ruamel.yaml import YAML
 
+from mlkit.core import write_json
+from mlkit.flow.index import index_page
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-background-networking",
          "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND"]
@@ -197,6 +200,21 @@ def test_the_index_is_a_view(project):
     project.dvc("repro") # as people do who know DVC
     assert page.read_bytes() != first and "ordinary shown 4" in text(page.read_text())
     assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+
+CRITERIA = {"evaluate.accuracy": 0.9123456, "export.max_difference": 6.55e-07, "audit.columns_that_hold_the_answer": 0.0, "serve.p99_ms": 5.628}
+
+@pytest.mark.parametrize("champion", [False, True])
+@pytest.mark.parametrize("width", [PHONE, 600, 768, 900, 1000, 1100, DESK, 1400])
+def test_the_criteria_do_not_scroll_sideways(browse, tmp_path, width, champion):
+    "Names of criteria are long, and a champion's column holds a sentence."
+    asked = {name: {"asked": "≤ 0.0001", "value": value, "met": True, "higher_is_better": False} for name, value in CRITERIA.items()}
+    write_json(tmp_path / "verdict.json", {"released": True, "model": "m", "bundle": "b1", "compare": "serve.p99_ms", "criteria": asked})
+    before = {"model": "m", "bundle": "b0", "compare": "serve.p99_ms", "value": 6.1915, "criteria": {k: v * 1.1 for k, v in CRITERIA.items()}}
+    facts = {"champion": before} if champion else {}
+    (tmp_path / "index.html").write_text(index_page({}, {"release": [tmp_path / "verdict.json"]}, facts), encoding="utf-8")
+    seen = browse(tmp_path / "index.html", width)
+    room, needed = seen.page.evaluate("(e => [e.clientWidth, e.scrollWidth])(document.querySelector('.scroll'))")
+    assert needed <= room and ("this run is better" in text(seen.dom)) == champion
 
 def test_a_label_is_text_and_no_code(browse, pictures, tmp_path):
     project = pictures.clone(tmp_path / "project")

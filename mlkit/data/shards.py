@@ -7,7 +7,7 @@ __all__ = ['ANY', 'SIGNATURES', 'HEAD', 'ENDINGS', 'COMMON', 'UNDECODED', 'STORE
            'write_shards', 'read_index', 'read_encoded', 'read_images', 'unread_reasons']
 
 # %% ../../nbs/data/08_shards.ipynb #c93c91fc
-import hashlib, io, re, struct, tarfile
+import hashlib, io, os, re, struct, tarfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,8 @@ def pixels(
     flags: int = ANY, # As `cv2.imdecode` takes them
 ) -> np.ndarray | None: # (h, w) or (h, w, c), channels as OpenCV has them; None where OpenCV cannot decode it
     "What OpenCV makes of an encoded image."
+    if not os.environ.get("OPENCV_LOG_LEVEL"):
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if len(data) else None
     except cv2.error: # its header claims more pixels than OpenCV allows

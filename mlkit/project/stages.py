@@ -29,9 +29,10 @@ def stage_notebooks(
     return {p.stem: p for p in files.values() if not p.stem.startswith("_")} | {"_task": task}
 
 # %% ../../nbs/project/00_stages.ipynb #f9a78acc
-REGISTRIES = {f"mlkit.{m}" for m in (
-    "sources.base", "data.columns.base", "inputs.base", "inputs.columns", "targets.base", "audit.base", "audit.data", "training.model",
-    "training.augment", "training.optimize", "evaluation.evaluate", "evaluation.baselines", "evaluation.explain", "monitoring.statistics")} # modules whose decorators a task may use
+REGISTRIES = {f"mlkit.{m}" for m in ( # modules whose decorators a task may use
+    "jobs", "sources.base", "data.columns.base", "data.engines", "inputs.base", "inputs.columns", "targets.base",
+    "audit.base", "audit.data", "training.model", "training.augment", "training.optimize",
+    "evaluation.evaluate", "evaluation.baselines", "evaluation.explain", "monitoring.statistics")}
 IMPORT_TASK = "import task # nbs/task.ipynb: your own code\n"
 
 def python_cells(notebook: Path) -> list[str]:
