@@ -142,10 +142,12 @@ class limit_threads:
                 getattr(loaded, put)(n)
         self.pools = threadpool_limits(n)
 
-    def __enter__(self): return self
+    def __enter__(self):
+        self.pools.__enter__()
+        return self
 
-    def __exit__(self, *_): # in reverse order: torch shares its OpenMP with the pools
-        self.pools.restore_original_limits()
+    def __exit__(self, *error): # in reverse order: torch shares its OpenMP with the pools
+        self.pools.__exit__(*error) # also lets another Python thread set limits
         for put, before in self.restore:
             put(before)
 
