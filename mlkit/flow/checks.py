@@ -110,14 +110,14 @@ def same_values(
 def figures(
     root: Path,
     paths: list[str], # JSON files that a stage has left
-) -> list[str]: # Names
+) -> list[str]: # Names; none where a file is missing or damaged, since what it would hold is not known
     "The numbers in them."
     found = {}
     for path in paths:
         try:
             found |= json.loads((root / path).read_bytes())
         except (OSError, ValueError, TypeError):
-            pass # not there yet: nothing is known
+            return []
     return [k for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 # %% ../../nbs/flow/05_checks.ipynb #31436f3b
