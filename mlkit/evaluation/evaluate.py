@@ -29,6 +29,7 @@ def predict(
 METRICS = Registry("metric", "mlkit.metrics") # name: function(p, y) -> float
 metric = METRICS
 
+# %% ../../nbs/evaluation/00_evaluate.ipynb #0800941b
 def measured(
     name: str, f, # a metric
     p: np.ndarray, y: np.ndarray, # (n, k) or (n,); the truth (n,)

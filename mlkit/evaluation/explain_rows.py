@@ -22,6 +22,7 @@ def is_value(task: Task) -> bool:
     "Whether the answer is a number."
     return task.target.n_outputs == 1
 
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #ce742836
 def row_losses(
     net: nn.Module, task: Task,
     y: np.ndarray, # (n,) as the target encodes it
@@ -119,7 +120,7 @@ def movers(
     return [(rest, codes, IntegratedGradients(by_numbers), gradients),
             (codes, rest, ShapleyValueSampling(by_codes), {"n_samples": n_samples})]
 
-# %% ../../nbs/evaluation/04_explain_rows.ipynb #5a813c70
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #469c1c93
 def moved(
     net: nn.Module, task: Task,
     x: torch.Tensor, base: torch.Tensor, # (n, d) features: rows, and typical rows
@@ -132,7 +133,8 @@ def moved(
         if not part:
             continue
         for fixed in (x, base) if others else (x,):
-            a = method.attribute(x[:, part], base[:, part], additional_forward_args=(fixed[:, others], answer), **values)
+            rest = fixed[:, others], answer
+            a = method.attribute(x[:, part], base[:, part], additional_forward_args=rest, **values)
             out[:, part] += a.detach().double() / (2 if others else 1)
     return out
 
@@ -224,12 +226,13 @@ class RowsExplainer(Explainer):
         losses, numbers = row_losses(self.net, self.task, y), self.task.input.matrix(self.raw)
         return permutation_importance(losses, numbers, self.task.input.names, self.n_repeats, self.seed)
 
-# %% ../../nbs/evaluation/04_explain_rows.ipynb #b6305ce5
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #a1e4db0e
 @patch
 def overall(self: RowsExplainer) -> pl.DataFrame:
     "What matters on the whole test split."
     return self.importance
 
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #2ddd1088
 @patch
 def show_overall(self: RowsExplainer):
     "Draw it."
@@ -247,7 +250,7 @@ def explain(self: RowsExplainer,
     typical = np.random.default_rng(self.seed).permutation(len(train))[:self.n_typical]
     return Explained(rows, *attribute_rows(self.net, self.task, X[rows], train[typical], self.n_steps, seed=self.seed))
 
-# %% ../../nbs/evaluation/04_explain_rows.ipynb #63050c00
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #2015db66
 @patch
 def show(self: RowsExplainer,
     explained: Explained,
@@ -258,6 +261,7 @@ def show(self: RowsExplainer,
     if len(rows := explained.rows[part]):
         plot_row_parts(self.raw[rows.tolist()].rows(named=True), explained.parts[part], titles[part])
 
+# %% ../../nbs/evaluation/04_explain_rows.ipynb #70cc526c
 @patch
 def records(self: RowsExplainer, explained: Explained, titles: list[str]) -> list[dict]:
     "With the part of each column."
