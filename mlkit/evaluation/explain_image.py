@@ -9,43 +9,29 @@ from fastcore.basics import patch
 from pydantic import PositiveInt
 
 from ..data.prepared import load_split
-from .explain import Explained, Explainer, explainer
+from .explain import Explained, Explainer, explainer, gradients
 
 # %% ../../nbs/evaluation/03_explain_image.ipynb #5d9414ac
 @explainer("image")
 class ImageExplainer(Explainer):
     "Integrated gradients on pixels."
     def __init__(self, net, task, prepared, seed, *,
-        n_steps: PositiveInt = 64, # Of the integral
+        n_steps: PositiveInt = 64, # of the integral
     ):
         super().__init__(net, task, prepared, seed, n_steps=n_steps)
-
-    def seen(self, rows):
-        front = self.task.input.front()
-        self.black = front(torch.zeros(1, *self.task.input.shape, dtype=torch.uint8))
-        return super().seen(rows)
+        self.black = task.input.front()(torch.zeros(1, *task.input.shape, dtype=torch.uint8))
 
 # %% ../../nbs/evaluation/03_explain_image.ipynb #56aca409
 @patch
-def explain(self: ImageExplainer, rows: np.ndarray) -> Explained: # parts: (n, h, w)
+def explain(self: ImageExplainer,
+    rows: np.ndarray, # (n,) positions in the test split
+) -> Explained: # parts: (n, h, w)
     "What each pixel adds to the score of the predicted class."
-    from captum.attr import IntegratedGradients
-    x = self.seen(rows)
-    with torch.no_grad():
-        target = self.net(x).argmax(1)
-        whole = (self.net(x) - self.net(self.black)).gather(1, target[:, None])[:, 0]
-    parts = IntegratedGradients(self.net).attribute(x, self.black.expand_as(x), target=target, n_steps=self.n_steps)
-    parts = parts.detach()
+    parts, whole = gradients(self.net, self.seen(rows), self.black, self.n_steps)
     flat = parts.reshape(len(parts), -1)
     moved = flat.abs().sum(1).clamp(min=1e-9)
     error = (flat.sum(1) - whole).abs() / moved
     return Explained(rows, parts.sum(1).numpy().astype(np.float32), error.numpy())
-
-@patch
-def show(self: ImageExplainer, explained: Explained, part: slice, titles: list[str]):
-    "Each image, and beneath it what spoke for its class (green) and against it (pink)."
-    X, _ = load_split(self.prepared / "test.safetensors")
-    plot_attributions(X[explained.rows[part]], explained.parts[part], titles[part])
 
 # %% ../../nbs/evaluation/03_explain_image.ipynb #d4f55f3a
 def plot_attributions(
@@ -63,3 +49,14 @@ def plot_attributions(
         for ax, p in zip(axs[1], parts[some]):
             scale = np.abs(p).max() or 1
             ax.images[0].set(cmap="PiYG", clim=(-scale, scale))
+
+# %% ../../nbs/evaluation/03_explain_image.ipynb #3bd109c0
+@patch
+def show(self: ImageExplainer,
+    explained: Explained,
+    part: slice, # of its samples
+    titles: list[str], # of all of them
+):
+    "Each image, and beneath it what spoke for its class (green) and against it (pink)."
+    X, _ = load_split(self.prepared / "test.safetensors")
+    plot_attributions(X[explained.rows[part]], explained.parts[part], titles[part])

@@ -43,7 +43,7 @@ def components_are_known(
     params: dict[str, dict], # stage: its checked section
     root: Path, # the project
 ):
-    "Raises `ConfigError` on an unknown component or parameter of `train` or `tune.space`, `DataError` on a broken `task.py`."
+    "Raises `ConfigError` on an unknown name in `train` or `tune.space`, `DataError` on a broken `task.py`."
     train, tune = params.get("train", {}), params.get("tune", {})
     if "model" not in train:
         return

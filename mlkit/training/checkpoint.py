@@ -8,8 +8,9 @@ import hashlib, inspect, json, time
 from pathlib import Path
 
 import numpy as np, torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as packed
 
 from ..core import write_atomic
 
@@ -60,7 +61,7 @@ def write_state(
     "Write a state with its seal."
     text = json.dumps(rest)
     own = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    write_atomic(path, save(own, {"made_for": made_for, "sha256": seal(own, text), "rest": text}))
+    write_atomic(path, packed(own, {"made_for": made_for, "sha256": seal(own, text), "rest": text}))
 
 # %% ../../nbs/training/01_checkpoint.ipynb #3907d3ae
 def read_state(
@@ -100,27 +101,35 @@ class Checkpoint:
     ):
         self.folder, self.every, self.keep = folder, every, keep
 
-    def load(self,
-        made_for: str, # see `fingerprint`
-    ) -> tuple[dict, dict] | None: # see `read_state`
-        "The state that the training named `made_for` left; None where there is none. The clock of `due` starts here."
-        self.made_for, self.last = made_for, time.monotonic()
-        self.path = self.folder / f"{made_for[:32]}.safetensors"
-        return read_state(self.path, made_for)
+# %% ../../nbs/training/01_checkpoint.ipynb #38ac381f
+@patch
+def load(self: Checkpoint,
+    made_for: str, # see `fingerprint`
+) -> tuple[dict, dict] | None: # see `read_state`
+    "The state that the training named `made_for` left; None where there is none. The clock of `due` starts here."
+    self.made_for, self.last = made_for, time.monotonic()
+    self.path = self.folder / f"{made_for[:32]}.safetensors"
+    return read_state(self.path, made_for)
 
-    def due(self) -> bool:
-        "Whether it is time for the next state."
-        return time.monotonic() - self.last >= self.every
+# %% ../../nbs/training/01_checkpoint.ipynb #19cdb06f
+@patch
+def due(self: Checkpoint) -> bool:
+    "Whether it is time for the next state."
+    return time.monotonic() - self.last >= self.every
 
-    def save(self,
-        tensors: dict, # name: tensor
-        rest: dict, # what JSON can hold
-    ):
-        "Save a state of the training that `load` was called for."
-        write_state(self.path, self.made_for, tensors, rest)
-        keep_newest(self.folder, self.path, self.keep)
-        self.last = time.monotonic()
+# %% ../../nbs/training/01_checkpoint.ipynb #3c703458
+@patch
+def save(self: Checkpoint,
+    tensors: dict, # name: tensor
+    rest: dict, # what JSON can hold
+):
+    "Save a state of the training that `load` was called for."
+    write_state(self.path, self.made_for, tensors, rest)
+    keep_newest(self.folder, self.path, self.keep)
+    self.last = time.monotonic()
 
-    def drop(self):
-        "Remove the state: the training is done."
-        self.path.unlink(missing_ok=True)
+# %% ../../nbs/training/01_checkpoint.ipynb #f5ed95df
+@patch
+def drop(self: Checkpoint):
+    "Remove the state: the training is done."
+    self.path.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ class State:
         self.total = self.order = None # of this epoch: the sum of its losses, the order of its samples
         self.best, self.lap = {}, 0.0 # weights of the best epoch; when this stretch of time began
 
-# %% ../../nbs/training/05_fit.ipynb #a2435e98
+# %% ../../nbs/training/05_fit.ipynb #b0110c94
 @patch
 def begin(self: State):
     "An epoch begins, or goes on."
@@ -88,6 +88,7 @@ def begin(self: State):
         self.total = torch.zeros((), device=self.fabric.device)
         self.order = torch.randperm(self.n, generator=self.generator)
 
+# %% ../../nbs/training/05_fit.ipynb #30e2b84c
 @patch
 def left(self: State) -> torch.Tensor: # (k,) int64
     "The samples of this epoch that were not seen yet, in their order."
@@ -107,7 +108,7 @@ def learn(self: State,
     self.total += loss.detach() * n
     self.step += 1
 
-# %% ../../nbs/training/05_fit.ipynb #1c1d0af0
+# %% ../../nbs/training/05_fit.ipynb #18c4911b
 @patch
 def check_loss(self: State):
     "Raises `ConfigError` where the loss of this epoch is no number."
@@ -115,13 +116,16 @@ def check_loss(self: State):
         raise ConfigError(f"the loss is no number any more in epoch {self.epoch}; lower train.optimizer.lr "
                           f"(it is {self.optimizer.defaults['lr']:g})")
 
+# %% ../../nbs/training/05_fit.ipynb #d07daf67
 @patch
-def keep_best(self: State, loss: float):
+def keep_best(self: State,
+    loss: float, # on the validation split
+):
     "Remember the weights where the validation loss is the lowest so far, if that is asked for."
     if self.training.keep == "best" and (self.lowest is None or loss < self.lowest):
         self.lowest, self.best = loss, {k: v.clone() for k, v in self.net.state_dict().items()}
 
-# %% ../../nbs/training/05_fit.ipynb #3c0cd17c
+# %% ../../nbs/training/05_fit.ipynb #c6863ba9
 @patch
 def end(self: State,
     loss: float, score: float, # on the validation split
@@ -137,6 +141,7 @@ def end(self: State,
     self.clock.seconds += time.perf_counter() - self.lap
     return record
 
+# %% ../../nbs/training/05_fit.ipynb #acd2c0b5
 @patch
 def finish(self: State):
     "The network as it is kept."
@@ -166,7 +171,7 @@ def parts(self: State) -> tuple[dict, dict]: # tensors by name; plain values
         "groups": self.optimizer.state_dict()["param_groups"], "schedule": self.schedule.state_dict(),
         "precision": self.fabric.strategy.precision.state_dict(), "seconds": seconds, "waited": self.clock.waited}
 
-# %% ../../nbs/training/05_fit.ipynb #8552b2cb
+# %% ../../nbs/training/05_fit.ipynb #4396f473
 def under(
     tensors: dict, # 'net.weight': tensor
     group: str, # 'net'
@@ -174,6 +179,7 @@ def under(
     "The tensors of a group, without its name."
     return {k[len(group) + 1:]: v for k, v in tensors.items() if k.startswith(f"{group}.")}
 
+# %% ../../nbs/training/05_fit.ipynb #a1aa75cf
 def moments(
     tensors: dict, # 'moments.0.exp_avg': tensor
 ) -> dict[int, dict]: # 0: {'exp_avg': tensor}
@@ -183,6 +189,15 @@ def moments(
         i, key = name.split(".", 1)
         out.setdefault(int(i), {})[key] = v
     return out
+
+# %% ../../nbs/training/05_fit.ipynb #79967fae
+@patch
+def restore_random(self: State, tensors: dict):
+    "The random generators of this training, of torch and of the GPU."
+    self.generator.set_state(tensors["generator"])
+    torch.set_rng_state(tensors["random"])
+    if self.fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], self.fabric.device)
 
 # %% ../../nbs/training/05_fit.ipynb #23cf5efd
 @patch
@@ -197,14 +212,6 @@ def restore(self: State, tensors: dict, rest: dict):
     self.total, self.order = own["total"].to(self.fabric.device), own["order"]
     self.clock.seconds, self.clock.waited = rest["seconds"], rest["waited"]
     self.restore_random(tensors)
-
-@patch
-def restore_random(self: State, tensors: dict):
-    "The random generators of this training, of torch and of the GPU."
-    self.generator.set_state(tensors["generator"])
-    torch.set_rng_state(tensors["random"])
-    if self.fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], self.fabric.device)
 
 # %% ../../nbs/training/05_fit.ipynb #6bdb63b1
 def describe(

@@ -61,12 +61,13 @@ def one_cycle(optimizer, n_steps: int):
     "Up to the peak within three tenths of the steps, then down to nothing (Smith and Topin 2018)."
     return lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=n_steps)
 
-# %% ../../nbs/training/04_optimize.ipynb #bca41c7b
+# %% ../../nbs/training/04_optimize.ipynb #4e552fd8
 @SCHEDULES
 def constant(optimizer, n_steps: int):
     "The same all the time."
     return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
+# %% ../../nbs/training/04_optimize.ipynb #97979cec
 @SCHEDULES
 def cosine(
     optimizer, n_steps: int,

@@ -8,6 +8,8 @@ import re, time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import RegistryError
 from .store import experiment_id, log_artifacts, mlflow_calls, mlflow_client, tracking_uri
 
@@ -29,22 +31,26 @@ class Batches:
         self.send, self.every, self.size = send, every, size
         self.pending, self.sent = [], time.monotonic()
 
-    def add(self,
-        step: int, # the epoch, say
-        values: dict[str, float], # metrics by name
-    ):
-        "Keep the metrics of a step, and send what is kept when it is time."
-        from mlflow.entities import Metric
-        now = int(time.time() * 1000)
-        self.pending += [Metric(mlflow_name(k), float(v), now, step) for k, v in values.items()]
-        if time.monotonic() - self.sent > self.every:
-            self.flush()
+# %% ../../nbs/training/08_track.ipynb #013df261
+@patch
+def flush(self: Batches):
+    "Send what is kept."
+    for i in range(0, len(self.pending), self.size):
+        self.send(self.pending[i:i + self.size])
+    self.pending, self.sent = [], time.monotonic()
 
-    def flush(self):
-        "Send what is kept."
-        for i in range(0, len(self.pending), self.size):
-            self.send(self.pending[i:i + self.size])
-        self.pending, self.sent = [], time.monotonic()
+# %% ../../nbs/training/08_track.ipynb #23dfc717
+@patch
+def add(self: Batches,
+    step: int, # the epoch, say
+    values: dict[str, float], # metrics by name
+):
+    "Keep the metrics of a step, and send what is kept when it is time."
+    from mlflow.entities import Metric
+    now = int(time.time() * 1000)
+    self.pending += [Metric(mlflow_name(k), float(v), now, step) for k, v in values.items()]
+    if time.monotonic() - self.sent > self.every:
+        self.flush()
 
 # %% ../../nbs/training/08_track.ipynb #ef98af17
 def start_run(
@@ -87,12 +93,17 @@ class Run:
             if error is None:
                 raise
 
-    def log(self, step: int, **values: float):
-        "Keep the metrics of a step, an epoch say. They are sent in batches."
-        with mlflow_calls(self.uri):
-            self.batches.add(step, values)
-
-    def log_artifacts(self, folder: Path, name: str):
-        "Keep a folder with the run, under this name."
+    def log_artifacts(self, folder: Path, name: str): # `name`: of the folder in the run
+        "Keep a folder with the run."
         with mlflow_calls(self.uri):
             log_artifacts(self.client, self.uri, self.run_id, folder, name)
+
+# %% ../../nbs/training/08_track.ipynb #c339feea
+@patch
+def log(self: Run,
+    step: int, # an epoch, say
+    **values: float, # metrics by name
+):
+    "Keep the metrics of a step. They are sent in batches."
+    with mlflow_calls(self.uri):
+        self.batches.add(step, values)
