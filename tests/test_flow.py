@@ -1,6 +1,7 @@
 "What a project meets outside: notebooks of other editors, other locales, other tools on the PATH, git; and values that are wrong."
 import json
 import os
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -199,6 +200,21 @@ def test_a_page_does_not_say_what_is_installed(small, tmp_path):
     for folder in (small.root, sys.prefix, Path.home(), "/tmp/", ".mlkit/aside"):
         for f in reports:
             assert str(folder) not in (small / f).read_text(encoding="utf-8"), (f, folder)
+
+
+IN_SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize("job", [{}, IN_SLURM, IN_SLURM | {"SLURM_JOB_NAME": "interactive"}])
+def test_training_does_not_ask_slurm(tmp_path, job):
+    "Not where its `srun` is on the PATH, and not in a job of four tasks: mlkit trains in this process."
+    (srun := tmp_path / "bin/srun").parent.mkdir()
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    code = "from mlkit.training.fit import make_fabric; f = make_fabric('cpu', '32-true', 1, 0); print(f.world_size, f.global_rank)"
+    path = f"{srun.parent}:{os.environ['PATH']}"
+    done = subprocess.run([sys.executable, "-W", "always::UserWarning", "-c", code], env=os.environ | job | {"PATH": path}, capture_output=True, text=True)
+    assert done.stdout == "1 0\n" and "srun" not in done.stderr and "SLURM" not in done.stderr, done.stderr
 
 
 # Libraries that tell their makers how they are used
