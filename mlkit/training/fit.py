@@ -32,10 +32,11 @@ def make_fabric(
     seed: int,
 ) -> Fabric:
     "A Fabric on one device, seeded, with deterministic algorithms."
+    from lightning_fabric.plugins.environments import LightningEnvironment # else Slurm's would be looked for
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     limit_threads(n_threads)
     torch.use_deterministic_algorithms(True)
-    fabric = Fabric(accelerator=device, devices=1, precision=precision)
+    fabric = Fabric(accelerator=device, devices=1, precision=precision, plugins=[LightningEnvironment()])
     fabric.seed_everything(seed, verbose=False)
     return fabric
 
