@@ -312,12 +312,14 @@ def main():
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument("--repeats", type=int, default=7)
     args.add_argument("--only", choices=["trivial", "default"], default="")
+    args.add_argument("--own", action="store_true", help="mlkit and the bare script only: no peer is installed.")
     args.add_argument("--envs", type=Path, default=Path(sys.prefix), help="Where the environments of the peers are, or are made (default: %(default)s).")
     args.add_argument("--state", type=Path, default=HERE / ".mlkit/peers.json", help="Where times are kept (default: %(default)s).")
     args.add_argument("--resume", action="store_true", help="Go on from what is kept, rather than anew.")
     args = args.parse_args()
     envs = args.envs.absolute()
-    install(envs)
+    if args.own: CONTENDERS[1:] = [c for c in CONTENDERS if c.parent]
+    else: install(envs)
     here = f"{machine('dvc', 'papermill', 'ipykernel', 'torch', 'mlflow')}, {', '.join(PEERS.values()).replace('==', ' ')}"
     state = read_json(args.state) if args.resume else {"machine": here}
     if state["machine"] != here: sys.exit(f"{args.state}: made with {state['machine']}; start anew, without --resume")
