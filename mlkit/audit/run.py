@@ -40,6 +40,7 @@ def audit(
     parameters: dict[str, dict] = {}, # check: {argument: value}, where it is not the default
 ) -> list[Finding]: # the worst first
     "Run every check for this kind of data. Raises `ConfigError` on an unknown name, `DataError` where a check fails."
+    import sklearn.ensemble, sklearn.linear_model # noqa: F401, what is loaded later is not limited
     from threadpoolctl import threadpool_limits
     checks = checks_for(data.modality)
     own = _own(parameters, checks, data)

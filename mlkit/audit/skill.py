@@ -150,6 +150,7 @@ def out_of_fold(
     columns: np.ndarray | None = None, # positions of those that may be used; None: all
 ) -> OutOfFold:
     "The predictions of the better of two quick models."
+    import sklearn.linear_model # noqa: F401, what is loaded later is not limited
     from threadpoolctl import threadpool_limits
     columns = np.arange(data.X.shape[1]) if columns is None else columns
     with warnings.catch_warnings(), threadpool_limits(1):
