@@ -260,7 +260,7 @@ def prepared(contract, shards, split):
     "name: split of what `prepare` keeps"
     rows = split.apply(find_input(contract.modality).frame(shards, contract), contract)[0].collect()
     names = rows["name"] if contract.modality == "image" else pl.select(pl.format("row {}", rows["_row"])).to_series()
-    return dict(zip(names, rows["split"]))
+    return dict(zip(names, rows["_split"]))
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_images_are_audited_in_the_split_of_prepare(tmp_path, digits, seed):

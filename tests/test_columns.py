@@ -11,10 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from mlkit.core import DataError
 from mlkit.data.columns.base import COLUMN_TYPES, ColumnType, column_type
 from mlkit.data.contract import Contract, Feature, contract_rows
 from mlkit.data.parts import ingest_table, read_parts
 from mlkit.data.scan import Frame, scan_table
+from mlkit.data.split import SPLITS, Split
+from mlkit.inputs.rows import prepare_rows
 from mlkit.sources.registry import open_source
 
 R = np.random.default_rng(0)
@@ -355,3 +358,22 @@ def test_a_column_type_in_one_file():
         assert contract_rows(contract)[0]["type"] == "stars" and seen.medians["x"] == 2
     finally:
         del COLUMN_TYPES["stars"]
+
+OWN = ["split", "n", "name", "label", "content", "index", "len", "count", "literal", "class", "samples", "key", "value", "row", "draw", "golden"]
+
+@pytest.mark.parametrize("target", OWN)
+def test_a_column_may_have_any_name(tmp_path, target):
+    "Also one that mlkit, Polars or a page would give to a column of its own."
+    r = np.random.default_rng(0)
+    columns = {name: r.choice(["a", "b", "c"], 400).tolist() if i % 2 else r.normal(size=400).round(3).tolist() for i, name in enumerate(OWN)}
+    frame = pl.DataFrame(columns | {target: r.choice(["yes", "no"], 400).tolist()})
+    contract, _ = ingest_table(Frame(frame), tmp_path / "parts", target, None, 1000, progress=lambda line: None)
+    _, fitted, sizes = prepare_rows(pl.scan_parquet(tmp_path / "parts/*.parquet"), contract, tmp_path / "out", Split(dict(zip(SPLITS, (0.7, 0.15, 0.15)))))
+    back = pl.concat([pl.read_parquet(tmp_path / f"out/{s}.parquet") for s in SPLITS]).sort("_row")
+    assert set(OWN) <= set(back.columns) and back[target].to_list() == frame[target].to_list()
+    assert sum(sizes[s] for s in SPLITS) == 400 and fitted.splits(tmp_path / "out")["samples"].sum() == 400
+
+@pytest.mark.parametrize("name", ["_row", "_draw", "_split", "_golden", "_n"])
+def test_a_name_of_our_own_is_refused(tmp_path, name):
+    frame = pl.DataFrame({name: range(40), "x": range(40), "y": ["a", "b"] * 20})
+    with pytest.raises(DataError, match=f"column '{name}': mlkit uses this name itself; rename it"): ingest_table(Frame(frame), tmp_path / "parts", "y", None, 1000, progress=lambda line: None)

@@ -53,10 +53,10 @@ class Signal(Input):
     def prepare(cls, shards, contract, out, split, *, gain: float = 1.0):
         frame, sizes = split.apply(cls.frame(shards, contract), contract)
         rows = frame.collect()
-        target = find_target(contract.task).fit(contract.target, rows.filter(split="train")["angle"])
+        target = find_target(contract.task).fit(contract.target, rows.filter(_split="train")["angle"])
         out.mkdir(parents=True, exist_ok=True)
         for s in SPLITS:
-            part = rows.filter(split=s).drop("split")
+            part = rows.filter(_split=s).drop("_split")
             part.write_parquet(out / f"{s}.parquet")
             X = np.array(part["signal"].to_list(), np.float32) * np.float32(gain)
             save_file({"X": X, "y": target.encode(part["angle"])}, out / f"{s}.safetensors")

@@ -20,14 +20,14 @@ from ..inputs.base import find_input
 
 # %% ../../nbs/audit/10_data.ipynb #69c2c4da
 def looked_up(
-    made: pl.LazyFrame, # all samples that `prepare` keeps, with a column `split`
+    made: pl.LazyFrame, # all samples that `prepare` keeps, with a column `_split`
     key: str, # column that tells samples apart: `_row`, or `content`
 ) -> Callable[[pl.DataFrame], pl.Series]: # the split of each row of a frame; null where it has none
     "A function for `base.split_of`."
     def split(rows):
-        known = made.filter(pl.col(key).is_in(rows[key].unique().to_list())).select(key, "split").unique(key)
+        known = made.filter(pl.col(key).is_in(rows[key].unique().to_list())).select(key, "_split").unique(key)
         found = known.collect(engine="streaming")
-        return rows.select(key).join(found, on=key, how="left", maintain_order="left")["split"]
+        return rows.select(key).join(found, on=key, how="left", maintain_order="left")["_split"]
     return split
 
 # %% ../../nbs/audit/10_data.ipynb #8866921a
@@ -64,11 +64,11 @@ def targets_only(contract: Contract, shards: Path, made: pl.LazyFrame, max_sampl
     "What is audited of any input: names, targets, splits."
     total = made.select(pl.len()).collect().item()
     some = made.filter(drawn(pl.col("_draw"), max_samples / total)) if total > max_samples else made
-    rows = some.select("_row", contract.target.name, "split").collect().sort("_row")
+    rows = some.select("_row", contract.target.name, "_split").collect().sort("_row")
     y = rows[contract.target.name]
     y, classes = _numbered(y) if contract.target.dtype == "category" else (y.cast(pl.Float64).to_numpy(), None)
     names = np.array([f"sample {i}" for i in rows["_row"]], str)
-    data = Data(names, np.zeros((len(rows), 0)), (), np.zeros(0, bool), y, classes, rows["split"].to_numpy(), total)
+    data = Data(names, np.zeros((len(rows), 0)), (), np.zeros(0, bool), y, classes, rows["_split"].to_numpy(), total)
     data.modality, data.named_columns = contract.modality, False
     return data
 

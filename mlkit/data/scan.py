@@ -133,7 +133,7 @@ def with_words(f: Feature, s: pl.Series, known: Known) -> Feature:
     return with_not_missing(f, *count_words(f, s)) if ask else f
 
 # %% ../../nbs/data/06_scan.ipynb #5a5be435
-NAMES = ("_row", "_draw") # Columns that mlkit adds
+NAMES = ("_row", "_draw", "_split", "_golden", "_n") # Columns that mlkit adds
 
 def make_plan(
     raw: pl.DataFrame, # The first rows

@@ -115,7 +115,7 @@ def split_table(
     group: str | None = None,  # Column of the groups; needed by 'group'
     time: str | None = None,  # Column of the time, for 'time'; None: the only date
     golden: list[int] = (),  # See `read_golden`
-):  # Lazy frame of the same engine, with a column `split`, and the rows of each split
+):  # Lazy frame of the same engine, with a column `_split`, and the rows of each split
     "Raises `ConfigError` on an unknown method or a missing column, `DataError` where a split, or a class in it, would be empty, or golden rows are lost."
     edges, frame = check_shares(shares), nw.from_native(frame).lazy()
     if method not in METHODS:
@@ -148,14 +148,14 @@ def split_table(
 def _count(frame, label):  # (split,) or (split, class): rows
     return {
         tuple(k): n
-        for *k, n in collect(frame.group_by("split", *filter(None, [label])).agg(nw.len().alias("_n"))).iter_rows()
+        for *k, n in collect(frame.group_by("_split", *filter(None, [label])).agg(nw.len().alias("_n"))).iter_rows()
     }
 
 # %% ../../nbs/data/09_split.ipynb #3554b75b
 def _by_draw(frame, seed, edges, target, exact):
     draw = turned(nw.col("_draw"), seed)
     cut = _cut(draw, edges)
-    made = frame.with_columns(cut.alias("split"))
+    made = frame.with_columns(cut.alias("_split"))
     counts = _count(made, target)
     seen = Counter(l for _, *label in counts for l in label)
     if not (labels := sorted(l for l, n in seen.items() if exact or n < len(SPLITS))):
@@ -164,7 +164,7 @@ def _by_draw(frame, seed, edges, target, exact):
     for (label,), rows in sorted(draws.partition_by(target, as_dict=True, include_key=False).items()):
         own = class_edges(rows["draw"].to_numpy(), edges, exact, label)
         cut = nw.when(nw.col(target) == label).then(_cut(draw, own)).otherwise(cut)
-    return frame.with_columns(cut.alias("split")), None
+    return frame.with_columns(cut.alias("_split")), None
 
 # %% ../../nbs/data/09_split.ipynb #3f3be66e
 def _by_group(frame, group, seed, edges):
@@ -179,7 +179,7 @@ def _by_group(frame, group, seed, edges):
             edges, turned((hash_array(names, categorize=False) >> np.uint64(11)) / _DIGITS, seed), side="right"
         )
     ]
-    found = groups.with_columns(split=pl.Series(split))
+    found = groups.with_columns(_split=pl.Series(split))
     if frame.implementation.is_polars():
         return nw.from_native(
             frame.to_native().join(found.lazy(), on=group, how="left", maintain_order="left")
@@ -191,7 +191,7 @@ def _by_time(frame, time, edges):
     when = collect(frame.select(time))[time].sort()
     if not len(when):
         raise DataError(f"column '{time}' has no value; a split by time needs one in every row")
-    return frame.with_columns(_cut(nw.col(time), [nw.lit(when[int(e * len(when))]) for e in edges]).alias("split"))
+    return frame.with_columns(_cut(nw.col(time), [nw.lit(when[int(e * len(when))]) for e in edges]).alias("_split"))
 
 # %% ../../nbs/data/09_split.ipynb #0b431a16
 def _keep_golden(frame, golden, group):
@@ -205,7 +205,7 @@ def _keep_golden(frame, golden, group):
         held = collect(marked.filter(nw.col("_golden")).select(group).unique(group))[group].to_list()
         marked = marked.with_columns(nw.col(group).is_in(held).alias("_golden"))
     return marked.with_columns(
-        nw.when(nw.col("_golden")).then(nw.lit("test")).otherwise(nw.col("split")).alias("split")
+        nw.when(nw.col("_golden")).then(nw.lit("test")).otherwise(nw.col("_split")).alias("_split")
     ).drop("_golden")
 
 # %% ../../nbs/data/09_split.ipynb #0e40daa1

@@ -265,9 +265,9 @@ def prepare(
     index, small = usable(whole)
     rows, sizes = split.apply(with_draws(index).lazy(), contract)
     shape, rows = image_shape(contract, image_size), rows.collect()
-    target = fit_target(contract, rows.filter(split="train"), small)
+    target = fit_target(contract, rows.filter(_split="train"), small)
     for s in SPLITS:
-        write_split(shards, rows.filter(split=s).drop("split"), out / s, shape, target)
+        write_split(shards, rows.filter(_split=s).drop("_split"), out / s, shape, target)
     X, _ = load_split(out / "train.safetensors")
     notes = [f"Left out, with fewer than three different images, one a split: {few_samples(small)}"] if small else []
     return cls.fit(X), target, sizes | {"left_out": len(whole) - len(index)}, notes

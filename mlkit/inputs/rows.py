@@ -390,7 +390,7 @@ def write_splits(
     aside = out.with_name(f".{out.name}.rows")
     try:
         rows = ordered(nw.from_native(frame).lazy(), aside)
-        parts = {out / f"{s}.parquet": rows.filter(pl.col("split") == s).drop("split") for s in SPLITS}
+        parts = {out / f"{s}.parquet": rows.filter(pl.col("_split") == s).drop("_split") for s in SPLITS}
         sinks = [part.sink_parquet(file, row_group_size=ROW_GROUP, lazy=True) for file, part in parts.items()]
         pl.collect_all(sinks, engine="streaming")
     finally:

@@ -69,10 +69,10 @@ def from_dict(
 def splits_of(
     prepared: Path, # Folder of `prepare`
     name: str, # Column of the target
-) -> pl.DataFrame: # `name` and `split`, a row a sample
+) -> pl.DataFrame: # `name` and `_split`, a row a sample
     "The target's column of every split."
     from mlkit.data.split import SPLITS
-    parts = [pl.scan_parquet(prepared / f"{s}.parquet").select(name, split=pl.lit(s)) for s in SPLITS]
+    parts = [pl.scan_parquet(prepared / f"{s}.parquet").select(name, _split=pl.lit(s)) for s in SPLITS]
     return pl.concat(parts).collect()
 
 # %% ../../nbs/targets/00_base.ipynb #091a7b50

@@ -278,7 +278,7 @@ def splits(self: Classes, prepared: Path) -> pl.DataFrame: # class, samples, and
     from mlkit.data.split import SPLITS
     rows = splits_of(prepared, self.name)
     label = pl.col(self.name).cast(pl.String).alias("class")
-    shares = {s: (pl.col("split") == s).mean().round(3) for s in SPLITS}
+    shares = {s: (pl.col("_split") == s).mean().round(3) for s in SPLITS}
     return rows.group_by(label).agg(samples=pl.len(), **shares).sort("class")
 
 # %% ../../nbs/targets/01_classes.ipynb #d03c9a73

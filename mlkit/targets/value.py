@@ -279,8 +279,9 @@ def plot_calibration(self: Value, p: np.ndarray, y: np.ndarray, n_bins: int):
 def splits(self: Value, prepared: Path) -> pl.DataFrame: # split, samples, mean, std, smallest, largest
     "How the target is spread in each split."
     v = pl.col(self.name)
-    rows = splits_of(prepared, self.name).group_by("split", maintain_order=True)
-    return rows.agg(samples=pl.len(), mean=v.mean(), std=v.std(), smallest=v.min(), largest=v.max())
+    rows = splits_of(prepared, self.name).group_by("_split", maintain_order=True)
+    found = rows.agg(samples=pl.len(), mean=v.mean(), std=v.std(), smallest=v.min(), largest=v.max())
+    return found.rename({"_split": "split"})
 
 # %% ../../nbs/targets/02_value.ipynb #f0db956c
 @patch
@@ -288,7 +289,7 @@ def plot_splits(self: Value, prepared: Path): # Folder of `prepare`
     "The target in each split."
     from mlkit.plot import BLUE, GREEN, ORANGE, axes, words
     ax, name = axes(width=8, height=2.8), words([self.name])[0]
-    parts = splits_of(prepared, self.name).drop_nulls().partition_by("split", as_dict=True)
+    parts = splits_of(prepared, self.name).drop_nulls().partition_by("_split", as_dict=True)
     ys = {s: part[self.name].cast(pl.Float64).to_numpy() for (s,), part in parts.items()}
     edges = np.histogram_bin_edges(ys["train"], 25)
     for (s, y), color in zip(ys.items(), (GREEN, BLUE, ORANGE)):
