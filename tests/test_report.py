@@ -51,7 +51,11 @@ def browse(browser):
     yield look
     for c in contexts: c.close()
 
-def text(dom): return " ".join(unescape(re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<(style|script).*?</\1>", " ", dom))).split())
+def text(dom):
+    "The words of a page."
+    seen = re.sub(r"(?s)<(style|script).*?</\1>", " ", dom).replace("<wbr>", "") # where a word may be broken
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", seen)).split())
+
 def links(dom): return [unescape(u) for u in re.findall(r'(?:href|src)="([^"]*)"', dom)]
 
 def serious(page):
