@@ -7,7 +7,7 @@ __all__ = ['FIRST', 'PRELOAD', 'IDLE', 'FREE', 'RIGHTS', 'LONGEST', 'PYTHONS', '
            'answer', 'inherited', 'take_signals', 'take_process', 'take_streams', 'python_path', 'module_name',
            'takes_the_place', 'needs_own_python', 'end_with', 'run_python', 'own_modules', 'own_process_state',
            'own_random_state', 'own_display', 'stderr_handlers', 'EndWith', 'kernel_app', 'finish', 'start_kernel',
-           'kernel_or_exit', 'send_away', 'start_parent', 'ask_once', 'ask', 'Forked', 'WarmProvisioner',
+           'kernel_or_exit', 'send_away', 'start_parent', 'ask_once', 'ask', 'Forked', 'this_python', 'WarmProvisioner',
            'install_kernel']
 
 # %% ../../nbs/flow/07_warm.ipynb #927efa8a
@@ -494,6 +494,14 @@ class Forked:
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
+# %% ../../nbs/flow/07_warm.ipynb #79ba829d
+def this_python(
+    program: str, # A path
+) -> bool:
+    "Whether a program is the Python of this environment: `bin/python`, or another name of it such as `bin/python3`."
+    given, own = Path(program), Path(sys.executable)
+    return given.parent == own.parent and given.exists() and given.samefile(own)
+
 # %% ../../nbs/flow/07_warm.ipynb #bd9e2085
 LAUNCHED = set() # Process ids of the kernels that this process has had forked
 
@@ -503,7 +511,7 @@ class WarmProvisioner(LocalProvisioner):
         env = kwargs.get("env") or dict(os.environ)
         if "JPY_SESSION_NAME" not in env and not any("hist_file" in a for a in cmd):
             cmd = [*cmd, "--HistoryManager.hist_file=:memory:"] # as nbclient asks of the kernels whose names it knows
-        ours = cmd[:3] == [sys.executable, "-m", "ipykernel_launcher"]
+        ours = this_python(cmd[0]) and cmd[1:3] == ["-m", "ipykernel_launcher"]
         pid = ask(cmd[3:], env, kwargs.get("cwd")) if ours else None
         if not pid:
             return await super().launch_kernel(cmd, **kwargs)
