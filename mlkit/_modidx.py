@@ -1358,6 +1358,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlkit.flow.runner.end_kernels': ('flow/runner.html#end_kernels', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.failure': ('flow/runner.html#failure', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.flush': ('flow/runner.html#flush', 'mlkit/flow/runner.py'),
+                                   'mlkit.flow.runner.heed': ('flow/runner.html#heed', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.interruptible': ('flow/runner.html#interruptible', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.interruptible.__enter__': ( 'flow/runner.html#interruptible.__enter__',
                                                                                   'mlkit/flow/runner.py'),

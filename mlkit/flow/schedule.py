@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..core import MlkitError, StageError, nearest
-from .runner import interruptible
+from .runner import heed, interruptible
 from .stage import Stage
 
 # %% ../../nbs/flow/12_schedule.ipynb #38bc21f2
@@ -262,6 +262,7 @@ LOOK = 0.2 # Seconds: a signal is seen between two waits
 
 def wait_a_moment(run: Run):
     "Start kernels ahead, write what is finished, and wait until something happens, but not for long."
+    heed()
     starting = [w.ready for w in run.running.values() if not w.ready.done()]
     if run.running and not starting and not run.slots.quiet:
         run.ahead.prepare([run.stages[s.addressing] for s in run.waiting if s.addressing in run.stages], run.slots)
