@@ -1414,7 +1414,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlkit.flow.schedule.machine_slots': ('flow/schedule.html#machine_slots', 'mlkit/flow/schedule.py'),
                                      'mlkit.flow.schedule.ready': ('flow/schedule.html#ready', 'mlkit/flow/schedule.py'),
                                      'mlkit.flow.schedule.run_changed': ('flow/schedule.html#run_changed', 'mlkit/flow/schedule.py'),
-                                     'mlkit.flow.schedule.same_params': ('flow/schedule.html#same_params', 'mlkit/flow/schedule.py'),
                                      'mlkit.flow.schedule.take': ('flow/schedule.html#take', 'mlkit/flow/schedule.py'),
                                      'mlkit.flow.schedule.wait_a_moment': ('flow/schedule.html#wait_a_moment', 'mlkit/flow/schedule.py'),
                                      'mlkit.flow.schedule.wanted_stages': ('flow/schedule.html#wanted_stages', 'mlkit/flow/schedule.py')},
