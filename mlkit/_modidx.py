@@ -1368,6 +1368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlkit.flow.runner.load_project': ('flow/runner.html#load_project', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.move_in_place': ('flow/runner.html#move_in_place', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.processes': ('flow/runner.html#processes', 'mlkit/flow/runner.py'),
+                                   'mlkit.flow.runner.promptly': ('flow/runner.html#promptly', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.run_named': ('flow/runner.html#run_named', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.run_node': ('flow/runner.html#run_node', 'mlkit/flow/runner.py'),
                                    'mlkit.flow.runner.run_stage': ('flow/runner.html#run_stage', 'mlkit/flow/runner.py'),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..core import MlkitError, StageError, nearest
-from .runner import heed, interruptible
+from .runner import heed, interruptible, promptly
 from .stage import Stage
 
 # %% ../../nbs/flow/12_schedule.ipynb #4da95320
@@ -235,7 +235,8 @@ def begin(run: Run, stage):
     if env is None:
         return
     run.waiting.remove(stage)
-    what = decide(run, stage)
+    with promptly():
+        what = decide(run, stage)
     if what != "same":
         run.changed.append(name)
         run.say(name, what)
@@ -269,7 +270,7 @@ def collect(run: Run):
         run.slots.give(stage.addressing)
         try:
             run.running.pop(stage).job.result()
-            with run.repo.lock:
+            with promptly(), run.repo.lock:
                 finish(stage, ran=True)
         except (MlkitError, DvcException, OSError) as e:
             run.error = run.error or e
@@ -317,6 +318,7 @@ def run_changed(
                     begin(run, stage)
                 wait_a_moment(run)
                 collect(run)
+            heed()
         if run.error:
             raise run.error
         return run.changed
