@@ -27,12 +27,14 @@ def status(project):
 
 def drive(project, tmp_path):
     "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."
-    assert status(project) == ["?? champion.json", "?? dvc.lock"]
+    metrics = [f"reports/metrics/{name}" for name in sorted(p.name for p in (project / "reports/metrics").iterdir())]
+    assert status(project) == ["?? champion.json", "?? dvc.lock", "?? reports/"] and len(metrics) == 11
     project.git("add", "-A")
-    assert status(project) == ["A  champion.json", "A  dvc.lock"]
+    assert status(project) == [f"A  {p}" for p in ("champion.json", "dvc.lock", *metrics)]
     project.git("commit", "-qm", "a run")
     tried = project.dvc("exp", "run", "-S", "train.optimizer.lr=0.003", "-S", "train.n_epochs=1", "evaluate")
-    assert ran(tried.stdout) == ["train", "evaluate"] and {line[3:] for line in status(project)} == {"dvc.lock", "params.yaml"}
+    assert ran(tried.stdout) == ["tune", "train", "evaluate"] # what tune would search has changed
+    assert {line[3:] for line in status(project)} == {"dvc.lock", "params.yaml", "reports/metrics/evaluate.json", "reports/metrics/train.json"}
     assert "reports/metrics/evaluate.json" in project.dvc("metrics", "diff").stdout
     project.git("checkout", "-q", ".")
     project.dvc("checkout", "-q")
@@ -125,7 +127,7 @@ def test_a_value(tmp_path):
     v = verdict(project)
     drive(project, tmp_path)
     apart = project.dvc("exp", "run", "--temp", "-S", "train.n_epochs=1", "evaluate") # in another folder, by DVC's own copy of git's settings
-    assert ran(apart.stdout) == ["train", "evaluate"] and not status(project)
+    assert ran(apart.stdout) == ["tune", "train", "evaluate"] and not status(project)
     assert v["released"] and v["compare"] == "evaluate.r2" and project.json("reports/metrics/evaluate.json")["r2"] > 0.2
     assert project.json("reports/metrics/export.json")["input_difference"] < 1e-5
 
