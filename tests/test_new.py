@@ -83,7 +83,7 @@ def test_photos(photos, tmp_path):
     assert "Left out, with fewer than three different images, one a split: 'a pair' (2), 'only one' (1)" in "".join(o.get("text", "") if isinstance(o.get("text"), str) else "".join(o.get("text", [])) for c in project.json("reports/prepare.ipynb")["cells"] for o in c.get("outputs", []))
     # one's own network and metric, by name
     project.param(train__model={"name": "contrast_cnn", "width": 8}, train__n_epochs=1)
-    assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"train", "evaluate"}
+    assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"tune", "train", "evaluate"}
     assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
     # a photo more: no other sample changes its split
     import polars as pl
