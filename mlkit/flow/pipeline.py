@@ -133,12 +133,13 @@ def dependency(
     params: dict[str, dict], # stage: its section
 ) -> str | None: # A path, or '${section.key}'; None: nothing to watch
     "What DVC should watch for one input."
+    from mlkit.sources.paths import unwatched
     if not path.startswith("${"):
         return path
     section, key = path[2:-1].split(".")
     value = params[section][key] or ""
     if value and (root / value).exists():
-        return path
+        return None if (root / value).is_dir() and unwatched(root / value) else path
     behind = watched(value)
     return behind if behind and (root / behind).exists() else None
 
