@@ -1125,6 +1125,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'mlkit/evaluation/verdict.py'),
                                           'mlkit.evaluation.verdict.judge': ( 'evaluation/verdict.html#judge',
                                                                               'mlkit/evaluation/verdict.py'),
+                                          'mlkit.evaluation.verdict.model_can_be_named': ( 'evaluation/verdict.html#model_can_be_named',
+                                                                                           'mlkit/evaluation/verdict.py'),
                                           'mlkit.evaluation.verdict.plot_verdict': ( 'evaluation/verdict.html#plot_verdict',
                                                                                      'mlkit/evaluation/verdict.py'),
                                           'mlkit.evaluation.verdict.read_verdict': ( 'evaluation/verdict.html#read_verdict',

@@ -23,6 +23,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:shares_add_up",
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
+    "mlkit.evaluation.verdict:model_can_be_named",
     "mlkit.training.check:components_are_known",
 ]
 GROUP = "mlkit.values" # of entry points
