@@ -204,13 +204,22 @@ def parents() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if str(socket_path().parent) in " ".join(p.info["cmdline"] or []) and "mlkit.flow.warm" in " ".join(p.info["cmdline"])]
 
 
-def set_parent(state: str | None, env: dict[str, str]):
-    "Bring the warm parent of an environment into this state: gone, or alone with all that it imports."
+START_PARENT = """
+from pathlib import Path
+from mlkit.flow.config import instruction_set
+from mlkit.flow.kernels import instruction_env, kernel_env
+from mlkit.flow.warm import start_parent
+print(start_parent(kernel_env(instruction_env(instruction_set(Path())))))
+"""
+
+
+def set_parent(state: str | None, root: Path, env: dict[str, str]):
+    "Bring the warm parent for the kernels of a project into this state: gone, or alone with all that it imports."
     if state == "cold":
         for socket in socket_path().parent.glob("*.sock"): socket.unlink()
         for p in psutil.wait_procs(parents(), timeout=60)[1]: p.kill()
     if state == "warm":
-        there = subprocess.run([sys.executable, "-c", "from mlkit.flow.kernels import KERNEL_ENV; from mlkit.flow.warm import start_parent; import os; print(start_parent(os.environ | KERNEL_ENV))"], env=env, capture_output=True, text=True, check=True).stdout
+        there = subprocess.run([sys.executable, "-c", START_PARENT], cwd=root, env=env, capture_output=True, text=True, check=True).stdout
         if not there.strip().endswith(".sock"): raise RuntimeError(f"no warm parent: {there}")
     busy = lambda: sum(sum(p.cpu_times()[:2]) for p in parents())
     before, after = -1, 0
@@ -225,7 +234,7 @@ def once(contender: Contender, workload: Workload, template: Path, root: Path, e
     program, *args = contender.command.split()
     command = [shutil.which(program, path=env["PATH"]), *args]
     patterns = [p for n in nodes.values() for p in n.stage.outputs.values()] + [p.format(n) for n in nodes for p in contender.leaves]
-    set_parent(contender.parent, env)
+    set_parent(contender.parent, root, env)
     found = {"seconds": execute(command, root, env)}
     made = {p: [f.stat().st_mtime_ns for f in root.glob(p)] for p in patterns}
     if missing := [p for p, files in made.items() if not files]: raise ValueError(f"{missing[0]} is missing")
@@ -329,7 +338,7 @@ def main():
         folder = Path(d)
         try:
             for w in workloads: measure(w, args, state, folder, envs)
-        finally: set_parent("cold", {})
+        finally: set_parent("cold", HERE, {})
     print(f"{here}; {args.repeats} repeats, in turn")
     for w in workloads: print("", table(w, taking_part(w), state[w.key]), sep="\n")
     if args.only != "default": print("", further(*WORKLOADS[:2], state), sep="\n")

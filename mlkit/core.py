@@ -46,9 +46,12 @@ def nearest(
 ) -> str: # "; did you mean 'x'?", or the known names if none is near
     "The end of an error message about an unknown `name`."
     import difflib
-    known = sorted(map(str, known))
-    if close := difflib.get_close_matches(str(name), known, n=1, cutoff=0.6):
-        return f"; did you mean '{close[0]}'?"
+    name, known = str(name), sorted(map(str, known))
+    section = name[:name.rfind(".") + 1]
+    shared = section if all(k.startswith(section) for k in known) else "" # says nothing of how near they are
+    ends = [k.removeprefix(shared) for k in known]
+    if close := difflib.get_close_matches(name.removeprefix(shared), ends, n=1, cutoff=0.6):
+        return f"; did you mean '{shared}{close[0]}'?"
     return f"; known: {', '.join(known)}" if known else ""
 
 # %% ../nbs/00_core.ipynb #c70965ae

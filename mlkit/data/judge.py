@@ -282,14 +282,14 @@ def classes(case: Case) -> Iterator[Noticed]:
         yield Noticed("classes", f"the same value in every row ({value}); there is nothing to predict", target.name, 1)
 
 # %% ../../nbs/data/01_judge.ipynb #9c2a07b8
-NO_FEATURE = ("every column but the target is kept aside ({}), so there is nothing to learn from; "
-              "add columns, or make the contract yours ('mlkit contract accept') and give one another dtype")
+NO_FEATURE = ("every column but the target is kept aside, so there is nothing to learn from ({}); add columns or rewrite "
+              "their values; in a project you may also give one another dtype, see 'mlkit contract accept'")
 
 def features(case: Case) -> Iterator[Noticed]:
     "A table of which nothing is left to learn from."
     if case.seen.rows and not case.contract.features:
-        aside = [f"{f.name}: {f.dtype}" for f in case.contract.inputs]
-        shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
+        aside = [f"'{f.name}' is {f.dtype}" + (f", {f.why}" if f.why else "") for f in case.contract.inputs]
+        shown = "; ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
         yield Noticed("features", NO_FEATURE.format(shown))
 
 # %% ../../nbs/data/01_judge.ipynb #fc47b839

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Check', 'CHECKS', 'GROUP', 'SPLITS', 'CHECKED', 'LOOKED_AT', 'load_checks', 'shares_add_up', 'criteria_are_complete',
-           'measuring', 'last_run', 'md5_of', 'same_code', 'same_values', 'figures', 'known_metrics',
-           'criteria_are_measured', 'state', 'check_values']
+           'measuring', 'md5_of', 'same_code', 'same_values', 'figures', 'known_metrics', 'criteria_are_measured',
+           'state', 'check_values']
 
 # %% ../../nbs/flow/05_checks.ipynb #ad0f97d2
 import hashlib, json
@@ -14,7 +14,7 @@ from typing import Callable, Iterator
 
 from ..core import ConfigError, nearest, write_atomic
 from .config import read_params
-from .pipeline import Node, load_stages
+from .pipeline import Node, last_run, load_stages
 
 # %% ../../nbs/flow/05_checks.ipynb #fc1dd563
 Check = Callable[[dict[str, dict], Path], None] # of the checked sections of params.yaml, and the project's folder
@@ -24,6 +24,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.evaluation.verdict:model_can_be_named",
+    "mlkit.inputs.base:corruption_is_known",
     "mlkit.training.check:components_are_known",
 ]
 GROUP = "mlkit.values" # of entry points
@@ -78,15 +79,6 @@ def measuring(nodes: dict[str, Node]) -> dict[str, list[str]]: # stage: paths
         if reports := [p for p in node.stage.outputs.values() if p in read and p.startswith("reports/")]:
             found[name] = reports
     return found
-
-# %% ../../nbs/flow/05_checks.ipynb #c336dce8
-def last_run(root: Path) -> dict[str, dict]: # stage: its entry; empty: none, or unreadable
-    "The stages in `dvc.lock`."
-    from ruamel.yaml import YAML, YAMLError
-    try:
-        return YAML(typ="safe").load(root / "dvc.lock").get("stages", {})
-    except (OSError, ValueError, AttributeError, YAMLError):
-        return {}
 
 # %% ../../nbs/flow/05_checks.ipynb #96802594
 def md5_of(path: Path) -> str | None: # As DVC hashes; None: not there

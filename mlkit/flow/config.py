@@ -133,7 +133,7 @@ def type_fault(
     fault: dict, # The first of pydantic's `ValidationError.errors()`
 ) -> str: # 'train.lr: Input should be … (got 'fast')'
     "A fault in one line."
-    place, given = ".".join([name, *map(str, fault["loc"])]), fault["input"]
+    place, given = ".".join([name, *(str(p) for p in fault["loc"] if p != "[key]")]), fault["input"]
     if fault["type"] in WORDS:
         return f"{place}: {WORDS[fault['type']]}"
     quoted = isinstance(given, str) and re.fullmatch(NUMBER, given, re.I)

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'declaration', 'Node', 'makers', 'in_order',
-           'load_stages', 'watched', 'dependency', 'is_written', 'sections_of', 'origins', 'stage_entry', 'index_entry',
-           'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render', 'module_of', 'library_notebooks',
-           'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
+           'load_stages', 'watched', 'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of',
+           'origins', 'stage_entry', 'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed',
+           'render', 'module_of', 'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale',
+           'readme_text', 'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, posixpath, re
@@ -14,7 +15,7 @@ from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
 
-from ..core import StageError, write_atomic
+from ..core import DataError, StageError, write_atomic
 from .config import load_params, read_params, schema
 from .environment import ENVIRONMENT, environment_keys, import_tree, render_environment
 from .notebook import code_cells, read_notebook
@@ -126,11 +127,35 @@ def watched(value: str) -> str: # Empty: none
         return os.path.dirname(plain)
     return plain if option else ""
 
+# %% ../../nbs/flow/04_pipeline.ipynb #aa3d9795
+def read_lock(root: Path) -> dict[str, dict]: # stage: its entry; empty: no run yet
+    "The stages in `dvc.lock`. Raises `DataError` where it cannot be read."
+    from ruamel.yaml import YAML, YAMLError
+    path = root / "dvc.lock"
+    try:
+        return YAML(typ="safe").load(path)["stages"]
+    except FileNotFoundError:
+        return {}
+    except (YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise DataError(f"{path}: half-written; 'mlkit repro' heals it") from None
+
+def last_run(root: Path) -> dict[str, dict]: # stage: its entry; empty: none, or unreadable
+    "The stages in `dvc.lock`, where it tells."
+    try:
+        return read_lock(root)
+    except (DataError, OSError):
+        return {}
+
+def last_inputs(root: Path) -> set[str]: # Paths relative to the project
+    "All that the stages read at their last run."
+    return {dep["path"] for entry in last_run(root).values() for dep in entry.get("deps", ())}
+
 # %% ../../nbs/flow/04_pipeline.ipynb #6ac35046
 def dependency(
     path: str, # As a stage declares it in `reads`
     root: Path,
     params: dict[str, dict], # stage: its section
+    before: set[str] = frozenset(), # Inputs of the last run, see `last_inputs`
 ) -> str | None: # A path, or '${section.key}'; None: nothing to watch
     "What DVC should watch for one input."
     from mlkit.sources.paths import unwatched
@@ -138,10 +163,12 @@ def dependency(
         return path
     section, key = path[2:-1].split(".")
     value = params[section][key] or ""
-    if value and (root / value).exists():
-        return None if (root / value).is_dir() and unwatched(root / value) else path
+    if value and (root / value).is_dir() and unwatched(root / value):
+        return None
+    def is_input(place):
+        return place and ((root / place).exists() or os.path.normpath(place) in before)
     behind = watched(value)
-    return behind if behind and (root / behind).exists() else None
+    return path if is_input(value) else behind if is_input(behind) else None
 
 # %% ../../nbs/flow/04_pipeline.ipynb #e790085c
 def is_written(
@@ -177,12 +204,13 @@ def stage_entry(
     imports: tuple[list[str], list[str], list[str]], # From `Node.imports`, of the stage and its origins
     written: dict, # `params.yaml` as it stands
     measured_by: dict[str, Node] = {}, # See `origins`
+    before: set[str] = frozenset(), # See `last_inputs`
 ) -> dict:
     "The entry of a stage in `dvc.yaml`."
     stage, (files, modules, names) = node.stage, imports
     together = [node, *measured_by.values()]
     measured = {path for other in together for path in other.stage.measures.values()}
-    read = [dependency(p, root, params) for other in together for p in other.stage.reads.values() if p not in measured]
+    read = [dependency(p, root, params, before) for other in together for p in other.stage.reads.values() if p not in measured]
     notebooks = [other.notebook.as_posix() for other in together]
     pages = [other.reports[0] for other in measured_by.values()] # DVC's edge from one stage to the other
     sections = [section for other in together for section in sections_of(other, written)]
@@ -226,11 +254,11 @@ def dvc_config(
     nodes = load_stages(root)
     params, written = load_params(root, {n: node.types for n, node in nodes.items()}), read_params(root)
     imports = {n: node.imports(root) for n, node in nodes.items()}
-    stages = {}
+    stages, before = {}, last_inputs(root)
     for n, node in nodes.items():
         of = origins(node, nodes)
         together = merged_imports([imports[n], *(imports[other] for other in of)])
-        stages[n] = stage_entry(node, root, params, together, written, of)
+        stages[n] = stage_entry(node, root, params, together, written, of, before)
     imports["index"] = import_tree(["import mlkit.flow.index"], root)
     stages["index"] = index_entry(nodes, imports["index"])
     plots = [plot_entry(name, p) for node in nodes.values() for name, p in node.stage.plots.items()]

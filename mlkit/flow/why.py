@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'changed_values', 'definitions', 'changed_definitions', 'version_of', 'folder_changed', 'module_change',
-           'changed_input', 'changed_output', 'read_yaml', 'at', 'changed_params', 'new_inputs', 'last_runs', 'why']
+           'at_source', 'changed_input', 'changed_output', 'read_yaml', 'at', 'changed_params', 'new_inputs', 'why']
 
 # %% ../../nbs/flow/17_why.ipynb #5a55d7c8
 import ast, hashlib, subprocess
@@ -10,7 +10,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Iterator
 
-from ..core import DataError, StageError, nearest
+from ..core import StageError, nearest
+from .pipeline import read_lock
 from .verify import md5
 
 # %% ../../nbs/flow/17_why.ipynb #190ff162
@@ -83,6 +84,10 @@ def module_change(root: Path, dep: dict) -> str:
     return f"{', '.join(names) or 'only comments'} changed"
 
 # %% ../../nbs/flow/17_why.ipynb #3439202f
+def at_source(path: str) -> bool:
+    "Whether an input that no stage makes is data, and no code."
+    return not path.endswith((".py", ".ipynb"))
+
 def changed_input(
     root: Path, # The project
     dep: dict, # As `dvc.lock` has it: path and md5
@@ -91,8 +96,10 @@ def changed_input(
     "Whether and how an input changed since the last run."
     path, file = dep["path"], root / dep["path"]
     maker = makers.get(path)
+    if not file.exists() and maker:
+        return f"{path}: is missing; '{maker}' makes it"
     if not file.exists():
-        return f"{path}: is missing" + (f"; '{maker}' makes it" if maker else "")
+        return None if at_source(path) else f"{path}: is missing"
     same = not folder_changed(root, path) if file.is_dir() else md5(file) == dep.get("md5")
     if same:
         return None
@@ -136,23 +143,13 @@ def new_inputs(root: Path, entry: dict, declared: dict) -> Iterator[str]: # Line
         if found not in known:
             yield f"{found}: is a new input"
 
-# %% ../../nbs/flow/17_why.ipynb #1f59ddae
-def last_runs(root: Path) -> dict[str, dict]: # stage: its entry in `dvc.lock`
-    "Raises `DataError` where the file cannot be read."
-    from ruamel.yaml import YAMLError
-    path = root / "dvc.lock"
-    try:
-        return read_yaml(path).get("stages", {}) if path.is_file() else {}
-    except (YAMLError, UnicodeDecodeError, AttributeError):
-        raise DataError("dvc.lock: half-written; 'mlkit repro' heals it") from None
-
 # %% ../../nbs/flow/17_why.ipynb #3a5eabfd
 def why(
     root: Path, # The project
     name: str, # Of a stage
 ) -> list[str]: # A line an input that changed; empty: up to date
     "Raises `StageError` on an unknown stage, `DataError` where `dvc.lock` cannot be read."
-    stages, locked = read_yaml(root / "dvc.yaml")["stages"], last_runs(root)
+    stages, locked = read_yaml(root / "dvc.yaml")["stages"], read_lock(root)
     if name not in stages:
         raise StageError(f"no stage is called '{name}'{nearest(name, stages)}")
     if name not in locked:

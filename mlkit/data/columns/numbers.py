@@ -43,8 +43,8 @@ def number_form(format: str) -> NumberForm:
 def body_pattern(sign: str) -> str: # '.' or ','
     "What the digits of a number look like with this decimal sign."
     point, comma = re.escape(sign), re.escape("," if sign == "." else ".")
-    threes = "|".join(rf"\d{{1,3}}(?:{g}\d{{3}})+" for g in (comma, r"\s", "['’]"))
-    lakhs = rf"\d{{1,2}}(?:{comma}\d{{2}})+{comma}\d{{3}}"
+    threes = "|".join(rf"[1-9]\d{{0,2}}(?:{g}\d{{3}})+" for g in (comma, r"\s", "['’]"))
+    lakhs = rf"[1-9]\d?(?:{comma}\d{{2}})+{comma}\d{{3}}"
     return rf"(?:(?:{threes}|{lakhs}|\d+)(?:{point}\d*)?|{point}\d+)(?:[eE][-+]?\d+)?"
 
 BODIES = {sign: f"^{body_pattern(sign)}$" for sign in ".,"}
