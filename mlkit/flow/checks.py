@@ -24,7 +24,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.evaluation.verdict:model_can_be_named",
-    "mlkit.inputs.base:corruption_is_known",
+    "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:components_are_known",
 ]
 GROUP = "mlkit.values" # of entry points
