@@ -1159,6 +1159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlkit.flow.config.check_unhashed': ('flow/config.html#check_unhashed', 'mlkit/flow/config.py'),
                                    'mlkit.flow.config.instruction_set': ('flow/config.html#instruction_set', 'mlkit/flow/config.py'),
                                    'mlkit.flow.config.load_params': ('flow/config.html#load_params', 'mlkit/flow/config.py'),
+                                   'mlkit.flow.config.parse_yaml': ('flow/config.html#parse_yaml', 'mlkit/flow/config.py'),
                                    'mlkit.flow.config.read_params': ('flow/config.html#read_params', 'mlkit/flow/config.py'),
                                    'mlkit.flow.config.run_cell': ('flow/config.html#run_cell', 'mlkit/flow/config.py'),
                                    'mlkit.flow.config.schema': ('flow/config.html#schema', 'mlkit/flow/config.py'),
