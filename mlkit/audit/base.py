@@ -30,6 +30,7 @@ class Finding:
     samples: tuple[str, ...] = () # names of the worst ones
     evidence: dict[str, float] = field(default_factory=dict) # what was measured
     check: str = "" # name of the check; `run.audit` fills it in
+    cannot_know: str = "" # what a person has to judge, since the data do not tell; `run.audit` fills it in
 
     def __post_init__(self):
         if self.severity not in SEVERITIES:
@@ -50,18 +51,20 @@ class Check:
     name: str
     function: Callable # takes `Data` and parameters of its own; yields findings
     modalities: tuple[str, ...] = () # kinds of data that it can judge; empty: every kind
+    cannot_know: str = "" # what the data do not tell, for its findings
 
 # %% ../../nbs/audit/00_base.ipynb #8514f24f
 CHECKS = Registry("audit check", "mlkit.checks") # name: `Check`
 
 def check(
     *modalities, # 'image', 'rows' or a kind of your own; none: every kind
+    cannot_know: str = "", # what the data do not tell, one line; each finding of the check says it
 ): # a decorator, or the function where it stands alone: `@check`
     "Register a check under the name of its function. A later one of the same name takes its place."
     if len(modalities) == 1 and callable(modalities[0]):
         return check()(modalities[0])
     def register(function):
-        CHECKS[function.__name__] = Check(function.__name__, function, modalities)
+        CHECKS[function.__name__] = Check(function.__name__, function, modalities, cannot_know)
         return function
     return register
 

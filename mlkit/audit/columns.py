@@ -60,7 +60,7 @@ def leaks(
     return [j for j in told.strong if told.skills[j] >= limit and told.skills[j] > told.others + (1 - limit)]
 
 # %% ../../nbs/audit/07_columns.ipynb #5d01cb0b
-@check("rows")
+@check("rows", cannot_know="whether the value is known when the model will be asked")
 def leakage(
     data,
     *,
@@ -78,7 +78,7 @@ def leakage(
         yield Finding("error", len(data), text, action, (), evidence(skill=s, others=told.others))
 
 # %% ../../nbs/audit/07_columns.ipynb #eec108b5
-@check("rows")
+@check("rows", cannot_know="whether the value is known when the model will be asked")
 def dominant(
     data,
     *,
@@ -118,7 +118,7 @@ def _later(data, name, max_share): # `name`: a column of dates
                       data.first(later), evidence(later=later.mean()))
 
 # %% ../../nbs/audit/07_columns.ipynb #9e7e9eca
-@check("rows")
+@check("rows", cannot_know="when the value was written")
 def after_the_fact(
     data,
     *,
@@ -188,7 +188,7 @@ def _extreme(data, name, v, times, times_log, rare):
                       data.first(worst), evidence(share=n / len(v), median=median, worst=v[worst[0]]))
 
 # %% ../../nbs/audit/07_columns.ipynb #3f3e350b
-@check("rows")
+@check("rows", cannot_know="whether the value is a fault or a rare case")
 def extreme(
     data,
     *,

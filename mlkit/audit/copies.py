@@ -36,7 +36,7 @@ def repeats(
     return np.stack([first[extra], extra], 1)
 
 # %% ../../nbs/audit/04_copies.ipynb #a908e0ea
-@check
+@check(cannot_know="whether equal values are one case twice, or two cases that are alike")
 @singledispatch
 def duplicate(
     data,
@@ -67,7 +67,7 @@ def contradicting(
     return groups.to_series().to_numpy() > apart
 
 # %% ../../nbs/audit/04_copies.ipynb #e5e3c28c
-@check
+@check(cannot_know="which of the targets is right, or whether both are")
 @singledispatch
 def conflict(
     data,
@@ -152,7 +152,7 @@ def near_rows(
     return NO_PAIRS if len(found) <= in_ring or _crowded(Z, found, nearest[:, -1], wider * near) else found
 
 # %% ../../nbs/audit/04_copies.ipynb #04e223d2
-@check
+@check(cannot_know="whether it is one case measured twice, or two cases that are alike")
 @singledispatch
 def near_duplicate(
     data,

@@ -21,7 +21,7 @@ def isolation(
     return robust_z(score) * (score > np.median(score))
 
 # %% ../../nbs/audit/03_distribution.ipynb #803093bd
-@check
+@check(cannot_know="whether it is a fault or a rare case that the model will meet")
 def outlier(
     data,
     *,
@@ -60,7 +60,7 @@ def _small_class(data, max_ratio):
                       evidence(ratio=many / few))
 
 # %% ../../nbs/audit/03_distribution.ipynb #02cfe8c9
-@check
+@check(cannot_know="whether the model will meet the classes in these shares")
 def imbalance(
     data,
     *,
@@ -100,7 +100,7 @@ def _drift_finding(part, found, measured):
     return Finding("warning", part.y.sum(), text, action, part.first(worst), measured)
 
 # %% ../../nbs/audit/03_distribution.ipynb #9ac0d5e4
-@check
+@check(cannot_know="which of the two splits stands for what the model will meet")
 def drift(
     data,
     *,

@@ -60,7 +60,7 @@ def _suspected_group(data, name, group, n_groups, min_skill, max_crossing):
                   evidence(skill=s, crossing=share, groups=n_groups))
 
 # %% ../../nbs/audit/08_groups.ipynb #4b5b357e
-@check("rows")
+@check("rows", cannot_know="whether the model will meet new groups, or only known ones")
 def group_leak(
     data,
     *,
@@ -120,7 +120,7 @@ def _followed(data, name, min_agreement, max_beside): # `name`: a column of date
                   evidence(agreement=agree, beside=beside))
 
 # %% ../../nbs/audit/08_groups.ipynb #3ff68c13
-@check("rows")
+@check("rows", cannot_know="whether the model will be asked about the time after its data")
 def time_leak(
     data,
     *,

@@ -109,7 +109,7 @@ def image_data(
 def _first(rows): # names, for a finding
     return tuple(rows["name"].head(10))
 
-@check("image")
+@check("image", cannot_know="what the file was meant to show")
 def unreadable(data):
     "Images that no decoder takes."
     bad = data.index.filter(pl.col("content").is_null())
@@ -238,7 +238,7 @@ def shortcut_images(
                       evidence(place=s))
 
 # %% ../../nbs/audit/05_images.ipynb #7f771da3
-@check("image")
+@check("image", cannot_know="whether an empty image is a fault or a case that the model will meet")
 def blank(
     data,
     *,

@@ -80,7 +80,7 @@ def _what(data, found, sure):
     return f"{what} {found.model}, which is weak itself (skill {found.skill:.2f}): trust the order more than the number"
 
 # %% ../../nbs/audit/02_labels.ipynb #d7fc6fca
-@check
+@check(cannot_know="whether the label or the model is wrong: a rare case looks the same")
 def label_error(
     data,
     *,
