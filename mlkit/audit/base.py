@@ -101,6 +101,7 @@ class Data:
     classes: tuple[str, ...] | None # None: regression
     split: np.ndarray # (n,) str, of `SPLITS`; '' for what `prepare` leaves out, see `split_of`
     total: int # samples that there are; more than n: the n were drawn from them
+    aside: dict[str, np.ndarray] = field(default_factory=dict) # name: (n,) float, columns that no model sees, as codes
     modality = "rows"
     named_columns = True
 
@@ -143,7 +144,7 @@ def take(
     "Some of the samples."
     y = (self.y if y is None else y)[rows]
     part = Data(self.names[rows], self.X[rows], self.columns, self.category, y, classes or self.classes,
-                self.split[rows], self.total)
+                self.split[rows], self.total, {name: v[rows] for name, v in self.aside.items()})
     part.modality, part.named_columns = self.modality, self.named_columns
     return part
 
