@@ -102,7 +102,7 @@ def image_data(
     return ImageData(
         rows["name"].to_numpy(), X, tuple(f"pixel {i}" for i in range(X.shape[1])), np.zeros(X.shape[1], bool),
         np.array([classes.index(label) for label in rows["label"]], int), classes, split_of(rows, split),
-        len(readable), index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
+        len(readable), {}, index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
         np.array([s[2] for s in seen], float).reshape(-1, len(PROPERTIES)))
 
 # %% ../../nbs/audit/05_images.ipynb #58af3f76
