@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import columns, copies, distribution, groups, images, labels
+from . import columns, copies, distribution, formula, groups, images, labels
 from .base import CHECKS, SEVERITIES, Data, Finding, checks_for, implementation
 from ..component import checked_parameters
 from ..core import ConfigError, DataError, MlkitError, nearest
 
 # %% ../../nbs/audit/09_run.ipynb #14dc4bac
-ROOMS = (labels, distribution, copies, images, columns, groups)
+ROOMS = (labels, distribution, copies, images, columns, formula, groups)
 
 # %% ../../nbs/audit/09_run.ipynb #f976d2e0
 def _own(given, checks, data): # {check: all its parameters} of the checks that are given some
