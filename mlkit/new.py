@@ -18,6 +18,7 @@ import polars as pl
 
 from .core import DataError
 from .inputs.base import find_input
+from .project.roles import OWN_CONTRACT, Roles, own_contract, with_roles
 
 # %% ../nbs/09_new.ipynb #eb20c2ef
 @dataclass(frozen=True)
@@ -235,26 +236,34 @@ def choose(
     source: str, # As `ingest.source` will say
     name: str, # Of the project
     target: str | None, # Of a table: the column to predict
-) -> Sections:
+    roles: Roles = Roles(), # Of a table: group, time and split, as a person named them
+) -> tuple[Sections, dict[str, str]]: # And files that the project gets: their text
     "The values for these data; why a column was taken for what it is joins `found.seen`. Raises `ConfigError`, `DataError`."
     with tempfile.TemporaryDirectory(prefix="mlkit-new-") as d:
         shards = Path(d) / "shards"
         contract = find_input(found.modality).ingest(found, shards, None, target).contract
+        contract = with_roles(contract, roles) if roles.asked else contract
         sections = common(name, Choice(source))
         try:
             CHOOSERS.get(found.modality, lambda *_: None)(sections, shards, contract)
         except DataError as e:
             raise DataError(f"{source}: {e}") from None
+    files = own_contract(contract, roles)
+    if files:
+        sections["ingest"]["contract"] = Choice(OWN_CONTRACT, "yours: it holds what you named")
+    if roles.method:
+        sections["prepare"]["method"] = Choice(roles.method, "named by you")
     for column in contract.columns if found.modality == "rows" else ():
         is_target = ", the target" if column is contract.target else ""
         found.seen.append(f"{column.name}: {column.dtype}{is_target}; {column.why}")
-    return {stage: values for stage, values in sections.items() if values}
+    return {stage: values for stage, values in sections.items() if values}, files
 
 # %% ../nbs/09_new.ipynb #e7464e4f
 def new_project(
     out: Path, # The folder that is made
     data: str, # A path, a URL, or the name of a source
     target: str | None = None, # Of a table: the column to predict
+    roles: Roles = Roles(), # Of a table: group, time and split, as a person named them
 ) -> tuple[Sections, list[str], list[str]]: # What was chosen; what was seen; what git says
     "Look at the data and write the project. Raises `DataError`, `ConfigError`; then nothing is left."
     from mlkit.project.write import check_free, source_as_given, source_from, write_project
@@ -263,7 +272,7 @@ def new_project(
     out = out.absolute()
     source = source_from(out, data)
     found = open_source(source_as_given(data), Path.cwd())
-    sections = choose(found, source, out.name, target)
+    sections, files = choose(found, source, out.name, target, roles)
     params = params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change.")
-    said = write_project(out, found.modality, params, source)
+    said = write_project(out, found.modality, params, source, files)
     return sections, [found.description, *found.reasons], said

@@ -32,10 +32,14 @@ def reasons(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--from", "data", required=True, help="A folder of images, a table, a URL; or digits, breast_cancer, diabetes.")
 @click.option("--target", help="Of a table: the column to predict.")
-def new(folder, data, target):
+@click.option("--group", help="Of a table: the column whose rows belong together, such as a patient. Rows are split by it.")
+@click.option("--time", help="Of a table: the date that orders the rows. Rows are split by it, unless --group is given.")
+@click.option("--split", metavar="METHOD", help="Of a table: random, stratified, group or time; default: by group, by time, else random.")
+def new(folder, data, target, group, time, split):
     "Make a project in FOLDER that runs: look at the data, choose the values of params.yaml, say why."
     from mlkit.new import new_project
-    sections, seen, said = new_project(folder, data, target)
+    from mlkit.project.roles import Roles
+    sections, seen, said = new_project(folder, data, target, Roles(group, time, split))
     for line in [*seen, *reasons(sections), *said]:
         click.echo(line)
     click.secho(f"Made {folder}. Next: cd {folder} && mlkit repro", fg="green", bold=True)

@@ -156,6 +156,7 @@ def write_project(
     modality: str, # 'image', 'rows', or one of your own
     params: str, # Text of `params.yaml`
     source: str, # For the README: what it is made from
+    files: dict[str, str] = {}, # More of them: their text
 ) -> list[str]: # Lines for the user, about git
     "Write a project with its git repository, DVC and first commit. Raises `ConfigError` where `out` holds something."
     check_free(out)
@@ -164,7 +165,7 @@ def write_project(
     own = git and not in_repository(out)
     message, readme = f"{out.name}: made by 'mlkit new'", README.format(name=out.name, source=source)
     with appearing(out) as aside:
-        write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED})
+        write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED} | files)
         init_dvc(aside)
         said = join_git(aside, own, message) if own else []
     if git and not own:
