@@ -51,7 +51,7 @@ def audited_images(contract: Contract, shards: Path, made: pl.LazyFrame, max_sam
 @audits("rows")
 def audited_rows(contract: Contract, shards: Path, made: pl.LazyFrame, max_samples: int) -> Data:
     "The rows that have a target."
-    return table_data(read_parts(shards), contract, looked_up(made, "_row"), max_samples)
+    return table_data(read_parts(shards), contract, looked_up(made, "_row"), max_samples, made)
 
 # %% ../../nbs/audit/10_data.ipynb #035ba1c3
 def _numbered(labels): # (n,) int; the classes, in the order of the alphabet

@@ -56,7 +56,7 @@ def _small_class(data, max_ratio, fewest):
     there = sorted((int(n), label) for n, label in zip(counts, data.classes) if n)
     if there and there[-1][0] > max_ratio * there[0][0]:
         (few, small), (many, large) = there[0], there[-1]
-        yield Finding("warning" if few < fewest else "info", few,
+        yield Finding("warning" if few * data.total < fewest * len(data) else "info", few,
                       f"class '{large}' has {many} samples, class '{small}' only {few}",
                       "collect more of the small class, and read the figures class by class", (),
                       evidence(ratio=many / few))
