@@ -171,6 +171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mlkit.audit.memory._model': ('audit/memory.html#_model', 'mlkit/audit/memory.py'),
                                     'mlkit.audit.memory._predicted': ('audit/memory.html#_predicted', 'mlkit/audit/memory.py'),
                                     'mlkit.audit.memory._right': ('audit/memory.html#_right', 'mlkit/audit/memory.py'),
+                                    'mlkit.audit.memory._varies': ('audit/memory.html#_varies', 'mlkit/audit/memory.py'),
                                     'mlkit.audit.memory.folds_of': ('audit/memory.html#folds_of', 'mlkit/audit/memory.py'),
                                     'mlkit.audit.memory.group_p': ('audit/memory.html#group_p', 'mlkit/audit/memory.py'),
                                     'mlkit.audit.memory.memory_of': ('audit/memory.html#memory_of', 'mlkit/audit/memory.py'),

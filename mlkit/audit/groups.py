@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np, polars as pl
 
 from .base import Finding, check, evidence
-from .memory import Memory, memory_of
+from .memory import LARGEST, MAX_ROWS, Memory, memory_of
 from .skill import codes, ranks, skill
 from .tables import as_numbers, inputs_of, target_of
 
@@ -69,12 +69,13 @@ def suspects(
 def rows_of_groups(
     data, # see `tables.TableData`
     name: str, # of the column
-    max_rows: int = 2000, # about
+    max_rows: int = MAX_ROWS, # about
 ) -> pl.DataFrame: # rows of groups that are there whole
     "Of a table that is audited in a sample: all rows of some groups."
     known = data.everything.filter(pl.col(name).is_not_null() & pl.col(data.contract.target.name).is_not_null())
-    sizes = known.group_by(name).len().collect(engine="streaming").sort(name).sample(fraction=1, shuffle=True, seed=0)
-    some = sizes.filter((pl.col("len").cum_sum() <= max_rows) | (pl.int_range(pl.len()) == 0))[name]
+    sizes = known.group_by(name).len().filter(pl.col("len") <= LARGEST).collect(engine="streaming")
+    sizes = sizes.sort(name).sample(fraction=1, shuffle=True, seed=0)
+    some = sizes.filter(pl.col("len").cum_sum() <= max_rows)[name]
     return known.filter(pl.col(name).is_in(some.to_list())).collect(engine="streaming").sort("_row")
 
 def measured(
