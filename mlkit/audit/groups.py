@@ -36,7 +36,7 @@ class Suspect:
     n_groups: int
     kind: str # 'aside': no model sees it; 'category'; 'number'
 
-FEWEST_GROUPS = 20
+FEWEST_GROUPS = {"aside": 12, "category": 12, "number": 20} # kind: different values
 KIND_OF = {"category": "category", "int64": "number"} # type in the contract: kind; another type is kept aside
 
 def sizes_of(
@@ -61,7 +61,7 @@ def suspects(
     sizes = sizes_of(data, list(kinds))
     found = [Suspect(name, as_numbers(data.rows[name], True), n_groups, kinds[name])
              for name, (n_groups, n_rows) in sizes.items()
-             if name == data.contract.group or n_groups >= FEWEST_GROUPS and n_rows >= 1.5 * n_groups]
+             if name == data.contract.group or n_groups >= FEWEST_GROUPS[kinds[name]] and n_rows >= 1.5 * n_groups]
     order = ("aside", "category", "number")
     return sorted(found, key=lambda s: (s.name != data.contract.group, order.index(s.kind)))[:most]
 
@@ -180,11 +180,13 @@ def group_leak(
 ):
     "Rows that belong together lie in different splits, and a model gains by it."
     tried = suspects(data) if len(data) >= 50 or data.contract.group else []
+    found = []
     for suspect in tried:
         if suspect.name == data.contract.group:
-            yield from _named_group(data, suspect)
-        elif len(data) >= 50:
-            yield from _suspected_group(data, suspect, len(tried), min_gain, min_skill, max_crossing)
+            found += _named_group(data, suspect)
+        elif len(data) >= 50 and not (suspect.kind == "number" and found):
+            found += _suspected_group(data, suspect, len(tried), min_gain, min_skill, max_crossing)
+    yield from found
 
 # %% ../../nbs/audit/08_groups.ipynb #c53c4a98
 def time_order(

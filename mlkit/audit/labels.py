@@ -53,9 +53,12 @@ FAR_RESIDUAL = 3.5 # robust standard deviations (Iglewicz and Hoaglin 1993)
 
 def stand_out(
     z: np.ndarray, # (n,) residuals in robust standard deviations, see `robust_z`
+    p: np.ndarray, # (n,) predictions
 ) -> float: # in [0, 1]
-    "The share of the residuals beyond 2.5 standard deviations that lie beyond 3.5."
-    return float((z > FAR_RESIDUAL).sum() / max((z > FAR_RESIDUAL - 1).sum(), 1))
+    "The share of the residuals beyond 2.5 standard deviations that lie beyond 3.5; 0 if hardly any is of a small value."
+    far = z > FAR_RESIDUAL
+    small = (p[far] < np.median(p)).mean() if far.any() else 0.0
+    return float(far.sum() / (z > FAR_RESIDUAL - 1).sum()) if 0.2 <= small <= 0.8 else 0.0
 
 # %% ../../nbs/audit/02_labels.ipynb #8f89957a
 def _judge_values(data):
@@ -64,7 +67,7 @@ def _judge_values(data):
     quality = get_label_quality_scores(data.y, found.p, method="residual")
     suggestion = np.array([f"{v:.4g}" for v in found.p])
     z = robust_z(data.y - found.p)
-    return Labels(quality, z > FAR_RESIDUAL, suggestion, found.skill, found.model, stand_out(z))
+    return Labels(quality, z > FAR_RESIDUAL, suggestion, found.skill, found.model, stand_out(z, found.p))
 
 # %% ../../nbs/audit/02_labels.ipynb #0b5732d9
 def _judge_classes(data, judged): # `judged`: (n,) bool, samples of classes that are large enough

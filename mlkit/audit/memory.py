@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/audit/11_memory.ipynb #d8b1c664
-MAX_ROWS = 2000 # on which is measured
+MAX_ROWS = 5000 # on which is measured
 LARGEST = MAX_ROWS // 8 # rows of a group
 
 def whole_groups(
