@@ -386,3 +386,68 @@ def test_more_rows_than_are_looked_at(tmp_path):
     assert 3000 < len(data) < 3600 and data.total == 33_000 and abs((data.split == "train").mean() - 0.7) < 0.05
     f, = of(audit(data), "duplicate")
     assert abs(f.count - 300) < 60 and "drawn from 33,000" in f.text and f.evidence["crossing"] == 0
+
+# What the audit is to find by measuring: storms followed by the hour, wages asked for each year, a leaked sum
+
+def storms():
+    "Hours of 90 storms: place and wind drift, the kind hangs on a strength that nobody measures."
+    random, n, hours = np.random.default_rng(0), 90, 20
+    drift = random.normal(0, 0.4, (n, hours, 2)).cumsum(1) + random.uniform(-30, 30, (n, 1, 2))
+    strength = random.normal(size=(n, 1)) + random.normal(0, 0.15, (n, hours)).cumsum(1)
+    kind = np.array(["depression", "storm", "hurricane"])[np.digitize(strength.ravel(), [-0.7, 0.7])]
+    place, wind = drift.reshape(-1, 2), (strength + random.normal(0, 0.6, (n, hours))).ravel()
+    names = np.repeat([f"Storm {i}" for i in range(n)], hours)
+    return pl.DataFrame({"name": names, "lat": place[:, 0], "long": place[:, 1], "wind": wind, "kind": kind}), "kind"
+
+def wages():
+    "Eight years of 200 persons, who keep their schooling and about their wage."
+    random, n = np.random.default_rng(0), 200
+    who, year, worth = np.repeat(np.arange(n), 8), np.tile(np.arange(8), n), random.normal(0, 0.35, n)
+    school, start = random.integers(8, 17, n)[who], random.integers(0, 15, n)[who]
+    wage = 0.06 * school + 0.02 * (start + year) + worth[who] + random.normal(0, 0.3, 8 * n)
+    return pl.DataFrame({"person": who * 7 + 1000, "school": school, "experience": start + year,
+                         "hours": random.normal(size=n)[who], "wage": wage}), "wage"
+
+@pytest.mark.parametrize("example, name", [(storms, "name"), (wages, "person")])
+@pytest.mark.parametrize("max_samples", [10_000, 600])
+def test_groups_that_a_random_split_leaks(tmp_path, example, name, max_samples):
+    "Both figures are said; also where the table is audited in a sample. Not by a split by group, nor of groups by chance."
+    frame, target = example()
+    contract, _ = ingest_table(Frame(frame), tmp_path / "a", target, None, 100_000, progress=lambda line: None)
+    f, = of(audit(audit_data(contract, tmp_path / "a", Split(SHARES), max_samples)), "group_leak")
+    random, grouped = f.evidence["random"], f.evidence["grouped"]
+    assert f.severity == "warning" and f"'{name}'" in f.text and random - grouped > 0.08 and f.evidence["crossing"] > 0.9
+    assert "by a random split, and" in f.text and abs(float(f.text.split(" by a random")[0].split()[-1]) - random) < 0.001 and f"name '{name}' as 'group'" in f.action
+    by_name = Split(SHARES, method="group")
+    agreed = contract.model_copy(update={"group": name})
+    assert of(audit(audit_data(agreed, tmp_path / "a", by_name, max_samples)), "group_leak") == []
+    chance = frame.with_columns(pl.col(name).shuffle(0))
+    contract, _ = ingest_table(Frame(chance), tmp_path / "b", target, None, 100_000, progress=lambda line: None)
+    assert of(audit(audit_data(contract, tmp_path / "b", Split(SHARES), max_samples)), "group_leak") == []
+
+@pytest.mark.parametrize("what, formula", [
+    ("a sum", "casual + registered"), ("a difference", "casual - registered"), ("a product", "casual · price"),
+    ("a ratio", "price / casual"), ("a constant times a column", "casual + 2.5 · price")])
+def test_a_target_that_is_computed(rows, what, formula):
+    random, n = np.random.default_rng(0), 500
+    frame = pl.DataFrame({"casual": random.integers(1, 300, n), "registered": random.integers(1, 900, n),
+                          "price": random.uniform(1, 50, n).round(2)} | {f"noise {i}": random.normal(size=n) for i in range(6)})
+    values = {name: frame[name] for name in ("casual", "registered", "price")}
+    y = eval(formula.replace("·", "*"), {}, values)
+    found = audit(rows(frame.with_columns(total=y.cast(pl.Float64)), "total"))
+    f, = of(found, "formula")
+    assert f.severity == "error" and f"total = {formula} (exact" in f.text
+    with pytest.raises(DataError, match="'total' is computed"):
+        stop_on(found, ["formula"])
+    near = y + pl.Series(random.normal(0, 0.01, n)) * y.std()
+    assert of(audit(rows(frame.with_columns(total=near), "total")), "formula") == []
+
+def test_people_with_equal_features_are_no_copies(rows):
+    "As passengers of a ship: their names are kept aside, and most have the class, the sex and the age of another."
+    random, n = np.random.default_rng(0), 600
+    frame = pl.DataFrame({"name": [f"Person {i}, {random.integers(1e9)}" for i in range(n)],
+                          "sex": random.choice(["f", "m"], n), "class": random.choice(["1st", "2nd", "3rd"], n),
+                          "age": random.integers(1, 70, n), "saved": random.choice(["no", "yes"], n)})
+    found = of(audit(rows(frame, "saved", by_chance(0))), "duplicate", "conflict", "near_duplicate")
+    assert {f.check for f in found} >= {"duplicate", "conflict"} and {f.severity for f in found} == {"info"}
+    assert not [f for f in found if "remove" in f.action or "correct" in f.action]
