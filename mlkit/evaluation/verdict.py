@@ -112,6 +112,7 @@ MENDS = {
     "evaluate.constant_p_better": "look for columns that tell more of the target, or bring in more samples",
     "evaluate.shortfall": "a simple model beside it is clearly better, see reports/evaluate.html; search better values (tune.n_trials), "
                           "take another network, or serve the simple model",
+    "evaluate.weak_slices": "bring in more samples of that kind, or columns that explain it; reports/evaluate.html shows all of them",
     "export.max_difference": UNLIKE, "export.agreement": UNLIKE, "serve.agreement": UNLIKE,
     "serve.p99_ms": "take a smaller network or another engine (export.engine), or allow more milliseconds",
 }
