@@ -344,7 +344,7 @@ def traits(self: Image, prepared: Path, split: str) -> pl.DataFrame: # n rows
     X, _ = load_split(prepared / f"{split}.safetensors")
     sizes = pl.read_parquet(prepared / f"{split}.parquet", columns=["height", "width"])
     varying = [c for c in sizes.columns if sizes[c].n_unique() > 1]
-    return sizes.select(varying).with_columns(**{k: pl.Series(v) for k, v in picture_traits(X).items()})
+    return pl.DataFrame(sizes.select(varying).to_dict() | picture_traits(X))
 
 # %% ../../nbs/inputs/01_image.ipynb #b431d97d
 @patch
