@@ -152,7 +152,8 @@ INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <table><thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th>
 <th scope="col">asked</th>{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>
 {% for c, v in (verdict.criteria.items()|list) + (verdict.warnings.items()|list if verdict.warnings else []) %}<tr><th scope="row">
-{%- for part in breakable(c) %}{{ part }}<wbr>{% endfor %}</th>
+{%- for part in breakable(c) %}{{ part }}<wbr>{% endfor %}
+{%- if c in meanings %}<small>{{ meanings[c] }}</small>{% endif %}</th>
 <td class="{{ 'yes' if v.met else 'open' if v.undecided or c in warned else 'no' }}">
 {{- '✓ yes' if v.met else '? undecided' if v.undecided else '! warning' if c in warned else '✗ no' }}</td>
 <td>{{ figure(v.value) }}</td><td>{{ v.asked }}</td>
@@ -173,7 +174,7 @@ dd { margin: 0; overflow-wrap: anywhere } table th[scope=row] { color: var(--ink
 .verdict { background: var(--paper); border: 1px solid var(--line); border-left: 8px solid var(--line);
   border-radius: 8px; padding: 1rem 1.5rem; display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start }
 .verdict.good { border-left-color: var(--good) } .verdict.bad { border-left-color: var(--bad) }
-.verdict.warned { border-left-color: var(--warn) } .reasons { margin: 0 0 .7rem; padding-left: 1.1rem; font-size: .9rem; overflow-wrap: anywhere }
+th small { display: block; color: var(--soft); font-size: .8em; white-space: normal } .verdict.warned { border-left-color: var(--warn) } .reasons { margin: 0 0 .7rem; padding-left: 1.1rem; font-size: .9rem; overflow-wrap: anywhere }
 .verdict h1, .verdict p { margin: .2rem 0 .5rem } .verdict > div { flex: 1 1 19rem; min-width: 0 }
 .verdict > .scroll { flex: 2 1 26rem; margin: 0 } .verdict tr:last-child > * { border-bottom: 0 }
 .facts > div { display: grid; grid-template-columns: 5.5rem 1fr; align-items: baseline; font-size: .9rem }
@@ -203,12 +204,12 @@ LOOKS = {"Released": "good", "Not released": "bad"} # class of the page's first 
 
 def judged(verdict: dict | None, champion: dict | None) -> dict: # What the template takes
     "The verdict in words, what failed and why, and what the champion has."
-    from mlkit.evaluation.verdict import headline, missed, reason_lines
+    from mlkit.evaluation.verdict import MEANINGS, headline, missed, reason_lines
     if not verdict:
         return {"word": "Pipeline", "look": ""}
     word, failed, warned = headline(verdict), missed(verdict, "criteria"), missed(verdict, "warnings")
     return {"word": word, "verdict": verdict, "look": LOOKS.get(word, "warned"), "failed": list(failed), "warned": list(warned),
-            "reasons": reason_lines(verdict), "champion": champion_figures(verdict, champion)}
+            "reasons": reason_lines(verdict), "meanings": MEANINGS, "champion": champion_figures(verdict, champion)}
 
 # %% ../../nbs/flow/19_index.ipynb #fef35fdb
 def index_page(

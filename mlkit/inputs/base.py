@@ -147,6 +147,11 @@ def describe(
     return rows.select([])
 
 @patch
+def traits(self: Input, prepared: Path, split: str) -> pl.DataFrame: # n rows, in the order of the split
+    "Properties of the samples that a person understands; see `evaluation.slices`."
+    return pl.read_parquet(prepared / f"{split}.parquet", columns=["_row"]).select([])
+
+@patch
 def example(self: Input, raw) -> str: # Of raw samples
     "How a client asks, as code."
     return f"client.predict({', '.join(self.tensors()[0])})"

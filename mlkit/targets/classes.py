@@ -118,6 +118,12 @@ def said(self: Classes, p: np.ndarray) -> np.ndarray: # (n, k) probabilities to 
     "The answer of each sample."
     return p.argmax(1)
 
+# %% ../../nbs/targets/02_classes.ipynb #15c36e4b
+@patch
+def errors(self: Classes, p: np.ndarray, y: np.ndarray) -> np.ndarray: # (n, k); (n,) int; (n,): 1 wrong, 0 right
+    "How wrong each answer is."
+    return (self.said(p) != y).astype(np.float64)
+
 # %% ../../nbs/targets/02_classes.ipynb #6ec8a8d9
 @patch
 def calibration(

@@ -81,6 +81,12 @@ def said(self: Value, p: np.ndarray) -> np.ndarray: # (n, 1) to (n,) float64
     "The answer of each sample."
     return p[:, 0].astype(np.float64)
 
+# %% ../../nbs/targets/03_value.ipynb #8558de41
+@patch
+def errors(self: Value, p: np.ndarray, y: np.ndarray) -> np.ndarray: # (n, 1); (n,); (n,), in the target's unit
+    "How wrong each answer is: the absolute error."
+    return np.abs(self.said(p) - y)
+
 # %% ../../nbs/targets/03_value.ipynb #2e8acd1a
 def squared_error(p, y, w):
     "The mean squared error."
