@@ -165,7 +165,8 @@ def best_products(
             V = np.where((np.isnan(V).mean(0) < 0.5) & (np.nan_to_num(V).std(0) > 0), V, 0.0)
             r = np.abs(_own_correlation(V, y))
             start = i if power == 1 else 0
-            found += [(r[k], ((i, 1), (start + int(k), power))) for k in np.flatnonzero(r >= least) if power == 1 or k != i]
+            other = [k for k in np.flatnonzero(r >= least) if power == 1 or k != i]
+            found += [(r[k], ((i, 1), (start + int(k), power))) for k in other]
     return [term for _, term in sorted(found, key=lambda f: -f[0])[:n]]
 
 def _own_correlation(V, y): # (k,) of each column with y, on the rows in which the column has a value

@@ -48,7 +48,8 @@ def sizes_of(
         return {}
     values = [pl.col(n).drop_nulls().n_unique().alias(f"n {n}") for n in names]
     table = data.rows.lazy() if len(data) == data.total else data.everything
-    row = table.select(*values, *(pl.col(n).count().alias(f"rows {n}") for n in names)).collect(engine="streaming").row(0, named=True)
+    counts = [pl.col(n).count().alias(f"rows {n}") for n in names]
+    row = table.select(*values, *counts).collect(engine="streaming").row(0, named=True)
     return {n: (row[f"n {n}"], row[f"rows {n}"]) for n in names}
 
 def suspects(
@@ -87,7 +88,8 @@ def measured(
     X, y, group = data.X, data.y, suspect.group
     if len(data) < data.total:
         rows = rows_of_groups(data, suspect.name)
-        X, y, group = inputs_of(rows, data.contract)[0], target_of(rows, data.contract), as_numbers(rows[suspect.name], True)
+        X, y = inputs_of(rows, data.contract)[0], target_of(rows, data.contract)
+        group = as_numbers(rows[suspect.name], True)
     seen = np.array([itself or name != suspect.name for name in data.columns], bool)
     return memory_of(X[:, seen], y, group, data.regression)
 
@@ -131,7 +133,8 @@ def split_by(
 ) -> str:
     "What to do."
     naming = "" if name == data.contract.group else f"name '{name}' as 'group' in the contract and "
-    return f"{naming}set prepare.method: group, so that no '{name}' is in two splits; unless the model will only meet known ones"
+    return (f"{naming}set prepare.method: group, so that no '{name}' is in two splits; unless the model will only meet "
+            "known ones")
 
 def _judged(memory, share, suspect): # the evidence
     return evidence(random=memory.random, grouped=memory.grouped, p=memory.p, crossing=share, groups=suspect.n_groups)

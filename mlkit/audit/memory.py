@@ -46,8 +46,8 @@ def _model(regression, n_classes, balanced):
     return HistGradientBoostingClassifier(class_weight="balanced" if balanced else None, **usual)
 
 def _varies(X): # (d,) bool: columns that have two different values
-    known = np.where(np.isnan(X), np.inf, X).min(0, initial=np.inf), np.where(np.isnan(X), -np.inf, X).max(0, initial=-np.inf)
-    return known[0] < known[1]
+    gap = np.isnan(X)
+    return np.where(gap, np.inf, X).min(0, initial=np.inf) < np.where(gap, -np.inf, X).max(0, initial=-np.inf)
 
 def _predicted(model, X, y, fold): # (n,) out of fold; where nothing varies in the training rows, one of their targets
     from sklearn.base import clone

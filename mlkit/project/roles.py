@@ -57,7 +57,8 @@ def check_method(contract: Contract, method: str):
     if method == "time" and not contract.time and len(dates) != 1:
         raise ConfigError(f"--split time: needs --time COLUMN; columns with dates: {', '.join(dates) or 'none'}")
     if method == "stratified" and contract.task != "classification":
-        raise ConfigError(f"--split stratified: needs classes, and '{contract.target.name}' is a number; use random, group or time")
+        raise ConfigError(f"--split stratified: needs classes, and '{contract.target.name}' is a number; use random, "
+                          "group or time")
 
 def with_roles(
     contract: Contract, # as it was inferred
