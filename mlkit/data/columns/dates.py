@@ -140,6 +140,12 @@ def read(self: Date, s: pl.Series, f) -> tuple[pl.Series, dict[str, pl.Series]]:
     marks = {"none": there} if given is None else {"none": there & ~given, "given": there & given}
     return x.dt.replace_time_zone("UTC"), {k: m for k, m in ({"type": odd} | marks).items() if m.any()}
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #47ac1562
+@patch
+def asks(self: Date, f) -> str:
+    "A date, with its format."
+    return f"a date as {f.format} writes it" if f.format else "a date as ISO 8601 writes it"
+
 # %% ../../../nbs/data/columns/03_dates.ipynb #39e1a4ae
 @patch
 def doubts(self: Date, f, raw: pl.Series, typed: pl.Series, faults: dict) -> bool:
