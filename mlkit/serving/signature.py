@@ -6,7 +6,6 @@ __all__ = ['SUGGESTED', 'Tensor', 'Signature', 'Signatures', 'arrays', 'named_an
 # %% ../../nbs/serving/00_signature.ipynb #0cea1753
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
