@@ -16,7 +16,7 @@ from .base import ColumnType, Guess, MIN_SHARE, column_type, spells_missing, wri
 
 # %% ../../../nbs/data/columns/03_dates.ipynb #0f9b90e2
 DATES = { # format of the date, as `strptime` has it: what it looks like
-    "": r"\d{4}-\d{2}-\d{2}",
+    "": r"\d{4}-\d{1,2}-\d{1,2}",
     "%d.%m.%Y": r"\d{1,2}\.\d{1,2}\.\d{4}",
     "%m/%d/%Y": r"\d{1,2}/\d{1,2}/\d{4}",
     "%d/%m/%Y": r"\d{1,2}/\d{1,2}/\d{4}",
@@ -61,16 +61,16 @@ def time_of_day() -> pl.Expr: # Duration
     return ((minutes * 60 + whole("second")) * 1_000_000 + us).cast(pl.Duration("us"))
 
 # %% ../../../nbs/data/columns/03_dates.ipynb #09a02594
-QUICK = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S")
+QUICK = {"%Y-%m-%d": "", "%Y-%m-%d %H:%M:%S": r" \d\d:\d\d:\d\d", "%Y-%m-%dT%H:%M:%S": r"T\d\d:\d\d:\d\d"} # the time in it
 
 def instants(
     s: pl.Series, # String
     format: str, # Of the date
 ) -> tuple[pl.Series, pl.Series | None]: # Datetime in UTC without saying so; which came with an offset, None: none did
     "Read dates; what is none of this format is null."
-    for quick in QUICK if not format else ():
+    for quick, clock in QUICK.items() if not format else ():
         x = s.str.to_datetime(quick, time_unit="us", strict=False)
-        if x.null_count() == s.null_count():
+        if x.null_count() == s.null_count() and s.str.contains(rf"^\d{{4}}-\d\d-\d\d{clock}$").all():
             return x, None
     day = pl.col("date").str.to_date(format or "%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
     on_clock = (hour_of_day() < 24) & (whole("minute") < 60)
