@@ -390,6 +390,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'mlkit/data/columns/dates.py'),
                                           'mlkit.data.columns.dates.Date.read': ( 'data/columns/dates.html#date.read',
                                                                                   'mlkit/data/columns/dates.py'),
+                                          'mlkit.data.columns.dates.Date.ready': ( 'data/columns/dates.html#date.ready',
+                                                                                   'mlkit/data/columns/dates.py'),
                                           'mlkit.data.columns.dates.Date.settle': ( 'data/columns/dates.html#date.settle',
                                                                                     'mlkit/data/columns/dates.py'),
                                           'mlkit.data.columns.dates.Date.takes': ( 'data/columns/dates.html#date.takes',

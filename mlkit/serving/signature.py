@@ -6,6 +6,7 @@ __all__ = ['SUGGESTED', 'Tensor', 'Signature', 'Signatures', 'arrays', 'named_an
 # %% ../../nbs/serving/00_signature.ipynb #0cea1753
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..data.columns.values import ValueReader, value_reader
 from ..data.contract import Feature
 
 # %% ../../nbs/serving/00_signature.ipynb #9f901d25
+SUGGESTED = {"float64": "float64", "str": "category", "datetime64[us]": "datetime"} # dtype of a tensor: column type
+
 @dataclass(frozen=True)
 class Tensor:
     "One input or output. The batch dimension is not part of the shape: every model takes any number of samples."
@@ -24,6 +27,11 @@ class Tensor:
     dtype: str # NumPy's name: 'uint8', 'float32', ..., 'str', 'datetime64[us]'
     shape: tuple[int, ...] # Of one sample
     column: Feature | None = None # Of a table's column: how users write its values
+
+    @cached_property
+    def reader(self) -> ValueReader:
+        "What reads a user's values. Tensors whose values are written alike share it."
+        return value_reader(self.column or Feature(name="", dtype=SUGGESTED[self.dtype]), self.dtype)
 
     def blank(self, n: int = 0) -> np.ndarray: # (n, *shape): zeros, empty text, 1970
         "A batch of nothing."
@@ -45,8 +53,6 @@ def check(self: Tensor, x: np.ndarray) -> np.ndarray: # (n, *shape), `x` itself
     return x
 
 # %% ../../nbs/serving/00_signature.ipynb #ed2699d8
-SUGGESTED = {"float64": "float64", "str": "category", "datetime64[us]": "datetime"} # dtype of a tensor: column type
-
 @patch
 def to_dict(self: Tensor) -> dict:
     "As JSON has it."
@@ -108,11 +114,6 @@ def load(cls: Signatures, path: str | Path) -> Signatures:
         raise DataError(f"{path}: not a signature file ({e!r})") from None
 
 # %% ../../nbs/serving/00_signature.ipynb #a35313bf
-@patch(as_prop=True)
-def reader(self: Tensor) -> ValueReader:
-    "What reads a user's values. Tensors whose values are written alike share it."
-    return value_reader(self.column or Feature(name="", dtype=SUGGESTED[self.dtype]), self.dtype)
-
 def _shown(v): # for a message: short
     text = repr(v)
     return text if len(text) < 60 else text[:60] + "…"

@@ -146,6 +146,11 @@ def asks(self: Date, f) -> str:
     "A date, with its format."
     return f"a date as {f.format} writes it" if f.format else "a date as ISO 8601 writes it"
 
+@patch
+def ready(self: Date, v) -> bool:
+    "A `datetime`."
+    return type(v) is datetime
+
 # %% ../../../nbs/data/columns/03_dates.ipynb #39e1a4ae
 @patch
 def doubts(self: Date, f, raw: pl.Series, typed: pl.Series, faults: dict) -> bool:

@@ -93,6 +93,7 @@ class ValueReader:
     ):
         self.f, self.wire, self.type = f, wire, find_column_type(f.dtype)
         self.missing, self.tolerated = missing_on_wire(wire), UNREADABLE if f.max_bad else ()
+        self.dated = wire == "datetime64[us]"
         self.known: dict[str, Any] = {} # Text that was read before: its value
 
 @cache
@@ -132,7 +133,7 @@ def look_up(
         if v is None:
             continue
         if self.type.ready(v):
-            out[i] = v
+            out[i] = v.astimezone(timezone.utc).replace(tzinfo=None) if self.dated and v.tzinfo else v
         elif type(v) is str and v in self.known:
             out[i] = self.known[v]
         else:
