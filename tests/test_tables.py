@@ -1,5 +1,5 @@
 "Rows of a table through a real Triton: text, numbers and dates, good rows beside bad ones."
-import json, math, urllib.error, urllib.request
+import json, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
