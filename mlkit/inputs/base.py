@@ -165,7 +165,7 @@ def traits(self: Input, prepared: Path, split: str) -> pl.DataFrame: # n rows, i
 @patch
 def example(self: Input, raw) -> str: # Of raw samples
     "How a client asks, as code."
-    return f"client.predict({', '.join(self.tensors()[0])})"
+    return f"client.answer({', '.join(self.tensors()[0])})"
 
 # %% ../../nbs/inputs/00_base.ipynb #1c31c6dc
 @patch
