@@ -198,7 +198,7 @@ def arrays(
     signature: Signature, # Of a table: inputs of shape (1,)
     rows, # As they stand in a user's file: a list of dicts, a dict of columns, or a Polars frame
 ) -> tuple[np.ndarray, ...]: # One (n, 1) array an input, in the signature's order
-    "Raises `DataError` in one line, with row and column, on a missing or unknown column or a value that cannot be read."
+    "Raises `DataError`, with row and column, on a missing or unknown column or a value that cannot be read."
     if isinstance(rows, list):
         columns = _rows_to_columns(signature, rows)
     elif isinstance(rows, dict):

@@ -149,7 +149,10 @@ def remember(self: ValueReader, v: Any, x: Any): # A Python value, and what was 
         self.known[v] = x
 
 # %% ../../../nbs/data/columns/05_values.ipynb #7fd00da5
-def plain_values(values: list, at: list[int]) -> tuple[dict[int, Any], list[int]]: # position: value; those that are refused
+def plain_values(
+    values: list, # Python values
+    at: list[int], # Positions of those that are wanted
+) -> tuple[dict[int, Any], list[int]]: # position: value; positions of those that are refused
     "Some of the values, each as a source would store it."
     plain, refused = {}, []
     for i in at:
