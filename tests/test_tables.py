@@ -1,5 +1,5 @@
 "Rows of a table through a real Triton: text, numbers and dates, good rows beside bad ones."
-import json, math, urllib.error, urllib.request
+import json, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
@@ -21,7 +21,7 @@ from mlkit.serving.supervise import probe
 from mlkit.serving.repository import write_repository
 from mlkit.serving.signature import arrays
 
-CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本", " "]
+CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本"]
 NAMES = {"age": "age in years", "city": "city $ name", "seen": "seen", "value": "value", "x": "x"} # 'x' and 'value' are names of the chain's own tensors
 
 def make_task(classes):
@@ -35,7 +35,7 @@ def make_rows(n, seed=0):
     start = datetime(1969, 6, 1, tzinfo=timezone.utc)
     def maybe(v, p=0.1): return None if rng.random() < p else v
     return [{NAMES["age"]: maybe(float(rng.normal(40, 12))), NAMES["city"]: maybe(str(rng.choice([*CITIES, "elsewhere", ""]))),
-             NAMES["seen"]: maybe(start + timedelta(seconds=float(rng.random() * 3e9))), NAMES["value"]: float(rng.choice([0, -0.0, 1e308, -1e308, 5e-324, math.inf, rng.normal()])), NAMES["x"]: str(i)} for i in range(n)]
+             NAMES["seen"]: maybe(start + timedelta(seconds=float(rng.random() * 3e9))), NAMES["value"]: float(rng.choice([0, -0.0, 3e38, -3e38, 5e-324, rng.normal()])), NAMES["x"]: str(i)} for i in range(n)]
 
 def frame(rows): return pl.DataFrame(rows, schema={NAMES["age"]: pl.Float64, NAMES["city"]: pl.String, NAMES["seen"]: pl.Datetime("us", "UTC"), NAMES["value"]: pl.Float64, NAMES["x"]: pl.String})
 
@@ -131,7 +131,7 @@ def test_what_is_missing_in_json(served):
     assert [i["data"] for i in request["inputs"][1:3]] == [[""], [-2**63]] and '"data": [NaN]' in json.dumps(request)
     assert np.allclose(post(server, request), server.client.predict_rows([ROW | dict.fromkeys([NAMES["age"], NAMES["city"], NAMES["seen"]])])[0], atol=1e-5)
 
-@pytest.mark.parametrize("change, words", [({NAMES["age"]: "30"}, ["row 2", "age in years", "'30'"]), ({NAMES["city"]: 3}, ["row 2", "city $ name", "text"]),
+@pytest.mark.parametrize("change, words", [({NAMES["age"]: "thirty"}, ["row 2", "age in years", "'thirty'"]), ({NAMES["city"]: [3]}, ["row 2", "city $ name", "text"]),
     ({NAMES["seen"]: "soon"}, ["row 2", "seen", "ISO 8601"]), ({"agee in years": 1}, ["row 2", "agee in years", "did you mean 'age in years'"]), (None, ["row 2", "'x' is missing"])])
 def test_the_client_names_row_and_column(served, change, words):
     row = {k: v for k, v in ROW.items() if k != "x"} if change is None else ROW | change

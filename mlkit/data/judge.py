@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import Any, Callable, Iterator, Literal
 
 from ..core import DataError, nearest
-from .columns.base import Noticed
+from .columns.base import Noticed, UNREADABLE
 from .columns.numbers import given_out, is_named_id
 from .contract import Contract, Feature, type_of
 
@@ -123,7 +123,7 @@ class SeenColumn:
     @property
     def bad(self) -> int:
         "Values that could not be read."
-        return sum(self.faults[k].count for k in ("type", "infinite", "huge") if k in self.faults)
+        return sum(self.faults[k].count for k in UNREADABLE if k in self.faults)
 
 # %% ../../nbs/data/01_judge.ipynb #ed2b4a33
 @dataclass

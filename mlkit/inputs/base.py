@@ -137,6 +137,17 @@ def odd(self: Input, raw) -> tuple: # Raw samples; X as `prepare` would store it
     "Samples as nobody would like them: here, the first one."
     return raw[:1], raw[:1]
 
+# %% ../../nbs/inputs/00_base.ipynb #35062494
+@patch
+def sent(self: Input, raw): # Raw samples; the same as a request carries them: an array, or name: array
+    "Typed samples as tensors."
+    return raw
+
+@patch
+def columns_written(self: Input) -> dict: # name of a tensor: its `contract.Feature`
+    "How users write what goes into a tensor."
+    return {}
+
 # %% ../../nbs/inputs/00_base.ipynb #32636f25
 @patch
 def describe(
@@ -154,7 +165,7 @@ def traits(self: Input, prepared: Path, split: str) -> pl.DataFrame: # n rows, i
 @patch
 def example(self: Input, raw) -> str: # Of raw samples
     "How a client asks, as code."
-    return f"client.predict({', '.join(self.tensors()[0])})"
+    return f"client.answer({', '.join(self.tensors()[0])})"
 
 # %% ../../nbs/inputs/00_base.ipynb #1c31c6dc
 @patch

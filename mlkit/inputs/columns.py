@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'ENCODERS', 'N_KNOTS', 'DATE_PARTS', 'NONE', 'BIG', 'ODD_NUM
 # %% ../../nbs/inputs/02_columns.ipynb #8ecc8888
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from datetime import datetime, timezone
 from statistics import NormalDist
 from typing import ClassVar
@@ -17,7 +17,9 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 
 from ..core import DataError, nearest
+from ..data.columns.base import NULLS
 from ..data.columns.registry import find_column_type
+from ..data.contract import Feature
 
 # %% ../../nbs/inputs/02_columns.ipynb #ae19bb4e
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Column:
     "A column that a model reads, as the training split has it."
     name: str
     dtype: str # Of the contract
+    _: KW_ONLY
+    format: str = "" # How values are written, see `contract.Feature`
+    not_missing: tuple[str, ...] = () # Spellings of 'missing' that are values here
+    max_bad: float = 0.0 # Above 0: what cannot be read is missing, as in training
 
     kind: ClassVar[str]
     wire: ClassVar[str] = "float64" # Dtype of its input tensor: 'float64', 'str', 'datetime64[us]'
@@ -47,7 +53,7 @@ def encodes(
 @patch
 def to_dict(self: Column) -> dict: # 'kind', and the fields that say something
     "As JSON has it."
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v not in ((), False)}
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v not in ((), "", False)}
     return {"kind": self.kind} | fields
 
 def load_column(
@@ -58,6 +64,22 @@ def load_column(
         raise DataError(f"column '{d['name']}': no column is of the kind '{d['kind']}'{nearest(d['kind'], KINDS)}")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "kind"}
     return KINDS[d["kind"]](**fields)
+
+# %% ../../nbs/inputs/02_columns.ipynb #e384e038
+@patch
+def as_written(
+    self: Column,
+    f: Feature, # The column in the contract
+) -> Column:
+    "The same column, written as the contract says."
+    spelled = [c for c in f.categories if c in NULLS]
+    values = tuple(dict.fromkeys([*f.not_missing, *spelled]))
+    return replace(self, format=f.format, not_missing=values, max_bad=f.max_bad)
+
+@patch(as_prop=True)
+def feature(self: Column) -> Feature: # Without a name, so that columns that are written alike are equal
+    "What `ColumnType.read` needs."
+    return Feature(name="", dtype=self.dtype, format=self.format, not_missing=self.not_missing, max_bad=self.max_bad)
 
 # %% ../../nbs/inputs/02_columns.ipynb #39b4ab4c
 N_KNOTS = 33 # Of a column, at most

@@ -356,7 +356,7 @@ def show_raw(self: Image, before: np.ndarray, after: np.ndarray, names: list[str
 @patch
 def example(self: Image, raw: np.ndarray) -> str: # Of raw samples
     "How a client asks, as code."
-    return f"client.predict(images)   # (n, {', '.join(map(str, self.shape))}) uint8"
+    return f"client.answer(images)   # (n, {', '.join(map(str, self.shape))}) uint8"
 
 # %% ../../nbs/inputs/01_image.ipynb #af3f2645
 @CORRUPTIONS

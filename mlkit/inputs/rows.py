@@ -11,7 +11,7 @@ import math, os, re, shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
 from ..core import DataError
+from ..data.columns.values import on_wire
 from ..data.engines import open_parts
 from ..data.parts import ingest_table, read_parts
 from ..data.prepared import header
@@ -36,6 +37,7 @@ from ..targets.base import Target, find_target
 class Rows(Input):
     "The rows of a table."
     columns: tuple[Column, ...]
+    aside: tuple[str, ...] = () # Columns of the source that the model does not read
 
     modality = "rows"
     unit = "row"
@@ -67,13 +69,25 @@ def names(self: Rows) -> list[str]:
 @patch
 def to_dict(self: Rows) -> dict:
     "The records as JSON has them."
-    return {"columns": [c.to_dict() for c in self.columns]}
+    aside = {"aside": list(self.aside)} if self.aside else {}
+    return {"columns": [c.to_dict() for c in self.columns]} | aside
 
 # %% ../../nbs/inputs/03_rows.ipynb #c79e4a2e
 @patch(cls_method=True)
 def from_dict(cls: Rows, d: dict) -> Rows: # As `to_dict` gives it, or as it was read from JSON
     "The inverse of `to_dict`."
-    return cls(tuple(map(load_column, d["columns"])))
+    return cls(tuple(map(load_column, d["columns"])), tuple(d.get("aside", ())))
+
+# %% ../../nbs/inputs/03_rows.ipynb #1ac9e489
+@patch
+def as_written(
+    self: Rows,
+    contract, # See `contract.Contract`
+) -> Rows:
+    "The same, with the forms of the contract, and the columns that are left aside."
+    of = {f.name: f for f in contract.columns}
+    columns = tuple(c.as_written(of[c.name]) for c in self.columns)
+    return replace(self, columns=columns, aside=tuple(n for n in of if n not in self.names))
 
 # %% ../../nbs/inputs/03_rows.ipynb #68f3dc16
 N_SAMPLE = 200_000 # Rows that moments are taken from
@@ -469,6 +483,7 @@ def prepare(
     "See `prepare_rows`."
     with open_parts(shards, engine) as parts:
         rows, target, metrics = prepare_rows(parts, contract, out, split, min_count, max_values)
+    rows = rows.as_written(contract)
     left = f"{metrics['left_out']:,} rows without a label or a time are left out; {metrics['golden']:,} golden rows"
     return rows, target, metrics, [f"{len(rows.columns)} columns give {metrics['features']} features; {left}"]
 
@@ -514,6 +529,17 @@ def tensors(self: Rows) -> tuple[dict, tuple]: # What is sent, name: (dtype, sha
 def raw(self: Rows, prepared: Path, split: str) -> pl.DataFrame: # n rows, the columns that the model reads
     "Samples as a server gets them."
     return pl.read_parquet(prepared / f"{split}.parquet", columns=self.names)
+
+# %% ../../nbs/inputs/03_rows.ipynb #6040412e
+@patch
+def sent(self: Rows, raw: pl.DataFrame) -> dict[str, np.ndarray]: # n typed rows; name: (n, 1)
+    "Typed rows as tensors."
+    return {c.name: on_wire(raw[c.name], c.wire).reshape(-1, 1) for c in self.columns}
+
+@patch
+def columns_written(self: Rows) -> dict: # name: `contract.Feature`
+    "How users write each column."
+    return {c.name: c.feature for c in self.columns}
 
 # %% ../../nbs/inputs/03_rows.ipynb #5f47130f
 class GraphParts:
@@ -639,10 +665,12 @@ def show_raw(self: Rows, before: pl.DataFrame, after: pl.DataFrame, names: list[
 def example(self: Rows, raw: pl.DataFrame) -> str: # Of raw samples
     "How a client asks, as code."
     import json
-    row = raw.head(1).select(self.names[:3])
+    dates = [c for c in self.columns if isinstance(c, Date)]
+    shown = [pl.col(c.name).dt.strftime(f"{c.format or '%Y-%m-%d'} %H:%M:%S") for c in dates]
+    row = raw.head(1).with_columns(shown).select(self.names[:3])
     more = len(self.names) - 3
     rest = f"   # and {more} more column{'s' * (more > 1)}" if more > 0 else ""
-    return f"client.predict_rows({json.dumps(row.to_dicts(), default=str, ensure_ascii=False)}){rest}"
+    return f"client.answer_rows({json.dumps(row.to_dicts(), ensure_ascii=False)}){rest}"
 
 # %% ../../nbs/inputs/03_rows.ipynb #d51c6d10
 def swap_rarest(

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core import DataError, ServeError
 from .repository import datatype
-from .signature import Signature, arrays
+from .signature import Signature, arrays, named_answers
 
 # %% ../../nbs/serving/06_client.ipynb #6fc7d692
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Client:
     signature: Signature
     max_batch_size: int # Samples in one request
     timeout: float = 30.0 # Seconds a request may take
+    classes: tuple[str, ...] = () # What the columns of the answer mean; empty: values
 
     def _connect(self):
         from tritonclient.http import InferenceServerClient
@@ -65,6 +66,17 @@ def predict(self: Client, *inputs: np.ndarray): # One (n, *shape) array an outpu
 def predict_rows(self: Client, rows): # A list of dicts, a dict of columns, or a Polars frame
     "`predict` for the rows of a table. Raises `DataError` that names row and column before anything is sent."
     return self.predict(*arrays(self.signature, rows))
+
+# %% ../../nbs/serving/06_client.ipynb #b127f4ff
+@patch
+def answer(self: Client, *inputs: np.ndarray) -> list[dict]: # See `mlkit.serving.signature.named_answers`
+    "`predict`, with the names of the classes."
+    return named_answers(self.predict(*inputs), self.classes)
+
+@patch
+def answer_rows(self: Client, rows) -> list[dict]: # As of `predict_rows`; as of `answer`
+    "`answer` for the rows of a table."
+    return named_answers(self.predict_rows(rows), self.classes)
 
 # %% ../../nbs/serving/06_client.ipynb #fea130e7
 @patch

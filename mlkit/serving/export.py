@@ -21,9 +21,11 @@ def signatures(task: Task) -> Signatures:
     x = Tensor(name, dtype, shape)
     classes = tuple(getattr(task.target, "classes", ()))
     answer = free_name("probabilities" if classes else "value", {*sent, name})
-    raw = tuple(Tensor(n, d, tuple(s)) for n, (d, s) in sent.items())
+    written = task.input.columns_written()
+    raw = tuple(Tensor(n, d, tuple(s), written.get(n)) for n, (d, s) in sent.items())
     given = Tensor(answer, "float32", (task.target.n_answers,))
-    return Signatures({"preprocess": Signature(raw, (x,)), "model": Signature((x,), (given,))}, classes)
+    first = Signature(raw, (x,), tuple(getattr(task.input, "aside", ())))
+    return Signatures({"preprocess": first, "model": Signature((x,), (given,))}, classes)
 
 # %% ../../nbs/serving/01_export.ipynb #cd51cded
 def torch_to_onnx(

@@ -47,7 +47,7 @@ def input_parity(
     "Raw samples in ONNX, against Python. Raises `ExportError` where they differ by more than `TOLERANCE`."
     odd, odd_X = task.input.odd(raw)
     pairs = {"test set": (raw, X), "odd samples": (odd, odd_X)}
-    return {name: _compared(name, chain(r, steps=1), _seen(task, x), task) for name, (r, x) in pairs.items()}
+    return {name: _compared(name, chain(task.input.sent(r), steps=1), _seen(task, x), task) for name, (r, x) in pairs.items()}
 
 def _seen(task, X): # what the network takes
     with torch.no_grad():

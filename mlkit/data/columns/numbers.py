@@ -465,6 +465,7 @@ class Int64(Number):
 
     def takes(self, dtype): return Guess("int64", "stored as whole numbers") if dtype.is_integer() else None
     def guess(self, census): return guess_whole(census, census.tally_of(self))
+    def ready(self, v): return type(v) in (int, float) and -2**63 <= v < 2**63 and v == int(v)
 
     def read(self, s, f):
         known = s.dtype == pl.String or s.dtype.is_integer()
@@ -525,6 +526,8 @@ class Float64(Number):
         return Guess("float64", "stored as numbers") if dtype.is_float() or dtype.is_decimal() else None
 
     def guess(self, census): return guess_float(census, census.tally_of(self))
+    def ready(self, v): return type(v) in (int, float) and -HUGE <= v <= HUGE
+    def asks(self, f): return f"{self.what} with {in_words(number_form(f.format))}" if f.format else self.what
 
     def read(self, s, f):
         x, bad = read_floats(s, f.format if f else "")

@@ -87,6 +87,7 @@ class Bool(Counted):
         return x, {} if bad is None else {"type": bad}
 
     def doubts(self, f, raw, typed, faults): return "type" in faults
+    def ready(self, v): return type(v) is bool
 
 # %% ../../../nbs/data/columns/02_words.ipynb #555068e5
 PERHAPS = ("NA", "N/A", "n/a", "None", "?", "-") # Spellings of 'missing' that may be categories
