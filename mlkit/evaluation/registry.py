@@ -312,7 +312,7 @@ def verdict_part(
     digest: str, # see `verdict_digest`
 ) -> str: # a folder in a run
     "Where a verdict lies."
-    return f"verdict/{digest[:12]}"
+    return f"verdict-{digest[:12]}"
 
 def keep_verdict(
     client, # see `store.mlflow_client`
@@ -411,7 +411,8 @@ def version_held(
     got: dict, # the event by which a bundle got a role
 ) -> str | None: # None: this registry does not have it
     "The number of the version that has a role."
-    found = [str(v.version) for v in versions_of(client, got["model"], got["to"]["bundle"])]
+    holding = versions_of(client, got["model"], got["to"]["bundle"])
+    found = [str(v.version) for v in holding if living_run(client, v.run_id)]
     return got["to"]["version"] if got["to"]["version"] in found else next(iter(found), None)
 
 def wanted_aliases(
