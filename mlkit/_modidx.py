@@ -1089,6 +1089,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mlkit/evaluation/provenance.py'),
                                              'mlkit.evaluation.provenance.check_out': ( 'evaluation/provenance.html#check_out',
                                                                                         'mlkit/evaluation/provenance.py'),
+                                             'mlkit.evaluation.provenance.check_recorded': ( 'evaluation/provenance.html#check_recorded',
+                                                                                             'mlkit/evaluation/provenance.py'),
                                              'mlkit.evaluation.provenance.clone_at': ( 'evaluation/provenance.html#clone_at',
                                                                                        'mlkit/evaluation/provenance.py'),
                                              'mlkit.evaluation.provenance.code_files': ( 'evaluation/provenance.html#code_files',
