@@ -343,6 +343,8 @@ def fetch_artifacts(
     here = artifacts_folder(uri, client.get_run(run_id).info.artifact_uri)
     if here is not None and not (here / name).is_dir():
         raise RegistryError(f"{here / name}: these artifacts are missing; 'mlkit release' publishes the current bundle again")
+    if here is not None and (here / name).is_symlink():
+        raise RegistryError(f"{here / name}: is a symbolic link, and mlkit writes none; do not use this version")
     if here is not None:
         copy_whole(here / name, target, links=True) # whoever checks them shall see that they are links
     else:
