@@ -83,7 +83,7 @@ def checked_history(
 ) -> list[dict]: # the oldest entry first; empty: nothing was released yet
     "The history, its chain checked, and `champion.json` beside it. Raises `RegistryError` where they do not fit."
     entries, seen = read_history(root), read_view(root)
-    if entries and seen:
+    if seen and (entries or seen.get("history")):
         check_view(root, entries, seen)
     return entries
 
