@@ -5,9 +5,10 @@ __all__ = ['CHAMPION', 'CHAMPION_KEYS', 'PUBLISHED', 'champion_entry', 'read_vie
            'checked_history', 'read_champion', 'write_view', 'beats', 'Publication', 'store_stamp', 'verdict_text',
            'verdict_digest', 'publication_key', 'note_publication', 'last_publication', 'known_publication',
            'versions_of', 'living_run', 'checked_bundle', 'upload', 'register', 'published_version', 'verdict_part',
-           'keep_verdict', 'artifact_digest', 'checked_manifest', 'champion_event', 'publication_events', 'adopted',
-           'version_held', 'wanted_aliases', 'set_aliases', 'publish_locked', 'publish', 'find_version', 'check_alias',
-           'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict', 'fetch_bundle', 'checked_version', 'fetch']
+           'keep_verdict', 'keep_signature', 'is_signed', 'artifact_digest', 'checked_manifest', 'champion_event',
+           'publication_events', 'adopted', 'version_held', 'wanted_aliases', 'set_aliases', 'publish_locked',
+           'publish', 'find_version', 'check_alias', 'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict',
+           'fetch_bundle', 'fetch_signature', 'checked_version', 'fetch']
 
 # %% ../../nbs/evaluation/07_registry.ipynb #82ffe85d
 import hashlib, json, tempfile
@@ -18,6 +19,7 @@ from ..core import DataError, RegistryError, read_json, sha256, write_atomic, wr
 from .bundle import MANIFEST, verify_bundle
 from .history import HISTORY, ROLES, append, event, head, holder, read_history, releases, taken_down
 from .provenance import record
+from .signing import SIGNATURE, check_signature, public_key, signature, signing_key
 from .verdict import apart, check_model_name
 from ..training.store import artifacts_folder, fetch_artifacts, has_artifact, local_store, log_artifacts
 from ..training.store import mlflow_calls, mlflow_client, tracking_root, tracking_uri, without_password
@@ -329,6 +331,43 @@ def keep_verdict(
         log_artifacts(client, uri, run_id, Path(d), part)
     return True
 
+# %% ../../nbs/evaluation/07_registry.ipynb #cffd9c4c
+def keep_signature(
+    client, # see `store.mlflow_client`
+    uri: str, # of the store
+    run_id: str,
+    release: dict, # of the bundle in this run: an entry of the history, or the event that becomes one
+) -> bool: # whether anything was done
+    "Sign the bundle of a run, where a private key is configured and this key has not signed it yet."
+    key = signing_key()
+    if key is None:
+        return False
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        folder = fetch_artifacts(client, uri, run_id, "bundle", d)
+        if verify_bundle(folder) != release["to"]["bundle"] or sha256(folder / MANIFEST) != release["manifest"]:
+            raise RegistryError("the bundle in the registry is not the one that is released, so it is not signed; "
+                                "delete this version in MLflow, then run 'mlkit release'")
+        if has_artifact(client, uri, run_id, f"signature/{SIGNATURE}"):
+            there = fetch_artifacts(client, uri, run_id, "signature", d) / SIGNATURE
+            if is_signed(there, folder, key.public_key()):
+                return False
+        write_atomic(d / "new" / SIGNATURE, signature(folder, key))
+        log_artifacts(client, uri, run_id, d / "new", "signature")
+    return True
+
+def is_signed(
+    path: Path, # of a signature
+    folder: Path, # of the bundle
+    key, # public
+) -> bool:
+    "Whether a signature is of this bundle, and by this key."
+    try:
+        check_signature("", path, folder, key)
+    except RegistryError:
+        return False
+    return True
+
 # %% ../../nbs/evaluation/07_registry.ipynb #897fc45b
 def artifact_digest(
     client, # see `store.mlflow_client`
@@ -456,6 +495,7 @@ def publish_locked(
         manifest = checked_manifest(name, found, folder, releases(entries, version.name, verdict["bundle"]))
         done = keep_verdict(client, uri, run, verdict) or done
         events = publication_events(entries, verdict, str(version.version), manifest)
+        done = keep_signature(client, uri, run, releases(entries + events, version.name, verdict["bundle"])[-1]) or done
         entries = append(root, entries[len(before):] + events)
         wanted = wanted_aliases(client, version.name, entries)
         moved = set_aliases(client, version.name, wanted)
@@ -592,6 +632,19 @@ def fetch_bundle(
         raise RegistryError(f"{name}: its {MANIFEST} was changed, it is not the one that was released; use another version")
     return folder
 
+# %% ../../nbs/evaluation/07_registry.ipynb #a0b98861
+def fetch_signature(
+    client, # see `store.mlflow_client`
+    uri: str, # of the store
+    version, # MLflow's `ModelVersion`
+    target: Path, # folder
+):
+    "Bring the signature of a version here, where it has one."
+    if has_artifact(client, uri, version.run_id, f"signature/{SIGNATURE}"):
+        fetch_artifacts(client, uri, version.run_id, "signature", target)
+    else:
+        (target / "signature" / SIGNATURE).unlink(missing_ok=True)
+
 # %% ../../nbs/evaluation/07_registry.ipynb #c8b59408
 def checked_version(
     root: Path, # the project
@@ -608,7 +661,11 @@ def checked_version(
     release, target = release_of(entries, version), target / name / str(version.version)
     target.mkdir(parents=True, exist_ok=True)
     fetch_verdict(client, uri, version, release, target)
-    return version, release, fetch_bundle(client, uri, version, release, target)
+    folder = fetch_bundle(client, uri, version, release, target)
+    if key := public_key(root):
+        fetch_signature(client, uri, version, target)
+        check_signature(f"{name} version {version.version}", target / "signature" / SIGNATURE, folder, key)
+    return version, release, folder
 
 def fetch(
     name: str, # of the model
