@@ -12,6 +12,7 @@ from mlkit.evaluation.bundle import BUNDLE, MANIFEST, list_files, write_bundle
 from mlkit.evaluation.history import HISTORY, read_history
 from mlkit.evaluation.promotion import promote
 from mlkit.evaluation.registry import CHAMPION, read_champion
+from mlkit.evaluation.signing import PUBLIC_FILE, SIGNATURE, load_key, new_keys, signature
 from mlkit.evaluation.verdict import VERDICT
 from mlkit.training.store import mlflow_client, tracking_uri
 from test_registry import Shop, a_verdict, aliases, tables  # noqa: F401 (a fixture)
@@ -198,6 +199,53 @@ def test_a_copy_here_is_checked_too(registry):
         again = bundle_to_serve(registry.root, "2")
         assert (again / "model.txt").read_text() == "two" and not (again / "evil").exists(), change
         assert (again / "engines/a.engine").read_text() == "engine of two", change
+
+
+def no_signature(r):
+    shutil.rmtree(r.artifacts() / "signature")
+
+
+def signature_of_a_stranger(r):
+    (r.artifacts() / "signature" / SIGNATURE).write_text(signature(r.bundle, load_key(new_keys()[0], "", True)))
+
+
+def signature_of_other_files(r):
+    shutil.copy(r.artifacts("1") / "signature" / SIGNATURE, r.artifacts() / "signature" / SIGNATURE)
+
+
+def everything_but_the_key(r):
+    "Files, list, row, verdict, history and champion.json, all rewritten by somebody who can write everywhere."
+    (r.root / HISTORY).unlink()
+    (r.root / CHAMPION).unlink()
+    r.client.delete_model_version("digits", "2")
+    r.released("evil", 0.99).publish(ask=True)
+    shutil.copytree(r.artifacts("1") / "signature", r.artifacts("3") / "signature")
+
+
+@pytest.mark.parametrize("tamper, says", [
+    (no_signature, "digits version 2: is not signed"), (signature_of_a_stranger, "digits version 2: its signature was not made with the key"),
+    (signature_of_other_files, "digits version 2: its signature is for other files"),
+    (everything_but_the_key, "digits version 3: its signature is for other files"),
+])
+def test_a_signature(registry, monkeypatch, tamper, says):
+    "With `signing.pub` in the project, what is not signed with that key is refused, whatever else fits."
+    private, public = new_keys()
+    monkeypatch.setenv("MLKIT_SIGNING_KEY", private.decode())
+    for text, value in (("one", 0.9), ("two", 0.95)):
+        registry.released(text, value).publish(ask=True)
+    monkeypatch.delenv("MLKIT_SIGNING_KEY")
+    (registry.root / PUBLIC_FILE).write_bytes(public)
+    assert registry.got("2") == "two" and registry.got("champion") == "two"
+    shutil.rmtree(registry.root / "got")
+    tamper(registry)
+    wanted = "3" if tamper is everything_but_the_key else "2"
+    for enter in (lambda: bundle_to_serve(registry.root, wanted), lambda: fetch_version(registry.root, "digits", wanted),
+                  lambda: promote(registry.root, "digits", wanted, "shadow", "")):
+        with pytest.raises(MlkitError) as e:
+            enter()
+        assert says in str(e.value) and "\n" not in str(e.value)
+    (registry.root / PUBLIC_FILE).unlink() # no key: nobody asks for a signature
+    assert bundle_to_serve(registry.root, wanted).is_dir()
 
 
 def test_commands(registry):

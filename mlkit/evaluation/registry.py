@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core import DataError, RegistryError, read_json, sha256, write_atomic, write_json
 from .bundle import MANIFEST, verify_bundle
+from .formats import check_formats
 from .history import HISTORY, ROLES, append, event, head, holder, read_history, releases, taken_down
 from .provenance import record
 from .signing import SIGNATURE, check_signature, public_key, signature, signing_key
@@ -244,9 +245,10 @@ def checked_bundle(
     folder: Path, # of the bundle
     bundle: str, # the identity that it should have
 ) -> Path: # `folder`
-    "Raises `RegistryError` where the folder is damaged, or holds another bundle than that of the verdict."
+    "Raises `RegistryError` where the folder is damaged, holds another bundle than that of the verdict, or a file that may run code."
     if verify_bundle(folder) != bundle:
         raise RegistryError(f"{folder}: is not the bundle of the verdict; run 'mlkit repro release'")
+    check_formats(folder)
     return folder
 
 # %% ../../nbs/evaluation/07_registry.ipynb #5992655b
@@ -630,6 +632,7 @@ def fetch_bundle(
                             "use another version")
     if sha256(folder / MANIFEST) != release["manifest"]:
         raise RegistryError(f"{name}: its {MANIFEST} was changed, it is not the one that was released; use another version")
+    check_formats(folder)
     return folder
 
 # %% ../../nbs/evaluation/07_registry.ipynb #a0b98861

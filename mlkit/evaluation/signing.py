@@ -9,7 +9,7 @@ __all__ = ['PRIVATE', 'PUBLIC', 'PUBLIC_FILE', 'STATEMENT', 'PREDICATE', 'PAYLOA
 import base64, hashlib, json, os
 from pathlib import Path
 
-from ..core import ConfigError, RegistryError, sha256, write_atomic
+from ..core import ConfigError, RegistryError, sha256
 from .bundle import MANIFEST, read_manifest
 
 # %% ../../nbs/evaluation/11_signing.ipynb #e2dc75f4
