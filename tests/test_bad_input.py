@@ -111,9 +111,11 @@ def test_what_is_left_out_is_counted_on_the_page(fresh, tmp_path):
     deep = random.integers(0, 65535, (20, 20, 3)).astype(np.uint16)
     (project / "raw/cat/deep.png").write_bytes(cv2.imencode(".png", deep)[1].tobytes())
     for i in range(3): (project / f"raw/dog/{i}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    latin = project / "raw/cat" / os.fsdecode("café.png".encode("latin-1")) # a name that DVC cannot write down
+    latin.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     project.param(ingest__source="raw")
     assert ran(project.mlkit("repro", "ingest").stdout) == ["ingest"]
-    assert project.json("reports/metrics/ingest.json")["samples"] == 17
+    assert project.json("reports/metrics/ingest.json")["samples"] == 18
     page = (project / "reports/ingest.html").read_text()
     for line in ("left out: 3 images: HEIC, which OpenCV does not decode; save it as PNG or JPEG (dog/0.heic, dog/1.heic, dog/2.heic)",
                  "changed: 1 image: 16 bits a channel, scaled to 8 (cat/deep.png)", "changed: 2 images: GIF"): assert line in page, line

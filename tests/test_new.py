@@ -41,8 +41,8 @@ def drive(project, tmp_path):
     project.dvc("remote", "add", "-q", "-d", "store", tmp_path / "store")
     project.dvc("push", "-q")
     project.git("commit", "-qam", "a store")
-    project.git("clone", "-q", ".", tmp_path / "clone")
-    clone = Made(tmp_path / "clone")
+    project.git("clone", "-q", ".", tmp_path / "elsewhere/clone") # where the raw data are not
+    clone = Made(tmp_path / "elsewhere/clone")
     clone.dvc("pull", "-q")
     assert clone.outputs() == project.outputs() and not status(clone)
     again = clone.mlkit("repro")

@@ -30,6 +30,7 @@ class Finding:
     samples: tuple[str, ...] = () # names of the worst ones
     evidence: dict[str, float] = field(default_factory=dict) # what was measured
     check: str = "" # name of the check; `run.audit` fills it in
+    cannot_know: str = "" # what a person has to judge, since the data do not tell; `run.audit` fills it in
 
     def __post_init__(self):
         if self.severity not in SEVERITIES:
@@ -50,18 +51,20 @@ class Check:
     name: str
     function: Callable # takes `Data` and parameters of its own; yields findings
     modalities: tuple[str, ...] = () # kinds of data that it can judge; empty: every kind
+    cannot_know: str = "" # what the data do not tell, for its findings
 
 # %% ../../nbs/audit/00_base.ipynb #8514f24f
 CHECKS = Registry("audit check", "mlkit.checks") # name: `Check`
 
 def check(
     *modalities, # 'image', 'rows' or a kind of your own; none: every kind
+    cannot_know: str = "", # what the data do not tell, one line; each finding of the check says it
 ): # a decorator, or the function where it stands alone: `@check`
     "Register a check under the name of its function. A later one of the same name takes its place."
     if len(modalities) == 1 and callable(modalities[0]):
         return check()(modalities[0])
     def register(function):
-        CHECKS[function.__name__] = Check(function.__name__, function, modalities)
+        CHECKS[function.__name__] = Check(function.__name__, function, modalities, cannot_know)
         return function
     return register
 
@@ -98,6 +101,7 @@ class Data:
     classes: tuple[str, ...] | None # None: regression
     split: np.ndarray # (n,) str, of `SPLITS`; '' for what `prepare` leaves out, see `split_of`
     total: int # samples that there are; more than n: the n were drawn from them
+    aside: dict[str, np.ndarray] = field(default_factory=dict) # name: (n,) float, columns that no model sees, as codes
     modality = "rows"
     named_columns = True
 
@@ -140,7 +144,7 @@ def take(
     "Some of the samples."
     y = (self.y if y is None else y)[rows]
     part = Data(self.names[rows], self.X[rows], self.columns, self.category, y, classes or self.classes,
-                self.split[rows], self.total)
+                self.split[rows], self.total, {name: v[rows] for name, v in self.aside.items()})
     part.modality, part.named_columns = self.modality, self.named_columns
     return part
 

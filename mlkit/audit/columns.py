@@ -19,8 +19,9 @@ from .tables import TableData
 class Told:
     "What columns alone say of the target."
     skills: dict[int, float] # of each column, by its position
-    strong: tuple[int, ...] # positions of the strong ones
+    strong: tuple[int, ...] # positions of the strong ones, the strongest first
     others: float # skill of all columns together that are not strong alone; 1 where none is strong
+    without_best: float # skill of all columns but the strongest; 1 where none is strong
 
 # %% ../../nbs/audit/07_columns.ipynb #b501dd45
 def _skills(data): # {position: skill of the column alone}
@@ -44,10 +45,11 @@ def tell_alone(
 ) -> Told:
     "Try each column alone; where some are strong, all the others together."
     if len(data) < 30 or data.X.shape[1] < 2 or len(np.unique(data.y)) < 2:
-        return Told({}, (), 1.0)
+        return Told({}, (), 1.0, 1.0)
     skills = _skills(data)
-    found = tuple(j for j, s in skills.items() if s >= strong)
-    return Told(skills, found, _skill_without(data, found) if found else 1.0)
+    found = tuple(sorted((j for j, s in skills.items() if s >= strong), key=lambda j: -skills[j]))
+    others = _skill_without(data, found) if found else 1.0
+    return Told(skills, found, others, _skill_without(data, found[:1]) if len(found) > 1 else others)
 
 # %% ../../nbs/audit/07_columns.ipynb #9e75bc80
 LEAK, LEAK_NUMBER = 0.98, 0.995 # skill of a leak, where classes and where numbers are predicted
@@ -60,7 +62,7 @@ def leaks(
     return [j for j in told.strong if told.skills[j] >= limit and told.skills[j] > told.others + (1 - limit)]
 
 # %% ../../nbs/audit/07_columns.ipynb #5d01cb0b
-@check("rows")
+@check("rows", cannot_know="whether the value is known when the model will be asked")
 def leakage(
     data,
     *,
@@ -78,24 +80,32 @@ def leakage(
         yield Finding("error", len(data), text, action, (), evidence(skill=s, others=told.others))
 
 # %% ../../nbs/audit/07_columns.ipynb #eec108b5
-@check("rows")
+@check("rows", cannot_know="whether the value is known when the model will be asked")
 def dominant(
     data,
     *,
     lead: float = 0.1, # over all others together
     strong: float = 0.8, # skill from which a column is compared with the others
+    least: float = 0.1, # skill of the others, below which there is nothing to compare with
+    closes: float = 2 / 3, # share of what the others leave open, from which it is a warning
     classes: float = LEAK, # skill from which it is `leakage`, where classes are predicted
     numbers: float = LEAK_NUMBER, # the same where numbers are predicted
 ):
-    "A column that says more than all others together, and is no leak."
+    "The column that says more than all others together, and is no leak."
     told = tell_alone(data, strong)
     leaking = leaks(told, numbers if data.regression else classes)
-    for j in told.strong:
-        name, s = data.columns[j], told.skills[j]
-        if j not in leaking and s > told.others + lead:
-            yield Finding("warning", len(data), f"column '{name}' alone (skill {s:.2f} out of fold) says more of "
-                          f"'{data.contract.target.name}' than all others together ({told.others:.2f})",
-                          "make sure that it is known before the target is", (), evidence(skill=s, others=told.others))
+    for j in told.strong[:1]:
+        s, others = told.skills[j], told.without_best
+        if j in leaking or s <= others + lead:
+            return
+        compared = others >= least
+        said = f"more of '{data.contract.target.name}' than all others together (skill {others:.2f})"
+        if not compared:
+            said = f"all that can be told of '{data.contract.target.name}'"
+        clear = compared and s - others >= closes * (1 - others)
+        yield Finding("warning" if clear else "info", len(data),
+                      f"column '{data.columns[j]}' alone (skill {s:.2f} out of fold) says {said}",
+                      "make sure that it is known before the target is", (), evidence(skill=s, others=others))
 
 # %% ../../nbs/audit/07_columns.ipynb #4d0da722
 def _told_by_gaps(data, name, empty, min_skill): # `empty`: (n,) bool, rows without a value
@@ -118,7 +128,7 @@ def _later(data, name, max_share): # `name`: a column of dates
                       data.first(later), evidence(later=later.mean()))
 
 # %% ../../nbs/audit/07_columns.ipynb #9e7e9eca
-@check("rows")
+@check("rows", cannot_know="when the value was written")
 def after_the_fact(
     data,
     *,
@@ -175,10 +185,17 @@ def _far(v, times): # (n,) bool: further from the median than so many interquart
     return np.abs(v - middle) > times * (high - low) if high > low else np.zeros(len(v), bool)
 
 # %% ../../nbs/audit/07_columns.ipynb #7c542745
-def _extreme(data, name, v, times, times_log, rare):
+def _standing_apart(v, far, gap): # (n,) bool: those of `far` behind a gap; a gap: `gap` times as far as the next
+    away = np.abs(v - np.nanmedian(v))
+    order = np.unique(away[~np.isnan(away)])
+    behind = order[1:][(order[1:] >= gap * order[:-1]) & (order[1:] >= away[far].min())]
+    return far & (away >= behind.min(initial=np.inf))
+
+def _extreme(data, name, v, times, times_log, rare, gap):
     bad = _far(v, times)
     if np.nanmin(v) > 0:
         bad &= _far(np.log(v), times_log)
+    bad = _standing_apart(v, bad, gap) if bad.any() else bad
     worst, median = np.flatnonzero(bad), np.nanmedian(v)
     worst = worst[np.argsort(-np.abs(v[worst] - median), kind="stable")]
     if n := len(worst):
@@ -188,15 +205,16 @@ def _extreme(data, name, v, times, times_log, rare):
                       data.first(worst), evidence(share=n / len(v), median=median, worst=v[worst[0]]))
 
 # %% ../../nbs/audit/07_columns.ipynb #3f3e350b
-@check("rows")
+@check("rows", cannot_know="whether the value is a fault or a rare case")
 def extreme(
     data,
     *,
     times: float = 15.0, # interquartile ranges from the median
     times_log: float = 5.0, # the same of the logarithm, where all values are positive
     rare: float = 0.01, # share of such values up to which it is a warning
+    gap: float = 3.0, # how many times as far from the median as any ordinary value
 ):
     "Values out of all proportion to the rest of their column."
     for name, v, category in zip(data.columns, data.X.T, data.category):
         if not category and (~np.isnan(v)).sum() >= 30:
-            yield from _extreme(data, name, v, times, times_log, rare)
+            yield from _extreme(data, name, v, times, times_log, rare, gap)

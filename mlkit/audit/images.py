@@ -102,14 +102,14 @@ def image_data(
     return ImageData(
         rows["name"].to_numpy(), X, tuple(f"pixel {i}" for i in range(X.shape[1])), np.zeros(X.shape[1], bool),
         np.array([classes.index(label) for label in rows["label"]], int), classes, split_of(rows, split),
-        len(readable), index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
+        len(readable), {}, index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
         np.array([s[2] for s in seen], float).reshape(-1, len(PROPERTIES)))
 
 # %% ../../nbs/audit/05_images.ipynb #58af3f76
 def _first(rows): # names, for a finding
     return tuple(rows["name"].head(10))
 
-@check("image")
+@check("image", cannot_know="what the file was meant to show")
 def unreadable(data):
     "Images that no decoder takes."
     bad = data.index.filter(pl.col("content").is_null())
@@ -238,7 +238,7 @@ def shortcut_images(
                       evidence(place=s))
 
 # %% ../../nbs/audit/05_images.ipynb #7f771da3
-@check("image")
+@check("image", cannot_know="whether an empty image is a fault or a case that the model will meet")
 def blank(
     data,
     *,

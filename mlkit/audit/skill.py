@@ -82,7 +82,7 @@ def skill(
     return balanced_skill(y, classes[np.argmax(votes, 0)])
 
 # %% ../../nbs/audit/01_skill.ipynb #becef55a
-@check
+@check(cannot_know="whether this is what the model is meant to look at")
 @singledispatch
 def shortcut(data):
     "What tells the target and is no property of what should be judged."

@@ -70,8 +70,10 @@ def table_data(
     X = [as_numbers(rows[f.name], c) for f, c in zip(features, category)]
     X = np.stack(X, 1) if features else np.zeros((len(rows), 0))
     y, classes = _target(rows, contract)
+    kept = [f.name for f in contract.inputs if f not in features and f.name in rows.columns]
+    aside = {name: as_numbers(rows[name], True) for name in kept}
     return TableData(np.array([f"row {i}" for i in rows["_row"]], str), X, tuple(f.name for f in features), category,
-                     y, classes, made, total, rows, contract)
+                     y, classes, made, total, aside, rows, contract)
 
 # %% ../../nbs/audit/06_tables.ipynb #8349a912
 def worst_labels(

@@ -16,7 +16,7 @@ from ..core import project_root
 @click.option("-f", "--force", is_flag=True, help="Run the stages, and those before them, even if nothing changed.")
 @click.option("-j", "--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Stages that may run at once.")
 def repro(targets, force, jobs):
-    "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all."
+    "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all. Exit code 1: refused, 3: undecided."
     from mlkit.commands.index import refresh
     from mlkit.commands.release import conclude
     from mlkit.flow.pipeline import INDEX
@@ -34,12 +34,11 @@ def repro(targets, force, jobs):
                 refresh(root)
             return
         try:
-            released = conclude(root)
+            code = conclude(root)
         finally:
             refresh(root)
     click.echo(f"Report: {root / INDEX}")
-    if not released:
-        sys.exit(1)
+    sys.exit(code)
 
 # %% ../../nbs/commands/00_repro.ipynb #6bc0dc54
 def put_in_order(root):

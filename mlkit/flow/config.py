@@ -3,11 +3,13 @@
 # %% auto #0
 __all__ = ['UNHASHED', 'PASSWORD', 'HOLDS_PASSWORD', 'NUMBER', 'WORDS', 'PIPELINE', 'run_cell', 'untyped', 'unhashed_places',
            'check_unhashed', 'schema', 'Usual', 'usual', 'check_names', 'check_secrets', 'type_fault', 'check',
-           'read_params', 'instruction_set', 'load_params']
+           'parse_yaml', 'read_params', 'instruction_set', 'load_params']
 
 # %% ../../nbs/flow/01_config.ipynb #3aa8b33e
 import ast, re
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,14 +163,20 @@ def check(
         raise ConfigError(f"{where}: {type_fault(name, e.errors()[0])}") from None
 
 # %% ../../nbs/flow/01_config.ipynb #314561e9
+@lru_cache(maxsize=8)
+def parse_yaml(text: bytes): # As the file has it; not to be changed
+    "YAML 1.2. A run asks for the same text at every stage."
+    from ruamel.yaml import YAML
+    return YAML(typ="safe", pure=True).load(text) or {}
+
 def read_params(
     root: str | Path, # The project's folder
 ) -> dict: # As the file has it
     "`params.yaml`. Raises `ConfigError` where it is missing, no valid YAML, or no table of sections."
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
     path = Path(root) / "params.yaml"
     try:
-        params = YAML(typ="safe", pure=True).load(path) or {}
+        params = deepcopy(parse_yaml(path.read_bytes()))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; every stage takes its values from it") from None
     except (YAMLError, UnicodeDecodeError) as e:

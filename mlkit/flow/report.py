@@ -77,6 +77,7 @@ FRAMED_CSS = "main { max-width: none; padding: 0 .9rem } .output { margin: 0 }" 
 # %% ../../nbs/flow/06_report.ipynb #1dd7929a
 HIGHLIGHT = {"light": "xcode", "dark": "lightbulb"} # scheme: style of Pygments
 
+@cache
 def highlight_css() -> str:
     "The colours of code in both schemes."
     from pygments.formatters import HtmlFormatter

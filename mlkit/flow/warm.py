@@ -64,7 +64,7 @@ def bounds() -> list:
 def packages() -> str: # 8 hex digits
     "What a parent has imported would differ if this does: Python, the installed packages, this file."
     site = Path(sysconfig.get_path("purelib"))
-    dists = sorted((p.name, p.stat().st_mtime_ns) for p in site.glob("*.dist-info"))
+    dists = sorted((e.name, e.stat().st_mtime_ns) for e in os.scandir(site) if e.name.endswith(".dist-info"))
     text = repr((sys.prefix, sys.version, dists, Path(__file__).read_bytes()))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'infer_contract', 'breach', 'label_breaches', 'shape_breaches', 'breaches', 'enforce', 'few_samples',
            'usable', 'with_draws', 'image_shape', 'fit_image', 'Image', 'blocks', 'count_intensities', 'write_split',
-           'fit_target', 'class_means', 'noise', 'dim']
+           'fit_target', 'class_means', 'picture_traits', 'noise', 'dim']
 
 # %% ../../nbs/inputs/01_image.ipynb #f2bfeb06
 from collections.abc import Iterator
@@ -327,6 +327,24 @@ def show_samples(self: Image, prepared: Path, split: str, rows, titles: list[str
     if len(rows):
         X, _ = load_split(prepared / f"{split}.safetensors")
         image_grid(X[np.asarray(rows)], titles, columns=min(10, len(rows)), size=1)
+
+# %% ../../nbs/inputs/01_image.ipynb #0b5ad798
+def picture_traits(
+    X: np.ndarray, # (n, h, w, c) uint8
+) -> dict[str, np.ndarray]: # name: (n,) float64
+    "Brightness, contrast and sharpness."
+    def sharpness(x):
+        return cv2.Laplacian(np.ascontiguousarray(x.mean(-1, dtype=np.float32)), cv2.CV_32F).var()
+    return {"brightness": X.mean((1, 2, 3)) / 255, "contrast": X.std((1, 2, 3)) / 255,
+            "sharpness": np.array([sharpness(x) for x in X], np.float64)}
+
+@patch
+def traits(self: Image, prepared: Path, split: str) -> pl.DataFrame: # n rows
+    "See `Input.traits`."
+    X, _ = load_split(prepared / f"{split}.safetensors")
+    sizes = pl.read_parquet(prepared / f"{split}.parquet", columns=["height", "width"])
+    varying = [c for c in sizes.columns if sizes[c].n_unique() > 1]
+    return pl.DataFrame(sizes.select(varying).to_dict() | picture_traits(X))
 
 # %% ../../nbs/inputs/01_image.ipynb #b431d97d
 @patch

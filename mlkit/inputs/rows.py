@@ -605,6 +605,11 @@ def describe(self: Rows, frame: pl.DataFrame) -> pl.DataFrame: # n rows; the sam
     "Columns that stand beside predictions; their names begin with 'input: '."
     return frame.select(self.names).rename(lambda name: f"input: {name}")
 
+@patch
+def traits(self: Rows, prepared: Path, split: str) -> pl.DataFrame: # n rows
+    "The columns that the model reads."
+    return self.raw(prepared, split)
+
 # %% ../../nbs/inputs/03_rows.ipynb #9c9ed26b
 SHOWN = 5 # Columns beside an answer
 

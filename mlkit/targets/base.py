@@ -12,6 +12,7 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 
 from ..core import DataError, nearest
+from .resample import interval, resampled
 
 # %% ../../nbs/targets/00_base.ipynb #a90dc6b0
 TARGETS: dict[str, type] = {} # task: class
@@ -43,6 +44,7 @@ class Target:
     task: ClassVar[str] # As the contract has it
     dtype: ClassVar[str] # Of y on disk: 'I64' or 'F32', as safetensors names it
     score_name: ClassVar[str] # Of the figure that is watched in training, and compared: higher is better
+    shown_scores: ClassVar[tuple[str, ...]] = () # Of `scores`: those that stand in a table of models
     n_outputs: ClassVar[int] = 1 # Of the network
 
 # %% ../../nbs/targets/00_base.ipynb #f05afc42
@@ -84,3 +86,36 @@ def check_answers(
     if not len(y) or len(p) != len(y):
         raise DataError(f"the test set has {len(y)} samples and {len(p)} answers; nothing can be said: "
                         "bring in more samples, or run 'mlkit repro evaluate' again")
+
+# %% ../../nbs/targets/00_base.ipynb #f270321e
+@patch
+def calibrated(
+    self: Target,
+    output, # (n, n_outputs) of the network for the validation split, a tensor
+    y: np.ndarray, # (n,) what is true, as it is stored
+) -> Target:
+    "The target whose answers are as sure as they are right."
+    return self
+
+# %% ../../nbs/targets/00_base.ipynb #0e6ca610
+@patch
+def figures(
+    self: Target,
+    p: np.ndarray, y: np.ndarray, # (n, k) answers; (n,) what is true
+    confidence: float = 0.95, # Of the intervals
+    n_bins: int = 10, # Of the calibration error
+    seed: int = 0, # Of the resamples
+) -> dict[str, float]: # name of a score: its value; with _low and _high: its interval; samples
+    "What the page shows, and the verdict can bound. Raises `DataError` without samples."
+    check_answers(p, y)
+    p, scores = self.exact(p), self.scores(n_bins)
+    def of_all(w):
+        return np.stack([s.of(p, y, w) for s in scores.values()], 1)
+    value, ends = of_all(np.ones((1, len(y))))[0], interval(resampled(of_all, len(y), seed, p.size), confidence)
+    rows = {f"{name}{end}": float(v[i]) for i, name in enumerate(scores) for end, v in zip(("", "_low", "_high"), (value, *ends))}
+    return {k: v for k, v in rows.items() if np.isfinite(v)} | {"samples": len(y)}
+
+@patch
+def exact(self: Target, p: np.ndarray) -> np.ndarray: # (n, k)
+    "The answers as float64, for figures."
+    return p.astype(np.float64)
