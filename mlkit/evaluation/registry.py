@@ -145,7 +145,8 @@ def verdict_text(
     verdict: dict, # see `verdict.verdict`
 ) -> str: # JSON
     "The verdict as it is kept with its version: the same on each machine, so without what each machine measures anew."
-    return json.dumps(apart(verdict)[0], indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    recorded, _ = apart({"warnings": {}} | verdict) # one of before has no warnings
+    return json.dumps(recorded, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 def verdict_digest(
     verdict: dict, # see `verdict.verdict`
