@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, one_line, wait_for
 from mlkit.core import ConfigError, RegistryError, write_json
 from mlkit.evaluation.bundle import BUNDLE, MANIFEST, write_bundle
+from mlkit.evaluation.history import append, event, read_history
 from mlkit.evaluation.registry import CHAMPION, PUBLISHED, fetch, publish, register, versions_of
 from mlkit.evaluation.verdict import MAX_NAME, VERDICT, verdict
 from mlkit.training.store import experiment_id, has_artifact, local_store, mlflow_client, tracking_uri
@@ -44,7 +45,7 @@ class Shop:
         shutil.rmtree(self.root / "models", ignore_errors=True)
         source = self.root / "model.txt"
         source.write_text(text)
-        identity = write_bundle(self.root / BUNDLE, {"model": source}, {})
+        identity = write_bundle(self.root / BUNDLE, {"model.txt": source}, {})
         write_json(self.root / VERDICT, a_verdict(identity, value, name))
         return self
 
@@ -56,7 +57,7 @@ class Shop:
         return publish(self.root, self.root / BUNDLE, self.verdict, uri, **options)
 
     def got(self, wanted, uri=None, name="digits"):
-        return (fetch(name, wanted, self.root / "got", uri) / "model").read_text()
+        return (fetch(name, wanted, self.root / "got", uri, root=self.root) / "model.txt").read_text()
 
     def command(self, *args, **env):
         own = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))}
@@ -379,7 +380,7 @@ def test_nobody_asks_mlflow_when_nothing_changed(ready, monkeypatch):
         ready.publish(ask=True)
 
 
-@pytest.mark.parametrize("change", ["note", "broken note", "store", "no store", "files", "champion", "address", "verdict", "bundle"])
+@pytest.mark.parametrize("change", ["note", "broken note", "store", "no store", "files", "champion", "history", "address", "verdict", "bundle"])
 def test_mlflow_is_asked_when_something_changed(ready, monkeypatch, change):
     ready.publish()
     if change == "note":
@@ -394,7 +395,9 @@ def test_mlflow_is_asked_when_something_changed(ready, monkeypatch, change):
     elif change == "files":
         shutil.rmtree(ready.root / "mlartifacts")
     elif change == "champion":
-        write_json(ready.root / CHAMPION, json.loads((ready.root / CHAMPION).read_text()) | {"value": 0.5})
+        (ready.root / CHAMPION).unlink()
+    elif change == "history":
+        append(ready.root, [event("shadow", "digits", {"version": "1", "bundle": ready.verdict["bundle"]}, "", "promote")])
     elif change == "address":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "other.db")
     elif change == "verdict":
@@ -441,7 +444,8 @@ def publish(root, die_at):
     for name in calls.split():
         setattr(MlflowClient, name, mortal(name, getattr(MlflowClient, name), die_at))
     Path.rename = mortal("rename", Path.rename, die_at)
-    registry.write_json = mortal("write_json", registry.write_json, die_at)
+    for name in ("write_json", "append"):
+        setattr(registry, name, mortal(name, getattr(registry, name), die_at))
     os.chdir(root)
     registry.publish(root, root / BUNDLE, read_json(root / VERDICT))
 
@@ -472,8 +476,9 @@ def test_killed_at_any_step(ready, tmp_path, monkeypatch):
         assert aliases(uri) == {"champion": "1", "challenger": "1"} and victim.got("champion") == "one", death
         assert json.loads((victim.root / CHAMPION).read_text())["bundle"] == victim.verdict["bundle"], death
         assert victim.publish(ask=True).new is False, death
+        assert [e["what"] for e in read_history(victim.root)] == ["released", "challenger", "champion"], death
     steps = {death.split()[-1] for death in deaths.values()}
-    assert steps >= {"create_run", "rename", "create_model_version", "set_registered_model_alias", "write_json"} and len(deaths) >= 20, deaths
+    assert steps >= {"create_run", "rename", "create_model_version", "set_registered_model_alias", "write_json", "append"} and len(deaths) >= 20, deaths
 
 
 def at_once(shops, uri, n):
@@ -598,8 +603,8 @@ def test_a_server_shows_the_artifacts_of_a_local_store(server, monkeypatch):
     uri, home = server
     client = mlflow_client(uri)
     run = client.get_model_version("local", "1").run_id
-    assert [f.path for f in client.list_artifacts(run, "bundle")] == [f"bundle/{MANIFEST}", "bundle/model"]
-    with urlopen(f"{uri}/get-artifact?path=bundle/model&run_uuid={run}") as page:
+    assert [f.path for f in client.list_artifacts(run, "bundle")] == [f"bundle/{MANIFEST}", "bundle/model.txt"]
+    with urlopen(f"{uri}/get-artifact?path=bundle/model.txt&run_uuid={run}") as page:
         assert page.read() == b"local"
     assert home.got("champion", uri, "local") == "local"
     monkeypatch.chdir(home.root) # and what the server took, the project reads without it

@@ -13,9 +13,10 @@ from ..core import project_root
 # %% ../../nbs/commands/05_index.ipynb #8c617119
 def standing(
     root: Path, # the project
-) -> dict: # registry: version and aliases, or None; champion: `champion.json` and its version, or None; verdict
+) -> dict: # registry: version and aliases, or None; champion and its version, or None; verdict; moves: lines
     "Where the model of the last run stands. Empty where no stage gives a verdict."
-    from mlkit.evaluation.registry import last_publication, read_champion
+    from mlkit.commands.history import history_line
+    from mlkit.evaluation.registry import checked_history, last_publication, read_champion
     from mlkit.evaluation.verdict import VERDICT, read_verdict
     from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
@@ -25,7 +26,8 @@ def standing(
     aliases = sorted(alias for alias, v in note.get("aliases", {}).items() if v == note["version"])
     crowned = champion and champion | {"version": note["aliases"].get("champion") if note.get("champion") == champion else None}
     place = {"version": note["version"], "aliases": aliases} if published else None
-    return {"registry": place, "champion": crowned, "verdict": verdict}
+    moves = [history_line(e).strip() for e in checked_history(root) if e["what"] != "released"]
+    return {"registry": place, "champion": crowned, "verdict": verdict, "moves": moves[-3:]}
 
 # %% ../../nbs/commands/05_index.ipynb #890948f4
 def refresh(root: Path) -> bool: # Whether it was written

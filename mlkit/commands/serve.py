@@ -18,17 +18,15 @@ def bundle_to_serve(
     alias: str | None, # of the registry; None: the bundle of the last run
 ) -> Path: # a verified bundle
     "Raises `MlkitError` where there is no such bundle, or it is not released."
-    from mlkit.evaluation.bundle import verify_bundle
-    from mlkit.evaluation.registry import fetch
+    from mlkit.evaluation.registry import checked_bundle, fetch
     if not (root / VERDICT).is_file():
         raise MlkitError(f"{VERDICT} is missing; run 'mlkit repro' first")
     verdict = read_json(root / VERDICT)
     if alias:
-        return fetch(verdict["model"], alias, root / ".mlkit/fetched")
-    if not verdict["released"]:
+        return fetch(verdict["model"], alias, root / ".mlkit/fetched", root=root)
+    if verdict.get("released") is not True:
         raise MlkitError("the last run is not released, so it is not served; --alias champion serves the best that was")
-    verify_bundle(root / BUNDLE)
-    return root / BUNDLE
+    return checked_bundle(root / BUNDLE, verdict.get("bundle"))
 
 # %% ../../nbs/commands/07_serve.ipynb #57b9e4d3
 @click.command()

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['RECORDED', 'DVC_FILES', 'git', 'git_says', 'locked', 'locked_paths', 'code_files', 'write_tree', 'author', 'snapshot',
            'cpu_model', 'machine', 'packages', 'record', 'changed_environment', 'clone_at', 'link_inputs',
-           'changed_inputs', 'check_out']
+           'changed_inputs', 'check_recorded', 'check_out']
 
 # %% ../../nbs/evaluation/08_provenance.ipynb #0c60ef20
 import os, platform, subprocess, tempfile
 from importlib.metadata import distributions
 from pathlib import Path
 
-from ..core import RegistryError, write_atomic, write_json
+from ..core import RegistryError, write_json
 from ..flow.environment import ENVIRONMENT
 
 # %% ../../nbs/evaluation/08_provenance.ipynb #20efa0a3
@@ -196,6 +196,19 @@ def changed_inputs(
         deps = [d for stage in repo.index.stages for d in stage.deps if d.def_path not in outputs]
         return sorted({d.def_path for d in deps if d.hash_info.name == "md5" and d.changed_checksum()})
 
+# %% ../../nbs/evaluation/08_provenance.ipynb #4131b522
+def check_recorded(
+    project: Path, # the project, at the commit of the record
+    made: dict, # as `record` writes it
+):
+    "Raises `RegistryError` where a file of the record is not the one of its commit."
+    for name, text in made["files"].items():
+        if name not in RECORDED:
+            raise RegistryError(f"made.json: holds '{name}', and mlkit writes no such file into it; do not use this version")
+        if not (project / name).is_file() or (project / name).read_text(encoding="utf-8") != text:
+            raise RegistryError(f"made.json: its {name} is not the one of commit {made['commit'][:12]}, so it was changed; "
+                                "do not use this version")
+
 # %% ../../nbs/evaluation/08_provenance.ipynb #47700eab
 def check_out(
     root: Path, # the project, in git
@@ -204,8 +217,7 @@ def check_out(
 ) -> Path: # the project as it was
     "The project of a record, ready to run. Raises `RegistryError` where its commit or its data are not here."
     project = clone_at(root, made["commit"], into)
-    for name, text in made["files"].items():
-        write_atomic(project / name, text)
+    check_recorded(project, made)
     lock = project / "dvc.lock"
     outputs = locked_paths(lock, "outs")
     link_inputs(root, project, locked_paths(lock, "deps") - outputs)

@@ -102,6 +102,7 @@ def described(facts: dict, verdict: dict | None) -> list[tuple[str, str]]: # Wha
         rows += [("model", verdict["model"]), ("bundle", verdict["bundle"][:12])]
         rows.append(("registry", registry_line(facts.get("registry"))))
         rows.append(("champion", champion_line(verdict, facts.get("champion"))))
+        rows += [("history", line) for line in facts.get("moves", ())]
     return rows
 
 # %% ../../nbs/flow/19_index.ipynb #2d14ca9c

@@ -292,11 +292,12 @@ def artifacts_folder(
 def copy_whole(
     folder: Path, # what to copy
     target: Path, # the folder that appears; an older one is replaced
+    links: bool = False, # copy links as links; else what they point to
 ):
     "Copy a folder so that `target` never holds half of it."
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial)
+    shutil.copytree(folder, partial, symlinks=links)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
@@ -342,8 +343,10 @@ def fetch_artifacts(
     here = artifacts_folder(uri, client.get_run(run_id).info.artifact_uri)
     if here is not None and not (here / name).is_dir():
         raise RegistryError(f"{here / name}: these artifacts are missing; 'mlkit release' publishes the current bundle again")
+    if here is not None and (here / name).is_symlink():
+        raise RegistryError(f"{here / name}: is a symbolic link, and mlkit writes none; do not use this version")
     if here is not None:
-        copy_whole(here / name, target)
+        copy_whole(here / name, target, links=True) # whoever checks them shall see that they are links
     else:
         shutil.rmtree(target, ignore_errors=True)
         client.download_artifacts(run_id, name, str(out))
