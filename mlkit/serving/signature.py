@@ -119,7 +119,7 @@ def _shown(v): # for a message: short
     return text if len(text) < 60 else text[:60] + "…"
 
 # %% ../../nbs/serving/00_signature.ipynb #3767ccb6
-def _flat(row): # as `mlkit.sources.tables.flat` does for a frame
+def _flat(row): # as `data.columns.plain.flat` does for a frame
     if not any(isinstance(v, dict) for v in row.values()):
         return row
     out = {}
@@ -158,7 +158,7 @@ def _rows_to_columns(signature, rows): # from a list of dicts; name: values
     return {t.name: [row[t.name] for row in found] for t in signature.inputs}
 
 def _frame_to_columns(signature, frame): # from a Polars frame; name: Series, plain as a source gives them
-    from mlkit.sources.tables import flat
+    from mlkit.data.columns.plain import flat
     frame = flat(frame.lazy(), "the rows").collect()
     return _model_columns(signature, {s.name: s for s in frame})
 

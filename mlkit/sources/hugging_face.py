@@ -13,11 +13,12 @@ import polars as pl
 from fastcore.basics import patch
 
 from ..core import DataError, nearest, read_json
+from ..data.columns.plain import flat
 from ..data.shards import Sample
 from .base import Source, counted, listed, reading
 from .folders import kind_of
 from .labels import LABELS
-from .tables import flat
+from .locator import printable
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #143400ed
 def hf_features(
@@ -104,7 +105,7 @@ def rows(self: HuggingFace, chunk_rows: int = 100_000) -> Iterator[pl.DataFrame]
     if self.modality == "image":
         yield from Source.rows(self, chunk_rows)
     for f, df in self.batches(chunk_rows):
-        yield from flat(df.lazy(), f).collect().iter_slices(chunk_rows)
+        yield from flat(df.lazy(), printable(f)).collect().iter_slices(chunk_rows)
 
 # %% ../../nbs/sources/08_hugging_face.ipynb #95168b3f
 def row_fault(
