@@ -49,11 +49,12 @@ def list_files(
 
 # %% ../../nbs/evaluation/06_bundle.ipynb #01a9c905
 def write_bundle(
-    out: Path, # folder that is made
+    out: Path, # folder that is made; what a former run left in it goes
     parts: dict[str, Path], # path in the bundle: the file or folder to copy
     builds: dict[str, Path], # the same for what is built from the parts and may differ from build to build
 ) -> str: # the bundle's identity
     "Copy all parts into a folder and list them in `bundle.json`."
+    shutil.rmtree(out, ignore_errors=True)
     copy_parts(out, parts | builds)
     listed = list_files(out, set(builds))
     write_json(out / MANIFEST, listed)
