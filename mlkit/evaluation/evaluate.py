@@ -122,7 +122,7 @@ def samples_to_decide(
     "How many test samples would show that the lead is real, if it stays what it is."
     if not lead > 0:
         return None
-    return int(np.ceil(n * ((lead - low) / lead) ** 2))
+    return max(n + 1, int(np.ceil(n * ((lead - low) / lead) ** 2)))
 
 def open_questions(
     beside: pl.DataFrame, # see `stand_beside`

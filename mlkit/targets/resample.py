@@ -4,6 +4,7 @@
 __all__ = ['MOST', 'LEAST', 'BLOCK', 'n_resamples', 'draws', 'Score', 'resampled', 'interval', 'p_values']
 
 # %% ../../nbs/targets/01_resample.ipynb #f2fcdf83
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def interval(
 ) -> np.ndarray: # (2, ...): low and high
     "Where the figure lies with this confidence: percentiles of the resamples."
     rest = (1 - confidence) / 2
-    with np.errstate(invalid="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning) # of a figure without any value
         return np.nanquantile(found, [rest, 1 - rest], axis=0)
 
 # %% ../../nbs/targets/01_resample.ipynb #910695be
