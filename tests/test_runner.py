@@ -39,7 +39,12 @@ def small(tmp_path):
 
 def kernels(project): # Process ids
     "The kernels of this project, warm or not, those too that wait."
-    return [p.pid for p in project.processes() if {"mlkit.flow.warm", "ipykernel_launcher"} & set(" ".join(p.cmdline()).replace(";", " ").split())]
+    found = []
+    for p in project.processes():
+        try: words = set(" ".join(p.cmdline()).replace(";", " ").split())
+        except psutil.Error: continue # it has just ended
+        if {"mlkit.flow.warm", "ipykernel_launcher"} & words: found.append(p.pid)
+    return found
 
 def test_the_next_two_kernels_wait_and_end_with_the_run(small):
     with small.started("mlkit", "repro") as p:
