@@ -38,7 +38,7 @@ def test_a_model_that_learned_nothing_is_refused(honest):
     assert "a simple model beside it is clearly better" in (project / "reports/index.html").read_text()
     asked = {"evaluate.shortfall": {"max": 1}, "evaluate.constant_p_better": {"max": 1}}
     project.param(release__protect=asked, release__criteria={"evaluate.accuracy": {"min": 0.1}}) # who wants it all the same writes that down
-    assert project.mlkit("repro").stdout.count("Released") == 1
+    assert [line for line in project.mlkit("repro").stdout.splitlines() if line.startswith("Released")]
 
 def test_a_target_that_is_a_sum_of_columns_is_refused(tmp_path):
     "Two counts that add up to the target leak it: the model is perfect, and worth nothing."
