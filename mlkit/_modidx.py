@@ -1543,7 +1543,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mlkit.flow.index.needed': ('flow/index.html#needed', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.pictures': ('flow/index.html#pictures', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.project_facts': ('flow/index.html#project_facts', 'mlkit/flow/index.py'),
-                                  'mlkit.flow.index.read_lock': ('flow/index.html#read_lock', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.refresh_index': ('flow/index.html#refresh_index', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.registry_line': ('flow/index.html#registry_line', 'mlkit/flow/index.py'),
                                   'mlkit.flow.index.summary': ('flow/index.html#summary', 'mlkit/flow/index.py'),
