@@ -137,6 +137,16 @@ def odd(self: Input, raw) -> tuple: # Raw samples; X as `prepare` would store it
     "Samples as nobody would like them: here, the first one."
     return raw[:1], raw[:1]
 
+# %% ../../nbs/inputs/00_base.ipynb #1744beac
+@patch
+def stored(
+    self: Input,
+    prepared: Path, # Folder of `prepare`
+    split: str,
+) -> np.ndarray: # (n, …), what `front` takes
+    "Samples as the model reads them."
+    return load_split(prepared / f"{split}.safetensors")[0]
+
 # %% ../../nbs/inputs/00_base.ipynb #35062494
 @patch
 def sent(self: Input, raw): # Raw samples; the same as a request carries them: an array, or name: array

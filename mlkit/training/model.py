@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Share', 'input_of', 'check_fits', 'make_model', 'conv_block', 'small_cnn', 'vector_size', 'code_vectors',
-           'Residual', 'ResidualMLP', 'residual_mlp', 'save_model', 'load_model', 'n_parameters']
+           'Residual', 'ResidualMLP', 'residual_mlp', 'empty_module', 'save_model', 'load_model', 'n_parameters']
 
 # %% ../../nbs/training/00_model.ipynb #d8043838
 import inspect, json
@@ -144,6 +144,17 @@ def residual_mlp(
     "A small residual network for tables."
     return ResidualMLP(rows, n_outputs, width, n_blocks, dropout)
 
+# %% ../../nbs/training/00_model.ipynb #2041a17b
+def empty_module(
+    spec: dict, # Of a fitted model, with its name
+    task: Task,
+) -> nn.Module: # in evaluation mode
+    "A module for weights. Raises as `make_model`."
+    from mlkit.candidates import blend, linear, trees # noqa: F401, they register themselves
+    from mlkit.candidates.base import EMPTY
+    make = EMPTY.get(spec["name"], make_model)
+    return make(spec, task).eval()
+
 # %% ../../nbs/training/00_model.ipynb #5f4f207a
 def save_model(
     path: Path,
@@ -165,7 +176,7 @@ def load_model(
         with safe_open(path, "pt") as f:
             made = json.loads((f.metadata() or {})["mlkit"])
             task = Task.from_dict(made["task"])
-            net = make_model(made["model"], task)
+            net = empty_module(made["model"], task)
             net.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
     except (OSError, SafetensorError, KeyError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
