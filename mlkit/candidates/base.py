@@ -8,7 +8,6 @@ __all__ = ['TRAIN', 'VALIDATION', 'CANDIDATES', 'EMPTY', 'Data', 'prepared_data'
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np, torch
 from fastcore.basics import patch

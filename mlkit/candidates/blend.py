@@ -5,13 +5,12 @@ __all__ = ['LEAST', 'N_PARTS', 'CHANCE', 'Blend', 'forms_of', 'spans_of', 'empty
            'pays']
 
 # %% ../../nbs/candidates/03_blend.ipynb #71f3234c
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np, torch
 from torch import nn
 
-from .base import EMPTY, Fitted, empty, is_classes
-from ..targets.base import find_target
+from .base import Fitted, empty, is_classes
 from ..task import Task
 
 # %% ../../nbs/candidates/03_blend.ipynb #fde06b7e

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np, torch
 from fastcore.basics import patch
-from pydantic import PositiveFloat
 from torch import nn
 
 from .base import TRAIN, VALIDATION, Data, Fitted, candidate, empty, is_classes, is_value

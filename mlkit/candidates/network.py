@@ -4,9 +4,7 @@
 __all__ = ['network']
 
 # %% ../../nbs/candidates/04_network.ipynb #541a16d0
-from dataclasses import replace
-
-import numpy as np, torch
+import numpy as np
 
 from .base import TRAIN, VALIDATION, Data, Fitted
 from ..training.feed import Memory

@@ -190,6 +190,7 @@ def base_margins(
 @patch
 def attributions(self: Trees,
     x: np.ndarray, # (n, d)
+    typical: np.ndarray | None = None, # Not used: trees know what is usual from the training split
 ) -> np.ndarray: # (n, n_outputs, d)
     "What each feature adds to each output, beside the mean of the training split."
     import xgboost

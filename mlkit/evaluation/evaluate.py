@@ -67,11 +67,11 @@ def chosen_score(
 
 def leads(
     task: Task,
-    p: np.ndarray, y: np.ndarray, # of the network: (n, k); the truth (n,)
+    p: np.ndarray, y: np.ndarray, # of the judged model: (n, k); the truth (n,)
     others: dict[str, np.ndarray], # name: (n, k)
     metric: str, n_bins: int, seed: int,
 ) -> np.ndarray: # (resamples, others)
-    "By how much the network is better, on each resample."
+    "By how much the judged model is better, on each resample."
     target, score = task.target, task.target.scores(n_bins)[metric]
     exact, sign = [target.exact(a) for a in others.values()], 1 if score.higher_is_better else -1
     def of_all(w):
@@ -82,12 +82,13 @@ def leads(
 # %% ../../nbs/evaluation/00_evaluate.ipynb #2f4e752b
 def stand_beside(
     task: Task,
-    p: np.ndarray, y: np.ndarray, # of the network: (n, k); the truth (n,)
+    p: np.ndarray, y: np.ndarray, # of the judged model: (n, k); the truth (n,)
     others: dict[str, np.ndarray], # name: (n, k) answers
     metric: str, # see `chosen_score`
     confidence: float, n_bins: int, seed: int, # see `Target.figures`
-) -> pl.DataFrame: # model, scores; lead with its interval, p_better, p_worse
-    "The network and the others on the same samples."
+    name: str = "model", # of the judged one
+) -> pl.DataFrame: # model, scores; lead with its interval, p_better, p_worse; the judged model first
+    "The judged model and the others on the same samples."
     names = dict.fromkeys((metric, *task.target.shown_scores))
     def figures(answers):
         found = task.target.figures(answers, y, confidence, n_bins, seed)
@@ -95,19 +96,19 @@ def stand_beside(
     mine, rows = figures(p), []
     sign = 1 if task.target.scores(n_bins)[metric].higher_is_better else -1
     lead = leads(task, p, y, others, metric, n_bins, seed) if others else None
-    for i, (name, answers) in enumerate(others.items()):
+    for i, (other, answers) in enumerate(others.items()):
         theirs, (low, high), (better, worse) = figures(answers), interval(lead[:, i], confidence), p_values(lead[:, i])
         known = None not in (mine[metric], theirs[metric])
-        rows.append({"model": name} | theirs | {"lead": sign * (mine[metric] - theirs[metric]) if known else None,
+        rows.append({"model": other} | theirs | {"lead": sign * (mine[metric] - theirs[metric]) if known else None,
                      "lead_low": low, "lead_high": high, "p_better": better, "p_worse": worse})
-    return pl.DataFrame([{"model": "network"} | mine, *rows], infer_schema_length=None)
+    return pl.DataFrame([{"model": name} | mine, *rows], infer_schema_length=None)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #1d2fd011
 def shortfall(
     beside: pl.DataFrame, # see `stand_beside`
     confidence: float,
 ) -> float: # in units of the score; 0: none is clearly better
-    "How far the network is behind the best simple model."
+    "How far the judged model is behind the best of the others."
     if beside.height < 2:
         return 0.0
     clearly = pl.col("p_worse") * (beside.height - 1) < 1 - confidence
@@ -140,7 +141,7 @@ def open_questions(
 # %% ../../nbs/evaluation/00_evaluate.ipynb #1a47feac
 def all_figures(
     task: Task,
-    p: np.ndarray, y: np.ndarray, # of the network: (n, k); the truth (n,)
+    p: np.ndarray, y: np.ndarray, # of the judged model: (n, k); the truth (n,)
     beside: pl.DataFrame, # see `stand_beside`
     metric: str, # see `chosen_score`
     confidence: float, n_bins: int, seed: int, # see `Target.figures`
@@ -148,7 +149,7 @@ def all_figures(
     "What the stage `evaluate` writes down."
     figures = task.target.figures(p, y, confidence, n_bins, seed)
     first = {k: figures[k] for k in (metric, f"{metric}_low", f"{metric}_high") if k in figures}
-    rows = beside.filter(pl.col("model") != "network").rows(named=True)
+    rows = beside[1:].rows(named=True)
     simple = {f"{r['model']}_{metric}": r[metric] for r in rows if r[metric] is not None}
     tests = {f"{r['model']}_{k}": r[k] for r in rows for k in ("p_better", "p_worse")}
     return first | simple | {"shortfall": shortfall(beside, confidence)} | figures | own_metrics(p, y) | tests
@@ -163,11 +164,11 @@ def p_text(
 # %% ../../nbs/evaluation/00_evaluate.ipynb #cd4f6326
 def beside_line(
     figures: dict[str, float], # see `all_figures`
-    name: str, # of the simple model
+    name: str, # of the other
     metric: str, # see `chosen_score`
     confidence: float,
 ) -> str:
-    "The network beside one simple model."
+    "The judged model beside another."
     better, worse = figures[f"{name}_p_better"], figures[f"{name}_p_worse"]
     word = "neither clearly better nor clearly worse"
     if better < 1 - confidence:
@@ -176,7 +177,7 @@ def beside_line(
         word = "worse"
     score = figures.get(f"{name}_{metric}")
     shown = f"{metric} {score:.4f}; " if score is not None else ""
-    return f"{name}: {shown}the network is {word} ({p_text(min(better, worse))})"
+    return f"{name}: {shown}this model is {word} ({p_text(min(better, worse))})"
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b3e5e8b9
 def with_interval(figures: dict[str, float], name: str) -> str: # '0.9896 (0.9698 to 0.9965)'
@@ -189,7 +190,7 @@ def with_interval(figures: dict[str, float], name: str) -> str: # '0.9896 (0.969
 def figure_lines(
     task: Task,
     figures: dict[str, float], # see `all_figures`
-    others: list[str], # names of the simple models
+    others: list[str], # names of the other models
     metric: str, # see `chosen_score`
     confidence: float,
 ) -> list[str]:

@@ -94,8 +94,7 @@ def seen(self: Explainer,
     rows: np.ndarray, # (k,) positions in the test split
 ) -> torch.Tensor: # (k, …) what the network takes
     "Test samples."
-    from mlkit.data.prepared import load_split
-    X, _ = load_split(self.prepared / "test.safetensors")
+    X = self.task.input.stored(self.prepared, "test")
     return self.task.input.front()(torch.from_numpy(np.asarray(X[rows])))
 
 # %% ../../nbs/evaluation/03_explain.ipynb #f9d67d6d

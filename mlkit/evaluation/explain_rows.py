@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['is_value', 'row_losses', 'rises', 'permutation_importance', 'plot_importance', 'score_of', 'movers', 'moved',
-           'attribute_rows', 'shown', 'plot_row', 'plot_row_parts', 'RowsExplainer']
+           'attribute_rows', 'of_answer', 'own_parts', 'sampled_parts', 'explained_rows', 'shown', 'plot_row',
+           'plot_row_parts', 'RowsExplainer']
 
 # %% ../../nbs/evaluation/05_explain_rows.ipynb #e8272ab2
 from functools import cached_property
@@ -14,7 +15,6 @@ from torch import nn
 
 from ..data.prepared import load_split
 from .explain import Explained, Explainer, completeness, explainer
-from ..inputs.rows import Encode
 from ..task import Task
 
 # %% ../../nbs/evaluation/05_explain_rows.ipynb #51b11d80
@@ -28,7 +28,7 @@ def row_losses(
     y: np.ndarray, # (n,) as the target encodes it
 ): # a function: numbers (n, c), see `Rows.matrix`, to losses (n,) float64
     "The loss of each row, as a function of what stands in the table."
-    encode, y = Encode(task.input), torch.from_numpy(np.asarray(y))
+    encode, y = task.input.encoder(), torch.from_numpy(np.asarray(y))
 
     @torch.no_grad()
     def losses(raw):
@@ -161,6 +161,68 @@ def attribute_rows(
     np.add.at(columns.T, task.input.sources, parts.T)
     return columns.astype(np.float32), completeness(parts, whole)
 
+# %% ../../nbs/evaluation/05_explain_rows.ipynb #8a5d2eeb
+def of_answer(
+    outputs: np.ndarray, # (n, k, …)
+    answer: np.ndarray, # (n,) numbers of classes
+) -> np.ndarray: # (n, …)
+    "The output of the answer, less the mean of the others; of a value, the output."
+    if outputs.shape[1] == 1:
+        return outputs[:, 0]
+    own = outputs[np.arange(len(answer)), answer]
+    return own - (outputs.sum(1) - own) / (outputs.shape[1] - 1)
+
+def own_parts(
+    net: nn.Module, task: Task, # `net` has `attributions`
+    X: np.ndarray, typical: np.ndarray, # (n, d), (m, d), as its input reads them
+) -> tuple[np.ndarray, np.ndarray]: # (n, d) parts; (n,) differences in score
+    "What a model says of its own features."
+    with torch.no_grad():
+        z = net(torch.from_numpy(X)).double().numpy()
+    answer, parts = z.argmax(1), net.attributions(X, typical).astype(np.float64)
+    moved = z - (z - parts.sum(2)).mean(0) # from what is usual, which is the same for every row
+    unit = task.target.std if is_value(task) else 1
+    return of_answer(parts, answer) * unit, of_answer(moved, answer) * unit
+
+# %% ../../nbs/evaluation/05_explain_rows.ipynb #ac5aae6f
+@torch.no_grad()
+def sampled_parts(
+    net: nn.Module, task: Task,
+    X: np.ndarray, typical: np.ndarray, # (n, d), (m, d)
+    n_samples: int, seed: int, # orders
+) -> tuple[np.ndarray, np.ndarray]: # (n, c) parts of columns; (n,) differences in score
+    "Shapley values of columns, by sampling."
+    n, m, sources = len(X), len(typical), np.array(task.input.sources)
+    x, base = torch.from_numpy(np.repeat(X, m, 0)), torch.from_numpy(np.tile(typical, (n, 1)))
+    answer = net(x).reshape(len(x), -1).argmax(1)
+    rng, parts = np.random.default_rng(seed), torch.zeros(len(x), len(task.input.columns), dtype=torch.float64)
+    start = before = score_of(net, task, base, answer).double()
+    for _ in range(n_samples):
+        at, before = base.clone(), start
+        for column in rng.permutation(parts.shape[1]):
+            features = np.flatnonzero(sources == column)
+            at[:, features] = x[:, features]
+            after = score_of(net, task, at, answer).double()
+            parts[:, column] += (after - before) / n_samples
+            before = after
+    whole = score_of(net, task, x, answer).double() - start
+    return parts.reshape(n, m, -1).mean(1).numpy(), whole.reshape(n, m).mean(1).numpy()
+
+def explained_rows(
+    net: nn.Module, task: Task, X: np.ndarray, typical: np.ndarray, n_steps: int, # as in `attribute_rows`
+    n_samples: int = 10, seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]: # (n, c) float32, a part a column; (n,) completeness error
+    "By the way that the model allows."
+    if hasattr(net, "attributions"):
+        parts, whole = own_parts(net, task, X, typical)
+        columns = np.zeros((len(X), len(task.input.columns)))
+        np.add.at(columns.T, task.input.sources, parts.T)
+    elif task.input.forms == ("scaled",):
+        return attribute_rows(net, task, X, typical, n_steps, n_samples, seed)
+    else:
+        columns, whole = sampled_parts(net, task, X, typical, n_samples, seed)
+    return columns.astype(np.float32), completeness(columns, whole)
+
 # %% ../../nbs/evaluation/05_explain_rows.ipynb #6fdb1ad3
 def shown(
     v, # a value of a cell
@@ -245,10 +307,9 @@ def explain(self: RowsExplainer,
     rows: np.ndarray, # (n,) positions in the test split
 ) -> Explained: # parts: (n, c), a part a column
     "The parts of these rows' scores, beside typical rows of the training split."
-    X, _ = load_split(self.prepared / "test.safetensors")
-    train, _ = load_split(self.prepared / "train.safetensors")
+    X, train = (self.task.input.stored(self.prepared, split) for split in ("test", "train"))
     typical = np.random.default_rng(self.seed).permutation(len(train))[:self.n_typical]
-    return Explained(rows, *attribute_rows(self.net, self.task, X[rows], train[typical], self.n_steps, seed=self.seed))
+    return Explained(rows, *explained_rows(self.net, self.task, X[rows], train[typical], self.n_steps, seed=self.seed))
 
 # %% ../../nbs/evaluation/05_explain_rows.ipynb #2015db66
 @patch

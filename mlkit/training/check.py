@@ -73,10 +73,13 @@ def components_are_known(
     train, tune = params.get("train", {}), params.get("tune", {})
     if "model" not in train:
         return
+    from mlkit.candidates.choose import checked_spec
     from mlkit.sources.base import import_task
     from mlkit.training.run import completed
     import_task(root)
     values = completed(train)
+    for asked in train.get("candidates") or ():
+        checked_spec(asked)
     named = params.get("ingest", {}).get("contract")
     check_loss(train.get("loss"), possible_targets(root / named if named else None))
     check_search(tune, values)
