@@ -29,8 +29,10 @@ class Data:
         y: dict[str, np.ndarray], # Split: (n,), as the target encodes it
         seed: int = 0,
         n_threads: int = 1, # Part of what makes a model the same bytes
+        device: str = "cpu", # Or 'cuda': where a candidate that can is fitted
     ):
-        self.task, self.samples, self.y, self.seed, self.n_threads = task, samples, y, seed, n_threads
+        self.task, self.samples, self.y, self.seed = task, samples, y, seed
+        self.n_threads, self.device = n_threads, device
         self.kept = {}
 
     def X(self, split: str, task: Task | None = None) -> np.ndarray: # (n, …)
@@ -44,11 +46,11 @@ class Data:
 def prepared_data(
     task: Task,
     prepared: Path, # Folder of `prepare`
-    seed: int, n_threads: int, # See `Data`
+    seed: int, n_threads: int, device: str = "cpu", # See `Data`
 ) -> Data:
     "What `prepare` has written."
     y = {s: np.asarray(load_split(prepared / f"{s}.safetensors")[1]) for s in (TRAIN, VALIDATION)}
-    return Data(task, lambda t, split: t.input.stored(prepared, split), y, seed, n_threads)
+    return Data(task, lambda t, split: t.input.stored(prepared, split), y, seed, n_threads, device)
 
 # %% ../../nbs/candidates/00_base.ipynb #fffc0317
 @patch
@@ -61,7 +63,7 @@ def part(self: Data,
         return np.concatenate([self.X(s, task) for s in (TRAIN, VALIDATION)])
     y = np.concatenate([self.y[s] for s in (TRAIN, VALIDATION)])
     return Data(self.task, lambda task, split: both(task)[rows[split]], {s: y[r] for s, r in rows.items()},
-                self.seed, self.n_threads)
+                self.seed, self.n_threads, self.device)
 
 # %% ../../nbs/candidates/00_base.ipynb #f09d2820
 @dataclass(frozen=True)

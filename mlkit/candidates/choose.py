@@ -279,7 +279,7 @@ def contest_lines(contest: Contest, chosen: str) -> list[str]:
         lines.append(f"few samples: {len(contest.y):,} were answered in turn, each by models that were fitted to the others")
     t = getattr(contest.entries[chosen].fitted.task.target, "temperature", 1)
     if t != 1:
-        lines.append(f"calibrated: logits are divided by {t}, since {chosen} was {'too sure' if t > 1 else 'not sure enough'}")
+        lines.append(f"calibrated: logits are divided by {t}, since answers were {'too sure' if t > 1 else 'not sure enough'}")
     if "blend" in contest.entries:
         lines.append(f"blend: {contest.entries['blend'].fitted.note}; its gain is not chance (p = {contest.blend_p:.3f})")
     elif contest.blend_p is not None:

@@ -144,7 +144,7 @@ def plot_slices(
     "The errors of the weak slices beside those of the rest."
     from mlkit.plot import GREY, RED, axes, words
     shown = weak.head(MOST_SHOWN)[::-1]
-    ax, at = axes(width=8, height=1 + 0.4 * len(shown)), np.arange(len(shown))
+    ax, at = axes(width=8, height=1.4 + 0.4 * len(shown)), np.arange(len(shown))
     ax.barh(at, shown["error"], 0.62, color=RED, label="in the slice")
     ax.scatter(shown["elsewhere"], at, color=GREY, zorder=3, label="elsewhere")
     ax.set(title="Where it is weak", xlabel="mean error", yticks=at, yticklabels=words(shown["slice"]))
