@@ -4,7 +4,8 @@
 __all__ = ['NETWORK', 'FEW', 'N_FOLDS', 'CHANCE_OF_BLEND', 'COUNTED', 'LEVEL', 'CONTEST', 'candidate_specs', 'checked_spec',
            'folds', 'held_out', 'Entry', 'Contest', 'as_entry', 'with_blend', 'lowest_loss', 'proper_loss',
            'all_scores', 'winner', 'n_bytes', 'standings', 'plot_standings', 'answer_times', 'fit_candidate',
-           'contest_of', 'contest_lines', 'save_contest', 'load_others']
+           'contest_of', 'check_asked', 'with_decision', 'decision_line', 'contest_lines', 'save_contest',
+           'load_others']
 
 # %% ../../nbs/candidates/05_choose.ipynb #04491afd
 import time
@@ -21,7 +22,9 @@ from ..component import check_component
 from ..core import ConfigError, nearest, read_json, write_json
 from ..layers import with_answer
 from ..task import Task
+from ..training.check import check_decide
 from ..training.model import load_model, save_model
+from ..targets.classes import check_decision
 from ..targets.resample import interval, p_values, resampled
 
 # %% ../../nbs/candidates/05_choose.ipynb #34876835
@@ -271,7 +274,38 @@ def contest_of(
         raise ConfigError(f"params.yaml: train.candidates: none of {', '.join(names)} can learn this target; add 'network'")
     return with_blend(Contest(entries, y, metric, data.seed, crossed))
 
+# %% ../../nbs/candidates/05_choose.ipynb #cbc47497
+def check_asked(decide: dict | None, task: Task):
+    "Raises `ConfigError` where `train.decide` asks for what cannot be."
+    if decide is None:
+        return
+    check_decide(decide)
+    if not is_classes(task):
+        raise ConfigError(f"params.yaml: train.decide is for classes, these data have {task.target.task}; leave it out")
+    check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"), task.target.classes)
+
+def with_decision(contest: Contest, chosen: str, decide: dict | None) -> Contest:
+    "The same, with the rule by which a class is said."
+    if decide is None:
+        return contest
+    e = contest.entries[chosen]
+    decision = e.fitted.task.target.decided(e.answers, contest.y, **decide).decision
+    def told(entry):
+        task = entry.fitted.task
+        return replace(entry, fitted=replace(entry.fitted, task=replace(task, target=replace(task.target, decision=decision))))
+    return replace(contest, entries={name: told(entry) for name, entry in contest.entries.items()})
+
 # %% ../../nbs/candidates/05_choose.ipynb #ea1297cc
+def decision_line(contest: Contest, chosen: str) -> str:
+    "What the rule changes on held-out samples."
+    e = contest.entries[chosen]
+    target = e.fitted.task.target
+    usual, now = e.answers.argmax(1), target.said(e.answers)
+    weights = ", ".join(f"{c} {w:g}" for c, w in zip(target.classes, target.decision))
+    def recalls(said):
+        return ", ".join(f"{c} {(said[contest.y == i] == i).mean():.2f}" for i, c in enumerate(target.classes) if (contest.y == i).any())
+    return f"said by probability times {weights}: of each class is found {recalls(now)}; by probability alone {recalls(usual)}"
+
 def contest_lines(contest: Contest, chosen: str) -> list[str]:
     "What else there is to say."
     lines = []
@@ -280,6 +314,9 @@ def contest_lines(contest: Contest, chosen: str) -> list[str]:
     t = getattr(contest.entries[chosen].fitted.task.target, "temperature", 1)
     if t != 1:
         lines.append(f"calibrated: logits are divided by {t}, since answers were {'too sure' if t > 1 else 'not sure enough'}")
+    decision = getattr(contest.entries[chosen].fitted.task.target, "decision", ())
+    if decision:
+        lines.append(decision_line(contest, chosen))
     if "blend" in contest.entries:
         lines.append(f"blend: {contest.entries['blend'].fitted.note}; its gain is not chance (p = {contest.blend_p:.3f})")
     elif contest.blend_p is not None:

@@ -24,6 +24,7 @@ class Client:
     max_batch_size: int # Samples in one request
     timeout: float = 30.0 # Seconds a request may take
     classes: tuple[str, ...] = () # What the columns of the answer mean; empty: values
+    decision: tuple[float, ...] = () # What a probability of each class counts for the answer, see `Signatures`
 
     def _connect(self):
         from tritonclient.http import InferenceServerClient
@@ -71,12 +72,12 @@ def predict_rows(self: Client, rows): # A list of dicts, a dict of columns, or a
 @patch
 def answer(self: Client, *inputs: np.ndarray) -> list[dict]: # See `mlkit.serving.signature.named_answers`
     "`predict`, with the names of the classes."
-    return named_answers(self.predict(*inputs), self.classes)
+    return named_answers(self.predict(*inputs), self.classes, self.decision)
 
 @patch
 def answer_rows(self: Client, rows) -> list[dict]: # As of `predict_rows`; as of `answer`
     "`answer` for the rows of a table."
-    return named_answers(self.predict_rows(rows), self.classes)
+    return named_answers(self.predict_rows(rows), self.classes, self.decision)
 
 # %% ../../nbs/serving/06_client.ipynb #fea130e7
 @patch

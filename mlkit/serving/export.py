@@ -25,7 +25,8 @@ def signatures(task: Task) -> Signatures:
     raw = tuple(Tensor(n, d, tuple(s), written.get(n)) for n, (d, s) in sent.items())
     given = Tensor(answer, "float32", (task.target.n_answers,))
     first = Signature(raw, (x,), tuple(getattr(task.input, "aside", ())))
-    return Signatures({"preprocess": first, "model": Signature((x,), (given,))}, classes)
+    decision = tuple(getattr(task.target, "decision", ()))
+    return Signatures({"preprocess": first, "model": Signature((x,), (given,))}, classes, decision)
 
 # %% ../../nbs/serving/01_export.ipynb #cd51cded
 ML_DOMAIN = {"ai.onnx.ml": 3} # What trees need, and every runtime has

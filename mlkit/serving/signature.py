@@ -90,6 +90,7 @@ class Signatures:
     "The steps of a served model in order, and the names of its classes."
     steps: dict[str, Signature] # {'preprocess': ..., 'model': ...}; each step has `<name>.onnx` beside the file
     classes: tuple[str, ...] # What the columns of the last output mean
+    decision: tuple[float, ...] = () # What a probability of each class counts for the answer; empty: alike
 
     @property
     def served(self) -> Signature: # What a client sees
@@ -101,7 +102,8 @@ class Signatures:
 def save(self: Signatures, path: str | Path) -> Path:
     "Write as JSON."
     steps = {name: step.to_dict() for name, step in self.steps.items()}
-    return write_json(path, {"steps": steps, "classes": list(self.classes)})
+    decision = {"decision": list(self.decision)} if self.decision else {}
+    return write_json(path, {"steps": steps, "classes": list(self.classes)} | decision)
 
 @patch(cls_method=True)
 def load(cls: Signatures, path: str | Path) -> Signatures:
@@ -109,7 +111,7 @@ def load(cls: Signatures, path: str | Path) -> Signatures:
     d = read_json(path)
     try:
         steps = {name: Signature.from_dict(step) for name, step in d["steps"].items()}
-        return cls(steps, tuple(d["classes"]))
+        return cls(steps, tuple(d["classes"]), tuple(d.get("decision", ())))
     except (KeyError, TypeError) as e:
         raise DataError(f"{path}: not a signature file ({e!r})") from None
 
@@ -219,10 +221,11 @@ def arrays(
 def named_answers(
     p: np.ndarray, # (n, k) probabilities, or (n, 1) values
     classes: tuple[str, ...], # k names; empty: values
+    decision: tuple[float, ...] = (), # See `Signatures`
 ) -> list[dict[str, Any]]: # 'answer'; of classes, 'probabilities' too: name: share
     "An answer a sample, with the names of the classes."
     p = p.astype(float)
     if not classes:
         return [{"answer": x[0] if len(x) == 1 else x} for x in p.tolist()]
-    best = p.argmax(1).tolist() if len(p) else []
+    best = (p * np.array(decision) if decision else p).argmax(1).tolist() if len(p) else []
     return [{"answer": classes[i], "probabilities": dict(zip(classes, x))} for i, x in zip(best, p.tolist())]

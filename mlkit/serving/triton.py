@@ -223,7 +223,8 @@ def url(self: Triton) -> str: # 'host:port' of HTTP, as clients of Triton take i
 @patch(as_prop=True)
 def client(self: Triton) -> Client:
     "A client of the ensemble."
-    return Client(self.url, self.name, self.signatures.served, self.max_batch_size, classes=self.signatures.classes)
+    return Client(self.url, self.name, self.signatures.served, self.max_batch_size,
+                  classes=self.signatures.classes, decision=self.signatures.decision)
 
 # %% ../../nbs/serving/07_triton.ipynb #a27c1dd3
 @patch(as_prop=True)

@@ -1,0 +1,69 @@
+"The best model there is: candidates beside each other, and whichever wins goes through all that follows."
+import numpy as np, polars as pl
+import pytest
+from test_new import new, verdict
+
+def houses(path, n=4000):
+    "A price that is a line in one column, steps in others, and chance: no single kind of model is the best for all of it."
+    random = np.random.default_rng(3)
+    size, rooms, age = random.normal(100, 30, n), random.integers(1, 9, n), random.uniform(0, 100, n)
+    town = random.choice(list("abcdefghijkl"), n)
+    steps = 60 * np.isin(town, list("bdgk")) * (rooms % 2 == 0) + 40 * (age < 20) * (rooms > 4)
+    price = 2 * size + steps + random.normal(0, 25, n)
+    gaps = random.random(n) < 0.05
+    frame = pl.DataFrame({"size": size.round(1), "rooms": rooms, "age": age.round(1), "town": town, "price": price.round(2)})
+    frame.with_columns(age=pl.when(pl.Series(gaps)).then(None).otherwise(pl.col("age"))).write_csv(path)
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidates")
+    houses(folder / "houses.csv")
+    project, _ = new(folder / "houses", "--from", folder / "houses.csv", "--target", "price")
+    project.param(train__n_epochs=8)
+    project.commit()
+    return project, verdict(project)
+
+def test_whoever_wins_is_exported_served_and_released(blended):
+    project, v = blended
+    contest = project.json("models/candidates/contest.json")
+    assert v["outcome"].startswith("released"), v
+    assert contest["chosen"] == "blend" and {"network", "linear", "trees"} < set(contest["candidates"])
+    assert v["criteria"]["serve.agreement"]["met"] and project.json("reports/metrics/export.json")["max_difference"] < 1e-4
+    figures = project.json("reports/metrics/evaluate.json")
+    assert all(figures["r2"] >= figures[f"{name}_r2"] - 0.002 for name in ("network", "linear", "trees"))
+    page = (project / "reports/train.html").read_text()
+    assert "chosen: blend, since it has the best r2 on held-out samples" in page and "trees" in page
+
+def test_it_is_the_same_bytes_the_next_time(blended):
+    project, _ = blended
+    names = "models/model.safetensors", *(f"models/candidates/{n}.safetensors" for n in ("network", "linear", "trees"))
+    before = project.outputs("train", "explain", "export")
+    assert set(names) <= before.keys()
+    project.mlkit("repro", "-f", "train")
+    project.mlkit("repro", "-f", "explain")
+    after = project.outputs("train", "explain", "export")
+    assert [n for n in before if before[n] != after[n] and "measurements" not in n and "engines" not in n] == []
+
+def test_each_alone_too(blended):
+    "Trees have a file for FIL and no TensorRT engine; what was left out stands beside as a baseline."
+    project, _ = blended
+    before = (project / "params.yaml").read_text()
+    project.param(train__candidates=[{"name": "trees", "max_depth": 4}])
+    done = project.mlkit("repro", rc=None)
+    v, figures = project.json("reports/metrics/verdict.json"), project.json("reports/metrics/evaluate.json")
+    assert v["criteria"]["serve.agreement"]["met"], done.stdout
+    assert "linear_r2" in figures and "TensorRT does not run" in done.stdout
+    assert (project / "models/bundle/onnx/fil/houses/1/xgboost.ubj").is_file()
+    assert [line for line in done.stdout.splitlines() if line.startswith(("Released", "Not released", "Undecided"))]
+    (project / "params.yaml").write_text(before)
+
+@pytest.mark.parametrize("asked, says", [
+    (["tres"], "did you mean 'trees'"), ([{"name": "trees", "max_dept": 3}], "did you mean 'max_depth'"),
+    ([{"name": "trees", "max_depth": 0}], "max_depth"), ([{"depth": 3}], "train.candidates")])
+def test_a_slip_is_found_before_the_first_stage(blended, asked, says):
+    project, _ = blended
+    before = (project / "params.yaml").read_text()
+    project.param(train__candidates=asked)
+    done = project.mlkit("repro", rc=1)
+    (project / "params.yaml").write_text(before)
+    assert says in done.stderr and "▸" not in done.stdout and "Traceback" not in done.stderr
