@@ -30,7 +30,7 @@ def reasons(
 # %% ../../nbs/commands/09_new.ipynb #560e0ff3
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--from", "data", required=True, help="A folder of images, a table, a URL; or digits, breast_cancer, diabetes.")
+@click.option("--from", "data", required=True, help="A folder of images, a table, a URL; or digits, breast_cancer, diabetes, wine.")
 @click.option("--target", help="Of a table: the column to predict.")
 @click.option("--group", help="Of a table: the column whose rows belong together, such as a patient. Rows are split by it.")
 @click.option("--time", help="Of a table: the date that orders the rows. Rows are split by it, unless --group is given.")
