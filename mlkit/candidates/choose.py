@@ -149,7 +149,7 @@ def with_blend(contest: Contest) -> Contest:
     return replace(contest, entries=contest.entries | {"blend": Entry(mixed, said, seconds)})
 
 # %% ../../nbs/candidates/05_choose.ipynb #c7014cef
-CHANCE_OF_BLEND = 0.05
+CHANCE_OF_BLEND = 0.1
 
 def lowest_loss(contest: Contest, names: list[str]) -> int: # position in `names`
     "Who has the lowest log loss, or squared error."
