@@ -216,6 +216,8 @@ def outcome_of(
 # %% ../../nbs/evaluation/14_champion.ipynb #33a2d0d6
 def moved_text(lead: float, low: float, high: float, p: float) -> str: # 'ahead by 0.0104 (-0.002 to 0.023, p = 0.08)'
     "How far the challenger is ahead or behind, with the interval of the lead and the p-value."
+    if lead == 0:
+        return f"level ({low:.4f} to {high:.4f})"
     if lead < 0:
         lead, low, high, word = -lead, -high, -low, "behind"
     else:

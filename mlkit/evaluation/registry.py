@@ -7,8 +7,8 @@ __all__ = ['CHAMPION', 'CHAMPION_KEYS', 'PUBLISHED', 'FETCHED', 'champion_entry'
            'versions_of', 'living_run', 'checked_bundle', 'upload', 'register', 'published_version', 'verdict_part',
            'keep_verdict', 'keep_signature', 'is_signed', 'artifact_digest', 'checked_manifest', 'champion_event',
            'publication_events', 'adopted', 'version_held', 'wanted_aliases', 'set_aliases', 'champion_bundle',
-           'compared_on_rows', 'against_champion', 'said_against', 'publish_locked', 'publish', 'find_version',
-           'check_alias', 'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict', 'fetch_bundle',
+           'compared_on_rows', 'against_champion', 'more_facts', 'said_against', 'publish_locked', 'publish',
+           'find_version', 'check_alias', 'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict', 'fetch_bundle',
            'fetch_signature', 'checked_version', 'fetch']
 
 # %% ../../nbs/evaluation/08_registry.ipynb #82ffe85d
@@ -427,7 +427,7 @@ def publication_events(
     verdict: dict, # of the bundle that is released
     version: str,
     manifest: str, # hash of the list of its files
-    compared=lambda: None, # called for a new release: see `against_champion`
+    more=lambda: {}, # called for a new release: what else is known of it, see `more_facts`
 ) -> list[dict]: # see `history.event`; empty: the last release was the same
     "What a publication adds to the history."
     new, to = champion_entry(verdict), {"version": version, "bundle": verdict["bundle"]}
@@ -435,13 +435,12 @@ def publication_events(
     last = releases(entries, new["model"])[-1:]
     if last and last[0] == last[0] | facts and last[0]["to"]["bundle"] == new["bundle"]:
         return []
-    against = compared()
-    facts |= {"against": against} if against else {}
+    facts |= more()
     events = [event("released", new["model"], to, f"meets {len(verdict['criteria'])} criteria", "release", **facts)]
     held = holder(entries, "challenger", new["model"])
     if not held or held["to"]["bundle"] != new["bundle"]:
         events.append(event("challenger", new["model"], to, "the last that was released", "release", held and held["to"]))
-    return events + champion_event(entries, verdict, to, against)
+    return events + champion_event(entries, verdict, to, facts.get("against"))
 
 # %% ../../nbs/evaluation/08_registry.ipynb #03bdc70b
 def adopted(
@@ -538,6 +537,20 @@ def against_champion(
         found = not_comparable(str(e))
     return found and found.to_dict() | {"promoted": found.promoted, "champion": held["to"]["bundle"], "version": held["to"]["version"]}
 
+# %% ../../nbs/evaluation/08_registry.ipynb #da9b9ec5
+def more_facts(
+    root: Path, # the project
+    client, uri: str, entries: list[dict], folder: Path, verdict: dict, # see `against_champion`
+) -> dict: # outcome, data, looks, against; what is not known is left out
+    "What the history says of a release, beside its figures."
+    from mlkit.evaluation.looks import seen
+    from mlkit.flow.index import data_version
+    from mlkit.flow.pipeline import last_run
+    data, looked = data_version(last_run(root).get("ingest", {})), seen(root, verdict)
+    found = {"outcome": verdict.get("outcome"), "data": data.get("md5"), "looks": looked and looked["models"],
+             "against": against_champion(root, client, uri, entries, folder, verdict)}
+    return {k: v for k, v in found.items() if v}
+
 # %% ../../nbs/evaluation/08_registry.ipynb #0db3ed05
 def said_against(
     root: Path, # the project
@@ -567,7 +580,7 @@ def publish_locked(
         manifest = checked_manifest(name, found, folder, releases(entries, version.name, verdict["bundle"]))
         done = keep_verdict(client, uri, run, verdict) or done
         events = publication_events(entries, verdict, str(version.version), manifest,
-                                    lambda: against_champion(root, client, uri, entries, folder, verdict))
+                                    lambda: more_facts(root, client, uri, entries, folder, verdict))
         for e in events:
             if "against" in e:
                 client.set_model_version_tag(version.name, version.version, "against_champion", e["against"]["text"][:5000])
