@@ -204,14 +204,14 @@ def outcome_of(
     slices: list[dict], # see `regressed`
 ) -> str:
     "The outcome in a word, see the table above."
-    level = 1 - confidence
+    level, margin_kept = 1 - confidence, margin > 0 and kept < 1 - confidence
+    if worse < level and not margin_kept:
+        return "worse"
     if slices:
         return "worse in a part"
     if better < level:
         return "better"
-    if margin > 0 and kept < level:
-        return "not worse"
-    return "worse" if worse < level else "undecided"
+    return "not worse" if margin_kept else "undecided"
 
 # %% ../../nbs/evaluation/14_champion.ipynb #33a2d0d6
 def moved_text(lead: float, low: float, high: float, p: float) -> str: # 'ahead by 0.0104 (-0.002 to 0.023, p = 0.08)'
