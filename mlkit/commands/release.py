@@ -64,10 +64,13 @@ def conclude(
 @click.command()
 def release():
     "Say the verdict of the last run and publish the bundle if it is released. Exit code 1 if it is refused, 3 if it is undecided."
-    from mlkit.commands.index import refresh
+    from mlkit.commands.index import refresh, refresh_page
     root = project_root()
     if not (root / VERDICT).is_file():
         raise MlkitError(f"{VERDICT} is missing; run 'mlkit repro' first")
-    code = conclude(root, ask=True)
+    try:
+        code = conclude(root, ask=True)
+    finally:
+        refresh_page(root) # it also says that the history is broken
     refresh(root)
     sys.exit(code)
