@@ -32,12 +32,13 @@ def standing(
 ) -> dict: # registry: version and aliases, or None; champion and its version, or None; verdict; beside; moves: lines
     "Where the model of the last run stands. Empty where no stage gives a verdict."
     from mlkit.commands.history import history_line
+    from mlkit.evaluation.ages import verdict_of_today
     from mlkit.evaluation.registry import checked_history, last_publication, read_champion
-    from mlkit.evaluation.verdict import VERDICT, read_verdict
+    from mlkit.evaluation.verdict import VERDICT
     from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
-    verdict, champion, note = read_verdict(root), read_champion(root), last_publication(root, tracking_uri())
+    verdict, champion, note = verdict_of_today(root), read_champion(root), last_publication(root, tracking_uri())
     published = all(note.get(k) == verdict[k] for k in ("model", "bundle"))
     aliases = sorted(alias for alias, v in note.get("aliases", {}).items() if v == note["version"])
     crowned = champion and champion | {"version": note["aliases"].get("champion") if note.get("champion") == champion else None}

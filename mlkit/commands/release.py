@@ -43,10 +43,11 @@ def conclude(
     "Say the verdict with its reasons, and publish what is released."
     if not (root / VERDICT).is_file():
         return 0
+    from mlkit.evaluation.ages import verdict_of_today
     from mlkit.evaluation.looks import look, look_lines
     from mlkit.evaluation.registry import publish, read_champion, said_against
-    from mlkit.evaluation.verdict import headline, read_verdict, reason_lines, verdict_line
-    verdict = read_verdict(root)
+    from mlkit.evaluation.verdict import headline, reason_lines, verdict_line
+    verdict = verdict_of_today(root)
     outcome = headline(verdict)
     click.secho(verdict_line(verdict), fg=COLORS.get(outcome, "yellow"), bold=True)
     looked, against = look(root, verdict), None

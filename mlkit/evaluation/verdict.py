@@ -87,7 +87,7 @@ def judge(
     }
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #9b88b8ce
-AGES = "data.age_days", "model.age_days" # judged when the verdict is read, see `evaluation.ages`
+AGES = "data.age_days", "model.age_days" # judged when the verdict is said, see `evaluation.ages`
 
 def left_open(
     asked: dict[str, float], # {'min': …, 'max': …}
@@ -221,11 +221,9 @@ def together(
 def read_verdict(
     root: Path, # the project, where the stage `release` has run
 ) -> dict: # see `verdict`; a value that was measured elsewhere is None
-    "The last verdict, with what was measured here, and the ages of today. Raises `DataError` where a file is damaged."
-    from mlkit.evaluation.ages import aged, ages
+    "The last verdict, with what was measured here. Raises `DataError` where a file is damaged."
     measured = root / MEASURED_VERDICT
-    v = together(read_json(root / VERDICT), read_json(measured) if measured.is_file() else {})
-    return aged(v, ages(root, v["bundle"])) if any(name in v[part] for part in PARTS for name in AGES) else v
+    return together(read_json(root / VERDICT), read_json(measured) if measured.is_file() else {})
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #328a39b1
 def headline(v: dict) -> str: # of a verdict: 'Released with warnings'
