@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ..core import RegistryError, read_json, write_json
 from .history import HISTORY, append, champion_before, event, head, holder
-from .registry import FETCHED, PUBLISHED, champion_of, checked_history, checked_version, read_view
-from .registry import set_aliases, store_stamp, wanted_aliases, write_view
+from .quick import registry_client
+from .registry import FETCHED, PUBLISHED, champion_of, checked_history, checked_version
+from .registry import read_view, set_aliases, store_stamp, wanted_aliases, write_view
 from .verdict import check_model_name
-from ..training.store import mlflow_calls, mlflow_client, tracking_uri
+from ..training.store import mlflow_calls, tracking_uri
 
 # %% ../../nbs/evaluation/11_promotion.ipynb #894c888c
 def renew_note(
@@ -39,7 +40,7 @@ def promote(
     from filelock import FileLock
     check_model_name(name, "the model's name")
     uri = tracking_uri(uri)
-    client = mlflow_client(uri)
+    client = registry_client(uri, name)
     (root / ".mlkit").mkdir(exist_ok=True)
     with FileLock(root / ".mlkit/publish.lock"), mlflow_calls(uri):
         version, release, _ = checked_version(root, client, uri, name, wanted, root / FETCHED)
@@ -80,7 +81,7 @@ def version_of(
     "The version that holds a bundle. Raises `RegistryError` where there is none."
     from mlkit.evaluation.registry import version_held
     uri = tracking_uri(uri)
-    client = mlflow_client(uri)
+    client = registry_client(uri, name)
     with mlflow_calls(uri):
         found = version_held(client, event("champion", name, {"version": None, "bundle": bundle}, "", ""))
     if found is None:

@@ -231,11 +231,10 @@ def living_run(
     run_id: str,
 ): # MLflow's `Run`; None: it is gone
     "The run of a version, restored where it was deleted."
-    from mlflow.exceptions import MlflowException
     try:
         run = client.get_run(run_id)
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except Exception as e: # of MLflow, whose import takes seconds
+        if getattr(e, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
     if run.info.lifecycle_stage == "deleted":
@@ -625,11 +624,12 @@ def find_version(
     wanted: str, # '3', or an alias: 'champion'
 ): # MLflow's `ModelVersion`
     "Raises `RegistryError` where there is none, with the versions that there are."
-    from mlflow.exceptions import MlflowException
     find = client.get_model_version if wanted.isdigit() else client.get_model_version_by_alias
     try:
         return find(name, wanted)
-    except MlflowException as e:
+    except Exception as e: # MLflow's errors have a code; to name them here would import it, which takes seconds
+        if not hasattr(e, "error_code"):
+            raise
         reason = str(e).splitlines()[0]
         there = sorted((int(v.version) for v in client.search_model_versions(f"name = '{name}'")), reverse=True)
         hint = f"there is {', '.join(map(str, there[:10]))}" if there else "publish one with 'mlkit release'"
