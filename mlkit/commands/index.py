@@ -16,7 +16,7 @@ def beside(
     verdict: dict, # of the last run
     entries: list[dict], # the history
 ) -> dict[str, str]: # what: a line, empty where there is nothing to say
-    "What the page says beside the verdict: the challenger, the test set, changed criteria, the comparison with the champion."
+    "What the page says beside the verdict: challenger, comparison with the champion, test set, changed criteria."
     from mlkit.commands.history import place
     from mlkit.evaluation.history import holder
     from mlkit.evaluation.looks import look_lines, seen
@@ -25,8 +25,10 @@ def beside(
     lines = [line.partition(": ")[2] for line in look_lines(looked, verdict["compare"])] if looked else []
     test_set, changed = (*lines, "", "")[:2]
     against = said_against(root, verdict) or {}
-    return {"challenger": place(held["to"]) if held else "", "same rows": against.get("text", ""), "test set": test_set, "criteria": changed}
+    said = {"same rows": against.get("text", ""), "test set": test_set, "criteria": changed}
+    return {"challenger": place(held["to"]) if held else ""} | said
 
+# %% ../../nbs/commands/05_index.ipynb #132876f9
 def standing(
     root: Path, # the project
 ) -> dict: # registry: version and aliases, or None; champion and its version, or None; verdict; beside; moves: lines

@@ -150,6 +150,7 @@ def error_of(
     low, high = (figures.get(f"{name}_{end}") for end in ("low", "high"))
     return None if low is None or high is None else standard_error(low, high, confidence)
 
+# %% ../../nbs/evaluation/15_looks.ipynb #12c70b23
 def known_test(
     looks: list[dict], # see `read_looks`
     bundle: str, # its identity
@@ -161,6 +162,7 @@ def margin_of(params: dict) -> float: # of `params.yaml`, as it is written
     "The margin of a comparison with the champion."
     return (params.get("release") or {}).get("margin", 0)
 
+# %% ../../nbs/evaluation/15_looks.ipynb #63ee9e7e
 def look(
     root: Path, # the project
     verdict: dict, # the last one, see `verdict.read_verdict`
