@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, ExportError, RegistryError, read_json
+from ..core import DataError, ExportError, MlkitError, RegistryError, read_json
 from ..data.prepared import load_split
 from .evaluate import METRICS, measured, p_text, samples_to_decide
 from .slices import Slice, slices_of, with_own
@@ -110,9 +110,14 @@ def answers_of(
     sent: dict[str, np.ndarray], # name: (n, …), see `Input.sent`
     classes: tuple[str, ...], # in the order of today; empty: a value
 ) -> np.ndarray: # (n, k)
-    "What a served model says."
+    "What a served model says. Raises `ExportError` where ONNX Runtime cannot load or run it."
     chain = OnnxChain(folder / "onnx")
-    p = chain(sent)
+    try:
+        p = chain(sent)
+    except MlkitError:
+        raise
+    except Exception as e: # of ONNX Runtime, which has no error of its own to name
+        raise ExportError(f"{folder}: ONNX Runtime cannot run it ({str(e).splitlines()[0][:200]})") from None
     return p[:, [chain.signatures.classes.index(c) for c in classes]] if classes else p
 
 def ask_both(
