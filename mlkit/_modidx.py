@@ -1242,6 +1242,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.said': ( 'evaluation/champion.html#said',
                                                                                'mlkit/evaluation/champion.py'),
+                                           'mlkit.evaluation.champion.samples_wanted': ( 'evaluation/champion.html#samples_wanted',
+                                                                                         'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.score_named': ( 'evaluation/champion.html#score_named',
                                                                                       'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.shape_of': ( 'evaluation/champion.html#shape_of',

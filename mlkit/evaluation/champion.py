@@ -3,11 +3,13 @@
 # %% auto #0
 __all__ = ['DECIDE', 'PROMOTED', 'own_score', 'score_named', 'shape_of', 'differences', 'target_of', 'check_alike', 'Rows',
            'answers_of', 'ask_both', 'paired_p', 'regressed', 'slice_text', 'Outcome', 'lead_of', 'outcome_of',
-           'moved_text', 'wanted_text', 'said', 'judge', 'not_comparable', 'compare']
+           'moved_text', 'wanted_text', 'said', 'samples_wanted', 'judge', 'not_comparable', 'compare']
 
 # %% ../../nbs/evaluation/14_champion.ipynb #28b0f2de
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -246,6 +248,22 @@ def said(o: dict, higher_is_better: bool, unit: str) -> str: # the fields of an 
     lower = "" if higher_is_better else f"; lower {o['metric']} is better"
     return start + ends.get(o["outcome"], "") + lower
 
+# %% ../../nbs/evaluation/14_champion.ipynb #baed0dea
+def samples_wanted(
+    lead: float, low: float, # size of the lead or lag, and the end of its interval that is nearer to the other side
+    p: float, # the smaller of the two p-values
+    n: int, # test samples
+    confidence: float,
+) -> int | None: # None: no number would, as far as one can see
+    "How many test samples would decide, if the lead stays what it is."
+    by_interval = samples_to_decide(lead, low, n)
+    if by_interval is None or p >= 0.5:
+        return None
+    by_p = n * (NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(1 - p)) ** 2
+    wanted = max(by_interval, ceil(by_p))
+    digits = 10 ** max(0, len(str(wanted)) - 2)
+    return ceil(wanted / digits) * digits
+
 # %% ../../nbs/evaluation/14_champion.ipynb #ba9f8ad1
 def judge(
     rows: Rows,
@@ -263,7 +281,7 @@ def judge(
     (low, high), (better, worse) = interval(leads, confidence), p_values(leads)
     slices, n = regressed(rows, confidence), len(rows.y)
     name = outcome_of(better, worse, p_values(leads + margin)[0], confidence, margin, slices)
-    wanted = samples_to_decide(abs(lead), low if lead > 0 else -high, n) if name == "undecided" else None
+    wanted = samples_wanted(abs(lead), low if lead > 0 else -high, min(better, worse), n, confidence) if name == "undecided" else None
     found = {"outcome": name, "metric": metric, "value": value, "champion_value": before, "lead": lead, "low": float(low),
              "high": float(high), "p_better": better, "p_worse": worse, "samples": n, "wanted": wanted, "slices": tuple(slices)}
     return Outcome(text=said(found, score.higher_is_better, rows.task.input.unit), **found)
