@@ -90,7 +90,7 @@ class Project:
         found = [f for d in ("data", "models", "serving", "reports", ".mlkit/aside") if (self / d).exists() for f in (self / d).rglob("*")]
         measured = [f"reports/measurements/{name}" for name in ("serve.json", "train.json", "verdict.json")]
         pages = [f"reports/measurements/{stage}.{ext}" for stage in ("serve", "train") for ext in ("html", "ipynb")]
-        kept = {*self.outputs(), "reports/index.html", *measured, *pages}
+        kept = {*self.outputs(), "reports/index.html", "reports/registry.html", "reports/verdict.json", *measured, *pages}
         return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
 
     def processes(self):
@@ -155,7 +155,7 @@ def checkout(root):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
-    for name in ("champion.json", "history.jsonl"): (root / name).unlink(missing_ok=True) # nobody to beat
+    for name in ("champion.json", "history.jsonl", "looks.jsonl"): (root / name).unlink(missing_ok=True) # nobody to beat
     project = Project(root)
     project.replace("params.yaml", "serve.p99_ms: {max: 50}", "serve.p99_ms: {max: 5000}") # no test hangs on the speed of a machine
     project.git("init", "-q")

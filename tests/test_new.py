@@ -28,9 +28,9 @@ def status(project):
 def drive(project, tmp_path):
     "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."
     metrics = [f"reports/metrics/{name}" for name in sorted(p.name for p in (project / "reports/metrics").iterdir())]
-    assert status(project) == ["?? champion.json", "?? dvc.lock", "?? history.jsonl", "?? reports/"] and len(metrics) == 11
+    assert status(project) == ["?? champion.json", "?? dvc.lock", "?? history.jsonl", "?? looks.jsonl", "?? reports/"] and len(metrics) == 11
     project.git("add", "-A")
-    assert status(project) == [f"A  {p}" for p in ("champion.json", "dvc.lock", "history.jsonl", *metrics)]
+    assert status(project) == [f"A  {p}" for p in ("champion.json", "dvc.lock", "history.jsonl", "looks.jsonl", *metrics)]
     project.git("commit", "-qm", "a run")
     tried = project.dvc("exp", "run", "-S", "train.optimizer.lr=0.003", "-S", "train.n_epochs=1", "evaluate")
     assert ran(tried.stdout) == ["tune", "train", "evaluate"] # what tune would search has changed

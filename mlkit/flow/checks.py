@@ -144,6 +144,8 @@ def criteria_are_measured(params: dict[str, dict], root: Path):
     known = known_metrics(params, root, measured)
     for key, name, _ in asked:
         stage = name.partition(".")[0]
+        if name in ("data.age_days", "model.age_days"): # no stage measures them, see `evaluation.ages`
+            continue
         if stage not in measured:
             meant = nearest(stage, measured)
             raise ConfigError(f"params.yaml: release.{key}: '{name}': no stage '{stage}' gives metrics to the release{meant}")

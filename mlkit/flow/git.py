@@ -155,7 +155,7 @@ def filter_command(command: str) -> str: # For the shell
 
 # %% ../../nbs/flow/18_git.ipynb #21c21231
 ATTRIBUTES = ["dvc.lock merge=mlkit-lock", "reports/metrics/*.json merge=mlkit-metrics",
-              "nbs/**/*.ipynb filter=mlkit-notebooks"]
+              "nbs/**/*.ipynb filter=mlkit-notebooks", "looks.jsonl merge=union"]
 
 def settings(command: str) -> dict[str, str]: # key: value
     "git's configuration for a project."

@@ -96,6 +96,7 @@ def described(facts: dict, verdict: dict | None) -> list[tuple[str, str]]: # Wha
         rows += [("model", verdict["model"]), ("bundle", verdict["bundle"][:12])]
         rows.append(("registry", registry_line(facts.get("registry"))))
         rows.append(("champion", champion_line(verdict, facts.get("champion"))))
+        rows += [(what, line) for what, line in facts.get("beside", {}).items() if line]
         rows += [("history", line) for line in facts.get("moves", ())]
     return rows
 
@@ -142,7 +143,8 @@ INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 {%- endif %}{% if warned %} Warnings: {{ warned|join(', ') }}.{% endif %}</p>
 {% if reasons %}<ul class="reasons">{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}{% endif %}
 <dl class="facts"><div><dt>written</dt><dd><time datetime="{{ written.isoformat() }}">{{ date }}</time></dd></div>
-{% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl></div>
+{% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
+{% if verdict %}<p><a href="registry.html">All versions and their history</a></p>{% endif %}</div>
 {% if verdict %}<div class="scroll" tabindex="0" role="group" aria-label="Table: the criteria of the release">
 <table><thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th>
 <th scope="col">asked</th>{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>

@@ -100,7 +100,7 @@ mlkit repro      # run what has changed, give the verdict, write reports/index.h
 | own the contract of the data | `mlkit contract show`, then `mlkit contract accept` |
 | add data | put new files or rows where the others are, then `mlkit repro` |
 | try a value and compare | `dvc exp run -S train.n_epochs=20`, then `dvc metrics diff` or `dvc exp show`. With `--temp` or `--queue` it runs in another folder, from where `../` leads elsewhere: write `ingest.source` as an absolute path first |
-| keep a state | `git add -A && git commit`; `dvc.lock`, `champion.json` and `history.jsonl` belong to it |
+| keep a state | `git add -A && git commit`; `dvc.lock`, `champion.json`, `history.jsonl` and `looks.jsonl` belong to it |
 | share it | `dvc remote add -d store <folder or URL>`, `dvc push`, `git push` |
 | go on elsewhere | `git clone`, `pip install -r requirements.txt` (the mlkit of this project is in `vendor/`), `mlkit setup`, `dvc pull` |
 """
