@@ -133,7 +133,8 @@ def at_most(X, learned: np.ndarray, n: int = 254):
 
 SKLEARN = "sklearn.compose", "sklearn.ensemble", "sklearn.linear_model", "sklearn.pipeline", "sklearn.preprocessing"
 IMPORTS = {"linear": SKLEARN, "hist_gradient_boosting": SKLEARN, "lightgbm": ("lightgbm",), "xgboost": ("xgboost",),
-           "flaml": ("flaml", "lightgbm", "xgboost", *SKLEARN)}
+           "flaml": ("flaml", "lightgbm", "xgboost", *SKLEARN),
+           "mlkit": ("mlkit.candidates.choose", "mlkit.sources.registry", "torch", "lightning_fabric", "xgboost", *SKLEARN)}
 MODELS: dict[str, Callable] = {} # name: function of a problem that gives the answers on its test rows
 
 def model(f: Callable) -> Callable:
@@ -246,7 +247,54 @@ def ingested(p: Problem, folder: Path):
         found = pl.read_parquet(prepared / f"{part}.parquet")["_row"].to_numpy() - 1
         if not np.array_equal(found, np.flatnonzero(p.split == number)):
             raise ValueError(f"{p.table.name}: the {part} rows are not those of the others")
-    return contract, shards, prepared
+    return prepared
+
+WATCHED = {"binary": "roc_auc", "classes": "log_loss", "regression": "rmse"} # FLAML is told the same
+FIXED = {"schedule": {"name": "one_cycle"}, "augment": None, "loss": {}, "batch_size": None, "device": "cpu",
+         "precision": "32-true", "n_threads": 1}
+
+def contest(p: Problem, prepared: Path):
+    "What the stage `train` does with the values that `mlkit new` writes."
+    from mlkit.candidates.base import prepared_data
+    from mlkit.candidates.choose import candidate_specs, contest_of
+    from mlkit.candidates.network import network
+    from mlkit.new import row_training
+    from mlkit.task import load_task
+    task = load_task(prepared)
+    chosen = {k: c.value for k, c in row_training(int((p.split == 0).sum())).items()}
+    values = FIXED | {"seed": p.seed} | chosen
+    data = prepared_data(task, prepared, p.seed, 1)
+    start = time.perf_counter()
+    first = network(data, values), time.perf_counter() - start
+    return contest_of(candidate_specs(None, task), data, WATCHED[p.table.kind], first,
+                      lambda part: network(part, values), mixed=p.table.group is None)
+
+def answered(p: Problem, fitted, prepared: Path) -> np.ndarray: # as of `answers`, in the order of the classes
+    "What a candidate says of the test rows."
+    from mlkit.evaluation.evaluate import predict
+    said = predict(fitted.net, fitted.task, fitted.task.input.stored(prepared, "test"))
+    if p.table.kind == "regression":
+        return said[:, 0]
+    return said[:, [fitted.task.target.classes.index(c) for c in p.classes]]
+
+@model
+def mlkit(p: Problem) -> np.ndarray:
+    "`ingest`, `prepare` and `train`: the candidates, and the one that is chosen on held-out rows."
+    import tempfile
+    from mlkit.candidates.choose import proper_loss, winner
+    with tempfile.TemporaryDirectory(prefix="tables-") as folder:
+        start = cpu_seconds()
+        prepared = ingested(p, Path(folder))
+        until = cpu_seconds()
+        found = contest(p, prepared)
+        chosen, why = winner(found)
+        said = {name: answered(p, e.fitted, prepared) for name, e in found.entries.items()}
+    EXTRA.update(chosen=chosen, why=why, prepare_cpu_s=round(until - start, 2), blend_p=found.blend_p, candidates={
+        name: {"seconds": round(e.seconds, 2), "held_out_loss": proper_loss(found, name), "note": e.fitted.note}
+        for name, e in found.entries.items()})
+    np.savez(p.folder / "mlkit-candidates.npz", **said)
+    print(f"mlkit chose {chosen}")
+    return said[chosen]
 
 
 # One fit
