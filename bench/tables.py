@@ -3,10 +3,10 @@
     nice python bench/tables.py --state STATE [--seeds 0 1 2] [--only diamonds ames] [--models mlkit lightgbm]
     python bench/tables.py --state STATE --report
 
-Every model gets the same rows of the same table: 70 % to learn from, 15 % to choose by, 15 % to be judged on. Rows are drawn
-by class, or by group where rows belong together. What needs no validation rows learns from these too. Each fit is a process
-of its own on one thread; it leaves a JSON and its predictions in STATE, so a run that was cut goes on where it was. The
-report is Markdown. Peers are installed by pip into an environment in STATE, which sees the packages of this one.
+Every model gets the same rows of the same table: 70 % to learn from, 15 % to choose by, 15 % to be judged on. Rows are
+drawn by class, or by group where rows belong together. What needs no validation rows learns from these too. Each fit is
+a process of its own on one thread; it leaves a JSON and its predictions in STATE, so a run that was cut goes on where it
+was. The report is Markdown. Peers are installed by pip into an environment in STATE, which sees the packages of this one.
 """
 import argparse
 import importlib
@@ -99,7 +99,7 @@ def problem(name: str, state: Path, seed: int) -> Problem:
 # What the defaults read
 
 def features(p: Problem):
-    "Numbers, and categories as pandas has them; a date gives its parts. Categories are those of the rows that are learned from."
+    "Numbers, and categories as pandas has them; a date gives its parts. Categories are those of the learned rows."
     import pandas as pd
     frame = p.frame.drop(columns=[c for c in (p.table.target, p.table.group) if c])
     found = {}
@@ -134,7 +134,8 @@ def at_most(X, learned: np.ndarray, n: int = 254):
 SKLEARN = "sklearn.compose", "sklearn.ensemble", "sklearn.linear_model", "sklearn.pipeline", "sklearn.preprocessing"
 IMPORTS = {"linear": SKLEARN, "hist_gradient_boosting": SKLEARN, "lightgbm": ("lightgbm",), "xgboost": ("xgboost",),
            "flaml": ("flaml", "lightgbm", "xgboost", *SKLEARN),
-           "mlkit": ("mlkit.candidates.choose", "mlkit.sources.registry", "torch", "lightning_fabric", "xgboost", *SKLEARN)}
+           "mlkit": ("mlkit.candidates.choose", "mlkit.sources.registry", "torch", "lightning_fabric", "xgboost",
+                     *SKLEARN)}
 MODELS: dict[str, Callable] = {} # name: function of a problem that gives the answers on its test rows
 
 def model(f: Callable) -> Callable:
@@ -282,6 +283,7 @@ def mlkit(p: Problem) -> np.ndarray:
     "`ingest`, `prepare` and `train`: the candidates, and the one that is chosen on held-out rows."
     import tempfile
     from mlkit.candidates.choose import proper_loss, winner
+    time.perf_counter = time.process_time # seconds of a candidate are CPU time
     with tempfile.TemporaryDirectory(prefix="tables-") as folder:
         start = cpu_seconds()
         prepared = ingested(p, Path(folder))
@@ -309,11 +311,12 @@ def fit_one(name: str, state: Path, seed: int, key: str):
     for module in ("pandas", *IMPORTS.get(key, ())):
         importlib.import_module(module) # what it costs is no time of a fit
     p = problem(name, state, seed)
-    start, begun = cpu_seconds(), time.perf_counter()
+    start, begun = cpu_seconds(), time.monotonic()
     found = np.asarray(MODELS[key](p), np.float64)
-    cost = {"cpu_s": round(cpu_seconds() - start, 2), "wall_s": round(time.perf_counter() - begun, 2)}
+    cost = {"cpu_s": round(cpu_seconds() - start, 2), "wall_s": round(time.monotonic() - begun, 2)}
     if len(found) != (p.split == 2).sum() or not np.isfinite(found).all():
-        raise ValueError(f"{key} on {name}: {len(found)} answers for {(p.split == 2).sum()} rows, or some are not finite")
+        wanted = (p.split == 2).sum()
+        raise ValueError(f"{key} on {name}: {len(found)} answers for {wanted} rows, or some are not finite")
     np.save(p.folder / f"{key}.npy", found)
     write_aside(p.folder / f"{key}.json", {"machine": machine(), **cost, **EXTRA})
 
@@ -361,13 +364,14 @@ def fit_all(state: Path, names: list[str], keys: list[str], seeds: list[int]):
         command = [python, here, "--state", state, "--fit", name, key, str(seed)]
         ended = subprocess.run(command, env=env, capture_output=True, text=True)
         said = (ended.stderr if ended.returncode else ended.stdout).strip().splitlines()[-1:]
-        print(f"seed {seed}  {key:24} {name:12} {'failed: ' if ended.returncode else ''}{' '.join(said)[:300]}", flush=True)
+        failed = "failed: " if ended.returncode else ""
+        print(f"seed {seed}  {key:24} {name:12} {failed}{' '.join(said)[:300]}", flush=True)
 
 
 # Scores
 
 DEFAULTS = "linear", "hist_gradient_boosting", "lightgbm", "xgboost" # fitted by hand, each in one line
-AUTOML = "flaml"
+OURS = "mlkit"
 TITLES = {"linear": "linear", "hist_gradient_boosting": "HistGB", "lightgbm": "LightGBM", "xgboost": "XGBoost",
           "flaml": "FLAML 60 s", "mlkit": "mlkit"}
 N_RESAMPLES = 2000
@@ -381,22 +385,24 @@ def losses(kind: str) -> Callable: # of answers, truth and weights (b, n): (b,),
         return lambda p, y, w: 1 - roc_area(p[:, 1], y == 1, w)
     return log_loss if kind == "classes" else lambda p, y, w: rmse(p.reshape(-1, 1), y, w)
 
-def shown(kind: str, loss: float, y: np.ndarray) -> float:
+def shown(kind: str, loss, y: np.ndarray): # as `loss`
     "The figure that people read: AUC, log loss, R2."
     if kind == "binary":
         return 1 - loss
     return loss if kind == "classes" else 1 - loss**2 / y.var()
 
+def signed(kind: str, ours, best): # as these
+    "By how much our figure is better."
+    return best - ours if kind == "classes" else ours - best
+
 @dataclass
 class Judged:
     "What the models reached on one split of one table."
     table: Table
-    n: int # rows of the test
     loss: dict[str, float] # model: loss
     score: dict[str, float] # model: AUC, log loss or R2
     cost: dict[str, dict] # model: what its JSON says
-    p_worse: dict[str, float] # model: that mlkit is worse only by chance
-    p_better: dict[str, float]
+    lead: np.ndarray | None = None # (resamples,) of mlkit's figure over the best default's; above 0: better
 
     @property
     def best(self) -> str:
@@ -412,25 +418,19 @@ def weights_of(p: Problem, seed: int = 0): # (b, n) at a time
     for w in draws(int(of.max()) + 1, seed, N_RESAMPLES):
         yield w[:, of]
 
-def judged(p: Problem, keys: list[str], ours: str = "mlkit") -> Judged:
-    "Score what is there. The p-values are one-sided, by a paired bootstrap of the test rows."
-    from mlkit.targets.resample import p_values
+def judged(p: Problem, keys: list[str]) -> Judged:
+    "Score what is there; the lead is drawn by a paired bootstrap of the test rows."
     f, y = losses(p.table.kind), p.y()[p.split == 2]
     there = [k for k in keys if (p.folder / f"{k}.json").is_file()]
     answer = {k: np.load(p.folder / f"{k}.npy") for k in there}
-    one = np.ones((1, len(y)))
-    loss = {k: float(f(a, y, one)[0]) for k, a in answer.items()}
-    cost = {k: json.loads((p.folder / f"{k}.json").read_text()) for k in there}
-    worse, better = {}, {}
-    if ours in there:
-        found = {k: [] for k in there}
-        for w in weights_of(p):
-            for k in there:
-                found[k].append(f(answer[k], y, w))
-        drawn = {k: np.concatenate(v) for k, v in found.items()}
-        for k in there:
-            better[k], worse[k] = p_values(drawn[k] - drawn[ours])
-    return Judged(p.table, len(y), loss, {k: shown(p.table.kind, v, y) for k, v in loss.items()}, cost, worse, better)
+    loss = {k: float(f(a, y, np.ones((1, len(y))))[0]) for k, a in answer.items()}
+    score = {k: shown(p.table.kind, v, y) for k, v in loss.items()}
+    found = Judged(p.table, loss, score, {k: json.loads((p.folder / f"{k}.json").read_text()) for k in there})
+    if OURS in there and set(DEFAULTS) & set(there):
+        ours, best = answer[OURS], answer[found.best]
+        of = [[shown(p.table.kind, f(a, y, w), y) for a in (ours, best)] for w in weights_of(p)]
+        found.lead = signed(p.table.kind, *(np.concatenate(drawn) for drawn in zip(*of)))
+    return found
 
 def holm(p: dict[str, float]) -> dict[str, float]:
     "Corrected for the number of tables (Holm 1979)."
@@ -470,18 +470,30 @@ def tables_report(problems: list[Problem]) -> list[str]:
                          ", ".join(t.covers), left))
     return lines
 
+def lead_cells(j: Judged, corrected: float) -> list[str]:
+    "By how much mlkit is better than the best default, its interval, and the tests."
+    from mlkit.targets.resample import interval, p_values
+    low, high = interval(j.lead, 0.95)
+    lead = signed(j.table.kind, j.score[OURS], j.score[j.best])
+    better, worse = p_values(j.lead)
+    return [f"{lead:+.4f} ({low:+.4f} to {high:+.4f})", written_p(worse), written_p(corrected), written_p(better)]
+
 def scores_report(found: dict[str, Judged], keys: list[str]) -> list[str]:
     "A row a table; the best score of a row is bold."
-    lines = head("table", "figure", *(TITLES[k] for k in keys), "best default", "mlkit worse, p", "corrected", "better, p")
-    complete = {n: j for n, j in found.items() if "mlkit" in j.loss}
-    corrected = holm({n: j.p_worse[j.best] for n, j in complete.items()})
-    for name, j in found.items():
+    from mlkit.targets.resample import p_values
+    lines = head("table", "figure", *(TITLES[k] for k in keys), "best default", "mlkit is better by (95 %)",
+                 "p, worse", "corrected", "p, better")
+    corrected = holm({n: p_values(j.lead)[1] for n, j in found.items() if j.lead is not None})
+    for name, j in ((n, j) for n, j in found.items() if j.loss):
         first = min(j.loss.values())
         cells = [f"{j.score[k]:.4f}" if k in j.score else "" for k in keys]
-        cells = [f"**{c}**" if k in j.loss and j.loss[k] == first else c for c, k in zip(cells, keys)]
-        p = [written_p(j.p_worse[j.best]), written_p(corrected[name]), written_p(j.p_better[j.best])] if name in complete else [""] * 3
-        lines.append(row(name, METRIC[j.table.kind], *cells, TITLES[j.best], *p))
-    return lines
+        cells = [f"**{c}**" if j.loss.get(k) == first else c for c, k in zip(cells, keys)]
+        last = lead_cells(j, corrected[name]) if name in corrected else [""] * 4
+        lines.append(row(name, METRIC[j.table.kind], *cells, TITLES[j.best], *last))
+    worse = [n for n, p in corrected.items() if p < 0.05]
+    said = ", ".join(worse) if worse else "none"
+    many = f"5 %, corrected for {len(corrected)} tables"
+    return [*lines, "", f"Significantly worse than the best default ({many}): {said}."]
 
 def ranks(found: dict[str, Judged], keys: list[str]) -> np.ndarray: # (tables, models)
     "1 is best; equal ones share their ranks."
@@ -490,8 +502,11 @@ def ranks(found: dict[str, Judged], keys: list[str]) -> np.ndarray: # (tables, m
 
 def summary_report(by_seed: dict[int, dict[str, Judged]], keys: list[str]) -> list[str]:
     "A row a model: mean rank of each repeat, how often first, CPU seconds."
-    lines = head("model", *(f"mean rank, split {s}" for s in by_seed), "first on", "CPU s, median", "CPU s, all tables")
     whole = {s: {n: j for n, j in found.items() if all(k in j.loss for k in keys)} for s, found in by_seed.items()}
+    whole = {s: tables for s, tables in whole.items() if tables}
+    if not whole:
+        return []
+    lines = head("model", *(f"mean rank, split {s}" for s in whole), "first on", "CPU s, median", "CPU s, all tables")
     found = {s: ranks(tables, keys) for s, tables in whole.items()}
     for i, k in enumerate(keys):
         cpu = [j.cost[k]["cpu_s"] for j in whole[min(whole)].values()]
@@ -501,6 +516,22 @@ def summary_report(by_seed: dict[int, dict[str, Judged]], keys: list[str]) -> li
     counted = ", ".join(f"split {s}: {len(t)}" for s, t in whole.items())
     return [*lines, "", f"Tables with all models: {counted}."]
 
+def candidates_report(found: dict[str, Judged]) -> list[str]:
+    "What mlkit chose, and what its candidates cost."
+    lines = head("table", "chosen", "candidates: CPU s to fit once", "CPU s in all", "times")
+    total = np.zeros(2)
+    for name, j in ((n, j) for n, j in found.items() if OURS in j.cost):
+        told = j.cost[OURS]
+        single = {k: c["seconds"] for k, c in told["candidates"].items() if k != "blend"}
+        cost = np.array([sum(single.values()), told["cpu_s"]])
+        total += cost
+        shown = ", ".join(f"{k} {v:.1f}" for k, v in single.items())
+        blended = told["candidates"].get("blend", {}).get("note")
+        chosen = f"blend: {blended}" if told["chosen"] == "blend" else told["chosen"]
+        lines.append(row(name, chosen, shown, f"{cost[1]:.1f}", f"{cost[1] / cost[0]:.1f}"))
+    once, whole = total
+    return [*lines, row("**all**", "", f"{once:.0f}", f"{whole:.0f}", f"{whole / max(once, 0.01):.1f}")]
+
 def report(state: Path, names: list[str], keys: list[str], seeds: list[int]) -> str:
     "Markdown."
     problems = {s: [problem(n, state, s) for n in names] for s in seeds}
@@ -508,7 +539,7 @@ def report(state: Path, names: list[str], keys: list[str], seeds: list[int]) -> 
     first = by_seed[seeds[0]]
     said = {c["machine"] for j in first.values() for c in j.cost.values()}
     lines = [*sorted(said), f"{len(seeds)} split(s)", "", *tables_report(problems[seeds[0]]), "",
-             *scores_report(first, keys), "", *summary_report(by_seed, keys)]
+             *scores_report(first, keys), "", *summary_report(by_seed, keys), "", *candidates_report(first)]
     return "\n".join(lines)
 
 
