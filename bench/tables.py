@@ -29,8 +29,7 @@ from table_sets import PACKAGES, TABLES, Table, rows_of
 
 PEERS = ("lightgbm==4.7.0", "flaml==2.7.0", *PACKAGES)
 LIBRARIES = "scikit-learn", "lightgbm", "xgboost-cpu", "flaml", "pandas", "numpy", "torch"
-ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "POLARS_MAX", "NUMEXPR")}
-ONE_THREAD["POLARS_MAX_THREADS"] = "1"
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
 BUDGET = 60 # seconds of CPU for FLAML
 SPLITS = "train", "validation", "test"
 
@@ -155,7 +154,7 @@ def plain(p: Problem, estimator, X) -> np.ndarray:
 
 @model
 def linear(p: Problem) -> np.ndarray:
-    "Logistic regression or ridge: standardised numbers with the median for what is missing, one-hot categories."
+    "Logistic regression or ridge: standardised numbers with the mean and a mark for what is missing."
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LogisticRegression, Ridge
