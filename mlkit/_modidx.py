@@ -1220,6 +1220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlkit.evaluation.card.number': ('evaluation/card.html#number', 'mlkit/evaluation/card.py'),
                                        'mlkit.evaluation.card.plain': ('evaluation/card.html#plain', 'mlkit/evaluation/card.py'),
                                        'mlkit.evaluation.card.protected': ('evaluation/card.html#protected', 'mlkit/evaluation/card.py'),
+                                       'mlkit.evaluation.card.spec_of': ('evaluation/card.html#spec_of', 'mlkit/evaluation/card.py'),
                                        'mlkit.evaluation.card.stated': ('evaluation/card.html#stated', 'mlkit/evaluation/card.py'),
                                        'mlkit.evaluation.card.training_data': ( 'evaluation/card.html#training_data',
                                                                                 'mlkit/evaluation/card.py')},

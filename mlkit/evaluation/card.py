@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'SECTIONS', 'HOW', 'PACKAGES', 'CARD', 'Facts', 'plain', 'grid', 'stated',
-           'listed', 'component', 'details', 'intended', 'factors', 'protected', 'chosen', 'evaluation_data',
+           'listed', 'component', 'spec_of', 'details', 'intended', 'factors', 'protected', 'chosen', 'evaluation_data',
            'training_data', 'number', 'figure_rows', 'analyses', 'ethics', 'caveats', 'card', 'data_version',
            'environment_of', 'add_card']
 
@@ -33,6 +33,7 @@ class Facts:
     verdict: dict # as it is recorded, see `verdict.apart`
     values: dict[str, dict] # stage: its section of `params.yaml`
     stated: dict[str, str] = field(default_factory=dict) # see `STATED`
+    spec: dict = field(default_factory=dict) # of the model that was chosen, see `spec_of`
     data: str = "" # see `data_version`
     environment: dict[str, str] = field(default_factory=dict) # package: version
     format: str = "safetensors and ONNX"
@@ -61,12 +62,16 @@ def listed(facts: dict) -> list[str]: # what: value
     "A list of facts, without those that are not known."
     return [f"- **{k}**: {plain(v)}" for k, v in facts.items() if v not in (None, "")]
 
-def component(spec) -> str: # of `params.yaml`: a name with parameters
-    "'mlp (width 8)'."
-    if not isinstance(spec, dict):
-        return str(spec or "")
-    rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name")
+def component(spec: dict) -> str: # a name with parameters
+    "'mlp (width 8)'. What is no plain value, such as the parts of a blend, is left out."
+    rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name" and isinstance(v, (str, int, float)))
     return f"{spec.get('name', '')} ({rest})" if rest else spec.get("name", "")
+
+def spec_of(model: Path) -> dict: # `models/model.safetensors`; empty: it does not say
+    "What kind of model a file holds. The weights are not read."
+    from safetensors import safe_open
+    with safe_open(model, "numpy") as f:
+        return json.loads((f.metadata() or {}).get("mlkit", "{}")).get("model", {})
 
 # %% ../../nbs/evaluation/20_card.ipynb #b6daee47
 def details(f: Facts) -> list[str]:
@@ -74,11 +79,12 @@ def details(f: Facts) -> list[str]:
     t, target, train = f.metrics.get("train", {}), f.task.target, f.values.get("train", {})
     classes = getattr(target, "classes", ())
     what = f"{f.contract.task} of {target.name} from {f.contract.modality}" + (f", {len(classes)} classes" if classes else "")
-    network = listed({"Network": component(train.get("model")), "Parameters": figure(t["parameters"]) if "parameters" in t else None,
-                      "Epochs": t.get("kept_epoch"), "Seed": train.get("seed")})
+    n = t.get("candidates", 1)
+    network = {"Parameters": figure(t.get("parameters")), "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
+    kind = listed({"Kind": component(f.spec), "Chosen among": f"{n} candidates" if n > 1 else None, **network, "Seed": train.get("seed")})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
-    return [*made, *network, *listed({"Format": f.format, "Environment": packages}),
+    return [*made, *kind, *listed({"Format": f.format, "Environment": packages}),
             "- **Commit**: the registry keeps it beside the bundle, in `provenance/made.json`", *stated(f, "owner", "license")]
 
 def intended(f: Facts) -> list[str]:

@@ -426,7 +426,8 @@ def first_difference(
 ) -> str: # empty: the same
     "The feature that differs most between Python and ONNX."
     from mlkit.serving.parity import TOLERANCE
-    apart = np.abs(here.astype(np.float64) - there).reshape(-1)
+    a, b = here.astype(np.float64).reshape(-1), there.astype(np.float64).reshape(-1)
+    apart = np.where(np.isnan(a) & np.isnan(b), 0, np.nan_to_num(np.abs(a - b), nan=np.inf))
     if not apart.max(initial=0) > TOLERANCE:
         return ""
     j = int(apart.argmax())
