@@ -11,7 +11,8 @@ from ..core import project_root
 # %% ../../nbs/commands/25_debug.ipynb #9ae0a511
 @click.command()
 @click.argument("sample")
-@click.option("--server", metavar="URL", help="Ask this server too, 'localhost:8000' say. Usually one at port 8000 is asked, if it runs.")
+@click.option("--server", metavar="URL",
+              help="Ask this server too, 'localhost:8000' say. Usually one at port 8000 is asked, if it runs.")
 @click.option("--html", is_flag=True, help="Write the page reports/debug.html too.")
 def debug(sample, server, html):
     """Show the way of one SAMPLE: as it stands, the contract, what the model sees, scores, why, its neighbours, ONNX, server.

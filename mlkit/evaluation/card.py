@@ -45,6 +45,7 @@ def plain(v) -> str:
         return f"&#{ord(found[0])};" if found[0] in "<>&" else f"\\{found[0]}"
     return re.sub(r"[\\|<>\[\]*_`#&]", escaped, " ".join(str(v).split()))
 
+# %% ../../nbs/evaluation/20_card.ipynb #ec2f8647
 def grid(rows: list[dict]) -> list[str]: # lines; empty: no rows
     "A table."
     if not rows:
@@ -53,15 +54,17 @@ def grid(rows: list[dict]) -> list[str]: # lines; empty: no rows
     lines = [heads, ["---"] * len(heads), *[[plain(r.get(h, "")) for h in heads] for r in rows]]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
-# %% ../../nbs/evaluation/20_card.ipynb #df8a353d
+# %% ../../nbs/evaluation/20_card.ipynb #4c73917f
 def stated(f: Facts, *keys: str) -> list[str]: # of `STATED`
     "What people have said."
     return [f"- **{STATED[k]}**: {plain(f.stated[k]) if f.stated.get(k) else NOT_STATED.format(key=k)}" for k in keys]
 
+# %% ../../nbs/evaluation/20_card.ipynb #d32445e7
 def listed(facts: dict) -> list[str]: # what: value
     "A list of facts, without those that are not known."
     return [f"- **{k}**: {plain(v)}" for k, v in facts.items() if v not in (None, "")]
 
+# %% ../../nbs/evaluation/20_card.ipynb #b447444d
 def component(spec: dict) -> str: # a name with parameters
     "'mlp (width 8)'. What is no plain value, such as the parts of a blend, is left out."
     rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name" and isinstance(v, (str, int, float)))
@@ -73,39 +76,44 @@ def spec_of(model: Path) -> dict: # `models/model.safetensors`; empty: it does n
     with safe_open(model, "numpy") as f:
         return json.loads((f.metadata() or {}).get("mlkit", "{}")).get("model", {})
 
-# %% ../../nbs/evaluation/20_card.ipynb #b6daee47
+# %% ../../nbs/evaluation/20_card.ipynb #0d6428f8
 def details(f: Facts) -> list[str]:
     "Model details."
     t, target, train = f.metrics.get("train", {}), f.task.target, f.values.get("train", {})
     classes = getattr(target, "classes", ())
     what = f"{f.contract.task} of {target.name} from {f.contract.modality}" + (f", {len(classes)} classes" if classes else "")
     n = t.get("candidates", 1)
-    network = {"Parameters": figure(t.get("parameters")), "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
-    kind = listed({"Kind": component(f.spec), "Chosen among": f"{n} candidates" if n > 1 else None, **network, "Seed": train.get("seed")})
+    network = {"Parameters": figure(t.get("parameters")),
+               "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
+    kind = listed({"Kind": component(f.spec), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
+                   "Seed": train.get("seed")})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
     return [*made, *kind, *listed({"Format": f.format, "Environment": packages}),
             "- **Commit**: the registry keeps it beside the bundle, in `provenance/made.json`", *stated(f, "owner", "license")]
 
+# %% ../../nbs/evaluation/20_card.ipynb #c55b21b6
 def intended(f: Facts) -> list[str]:
     "Intended use."
     return stated(f, "intended_use", "intended_users", "out_of_scope")
 
-# %% ../../nbs/evaluation/20_card.ipynb #dff1ac6c
+# %% ../../nbs/evaluation/20_card.ipynb #1015350e
 def factors(f: Facts) -> list[str]:
     "Factors."
     inputs = [c.name for c in f.contract.features] or [c.name for c in f.contract.inputs]
     aside = [c.name for c in f.contract.inputs if c.name not in inputs]
     weak = f.metrics.get("evaluate", {}).get("weak_slices")
     slices = None if weak is None else f"parts of the test set were searched for more errors; {weak} found"
-    return listed({"What the model reads": ", ".join(inputs), "Kept aside": ", ".join(aside), "Rows that belong together": f.contract.group,
+    return listed({"What the model reads": ", ".join(inputs), "Kept aside": ", ".join(aside),
+                   "Rows that belong together": f.contract.group,
                    "Order in time": f.contract.time, "Slices": slices, "Protected columns": protected(f) or "none is named"})
 
+# %% ../../nbs/evaluation/20_card.ipynb #404f5503
 def protected(f: Facts) -> str:
     "The columns named protected in `params.yaml`."
     return ", ".join(f.values.get("evaluate", {}).get("protected") or ())
 
-# %% ../../nbs/evaluation/20_card.ipynb #b8b3bea4
+# %% ../../nbs/evaluation/20_card.ipynb #e7b92783
 ENDS = "_low", "_high"
 
 def chosen(f: Facts) -> list[str]:
@@ -116,13 +124,16 @@ def chosen(f: Facts) -> list[str]:
     interval = [f"Intervals hold the figure with {confidence:.0%} confidence.", ""] if confidence else []
     return [f"Versions are compared by `{f.verdict['compare']}`.", "", *interval, *grid(rows)]
 
+# %% ../../nbs/evaluation/20_card.ipynb #8b8e11b6
 def evaluation_data(f: Facts) -> list[str]:
     "Evaluation data."
     p, sizes = f.values.get("prepare", {}), f.metrics.get("prepare", {})
     n = sizes.get("test", f.metrics.get("evaluate", {}).get("samples"))
-    return listed({"Test samples": n and f"{n:,}", "Split": p.get("method"), "Seed of the split": p.get("seed"), "Golden rows": sizes.get("golden")}) + [
+    return listed({"Test samples": n and f"{n:,}", "Split": p.get("method"), "Seed of the split": p.get("seed"),
+                   "Golden rows": sizes.get("golden")}) + [
         "- The test samples were used neither for training nor for choosing a model."]
 
+# %% ../../nbs/evaluation/20_card.ipynb #b7dfd110
 def training_data(f: Facts) -> list[str]:
     "Training data."
     sizes, audit = f.metrics.get("prepare", {}), f.metrics.get("audit", {})
@@ -131,9 +142,10 @@ def training_data(f: Facts) -> list[str]:
                     "Left out": counts.get("left_out"), "Data version": f.data and f"{f.data} (SHA-256 of the tables of all splits)"})
     found = audit.get("findings")
     rows = [{"severity": r["severity"], "finding": r["text"]} for r in (found if isinstance(found, list) else [])]
-    return [*facts, "", "What each column must keep:", "", *grid(contract_rows(f.contract)), "What the audit has found:", "", *(grid(rows) or ["Nothing.", ""])]
+    return [*facts, "", "What each column must keep:", "", *grid(contract_rows(f.contract)),
+            "What the audit has found:", "", *(grid(rows) or ["Nothing.", ""])]
 
-# %% ../../nbs/evaluation/20_card.ipynb #127b0fa8
+# %% ../../nbs/evaluation/20_card.ipynb #e560ab14
 def number(v) -> bool: # of a metrics file
     "Whether it is a figure."
     return isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -143,8 +155,10 @@ def figure_rows(stage: str, figures: dict) -> list[dict]: # figure, value, inter
     def interval(name):
         ends = [figures.get(name + end) for end in ENDS]
         return f"{figure(ends[0])} to {figure(ends[1])}" if all(map(number, ends)) else ""
-    return [{"figure": f"{stage}.{k}", "value": figure(v), "interval": interval(k)} for k, v in figures.items() if number(v) and not k.endswith(ENDS)]
+    return [{"figure": f"{stage}.{k}", "value": figure(v), "interval": interval(k)} for k,
+            v in figures.items() if number(v) and not k.endswith(ENDS)]
 
+# %% ../../nbs/evaluation/20_card.ipynb #fa0bb063
 MADE_FROM = "ingest", "prepare", "audit", "tune", "train" # these stages say nothing of the test set
 
 def analyses(f: Facts) -> list[str]:
@@ -153,11 +167,12 @@ def analyses(f: Facts) -> list[str]:
     weak = f.metrics.get("evaluate", {}).get("evidence", {}).get("weak_slices") or "none"
     return [*grid(rows), f"Weak slices: {plain(weak)}.", ""]
 
-# %% ../../nbs/evaluation/20_card.ipynb #d9b2eaf1
+# %% ../../nbs/evaluation/20_card.ipynb #fb7d8d5a
 def ethics(f: Facts) -> list[str]:
     "Ethical considerations."
     return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}"]
 
+# %% ../../nbs/evaluation/20_card.ipynb #487961e1
 def caveats(f: Facts) -> list[str]:
     "Caveats and recommendations: the verdict, and what it misses."
     def said(j):
@@ -166,9 +181,10 @@ def caveats(f: Facts) -> list[str]:
             for part in ("criteria", "warnings") for name, j in f.verdict.get(part, {}).items()]
     failed = [f"- {plain(line)}" for line in reason_lines(f.verdict)]
     n = sum(len(missed(f.verdict, part)) for part in ("criteria", "warnings"))
-    return [f"**{headline(f.verdict)}**: {n} of {len(rows)} criteria and warnings are not met.", "", *grid(rows), *failed, *stated(f, "caveats")]
+    return [f"**{headline(f.verdict)}**: {n} of {len(rows)} criteria and warnings are not met.", "", *grid(rows),
+            *failed, *stated(f, "caveats")]
 
-# %% ../../nbs/evaluation/20_card.ipynb #368bd8b0
+# %% ../../nbs/evaluation/20_card.ipynb #1cc73bb5
 SECTIONS = {
     "Model details": details, "Intended use": intended, "Factors": factors, "Metrics": chosen, "Evaluation data": evaluation_data,
     "Training data": training_data, "Quantitative analyses": analyses, "Ethical considerations": ethics,
@@ -182,19 +198,20 @@ def card(f: Facts) -> str: # Markdown
         parts += [f"## {title}", "\n".join(section(f)).strip()]
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/evaluation/20_card.ipynb #554897e6
+# %% ../../nbs/evaluation/20_card.ipynb #28ff0c5c
 def data_version(prepared: Path) -> str: # folder of `prepare`; 12 hex digits
     "Which data a model was made from."
     files = {f.name: sha256(f) for f in sorted(prepared.glob("*.parquet"))}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../../nbs/evaluation/20_card.ipynb #5f415b29
 PACKAGES = "python", "torch", "numpy", "onnx", "onnxruntime" # of `environment.json`: what every release depends on
 
 def environment_of(versions: dict) -> dict[str, str]: # `environment.json`
     "The packages that a card names."
     return {name: versions[name] for name in PACKAGES if versions.get(name)}
 
-# %% ../../nbs/evaluation/20_card.ipynb #cfeff919
+# %% ../../nbs/evaluation/20_card.ipynb #9cc0f579
 CARD = "card.md"
 
 def add_card(

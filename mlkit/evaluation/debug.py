@@ -41,7 +41,7 @@ class Sample:
     split: str = ""
     whole: np.ndarray | None = None # (h, w, c) uint8, an image before it was resized
 
-# %% ../../nbs/evaluation/23_debug.ipynb #d6d0c237
+# %% ../../nbs/evaluation/23_debug.ipynb #781ee0a4
 def label_of(
     task: Task,
     y, # as the target encodes it
@@ -50,7 +50,7 @@ def label_of(
     classes = getattr(task.target, "classes", None)
     return str(classes[int(y)]) if classes else figure(float(y))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #f6e5a0ef
+# %% ../../nbs/evaluation/23_debug.ipynb #33a5bd9c
 def in_split(
     task: Task,
     prepared: Path, # folder of `prepare`
@@ -63,6 +63,7 @@ def in_split(
     where = f"number {at:,} of the {split} split, row {row:,} of the source"
     return Sample(where, task.input.raw(prepared, split)[at:at + 1], None, label_of(task, y[at]), row, split)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #ab635140
 def position(
     prepared: Path, # folder of `prepare`
     column: str, # of the splits' tables
@@ -78,7 +79,7 @@ def position(
             return split, found.item()
     return None
 
-# %% ../../nbs/evaluation/23_debug.ipynb #9360e7e3
+# %% ../../nbs/evaluation/23_debug.ipynb #00c8202d
 def read_row(
     text: str, # JSON
 ) -> dict:
@@ -91,7 +92,7 @@ def read_row(
         raise DataError(f"the sample is a {type(row).__name__} in JSON; write an object of column and value")
     return row
 
-# %% ../../nbs/evaluation/23_debug.ipynb #1ee99c41
+# %% ../../nbs/evaluation/23_debug.ipynb #3041b9a4
 def read_image(
     task: Task,
     path: Path,
@@ -107,7 +108,7 @@ def read_image(
         raise DataError(f"{path}: {why_unread(data)}")
     return Sample(f"the file {path}", fit_image(x, task.input.shape)[None], whole=x)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #1096d314
+# %% ../../nbs/evaluation/23_debug.ipynb #b6144579
 NO_SAMPLE = ("no sample '{asked}': it is no number of the test split, no file here, and no name of the source; write 12, _row=90, "
              "the path of an image, or a row as JSON")
 
@@ -118,6 +119,7 @@ def numbered(task: Task, prepared: Path, at: int) -> Sample: # position in the t
         raise DataError(f"the test split has {n:,} samples, 0 to {n - 1:,}; there is no number {at:,}. A row of the source is '_row={at}'")
     return in_split(task, prepared, "test", at)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #256bc27f
 def find_sample(
     task: Task,
     prepared: Path, # folder of `prepare`
@@ -143,7 +145,7 @@ def given_sample(task: Task, row: dict) -> Sample:
         raise DataError(f"the sample is a row, and the model reads {task.input.modality}s; give the path of one, or a number of the test split")
     return Sample("a row of yours", None, row)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5d2f29e7
+# %% ../../nbs/evaluation/23_debug.ipynb #9bb39ae7
 def read_value(
     f: Feature,
     v, # a Python value, as a person wrote it
@@ -160,7 +162,7 @@ def read_value(
     refused = any((rows & typed.is_null()).any() for rows in faults.values())
     return typed.item(), not refused
 
-# %% ../../nbs/evaluation/23_debug.ipynb #d4cdae77
+# %% ../../nbs/evaluation/23_debug.ipynb #86f7eb06
 def plain_order(v): # a number, or a datetime as text or value
     "What can be compared with the ends of a range."
     if isinstance(v, str):
@@ -169,6 +171,7 @@ def plain_order(v): # a number, or a datetime as text or value
         return v.astimezone(timezone.utc).replace(tzinfo=None) if v.tzinfo else v
     return v
 
+# %% ../../nbs/evaluation/23_debug.ipynb #f6243200
 def allowed(
     f: Feature,
     v, # typed
@@ -182,7 +185,7 @@ def allowed(
         return f"outside of {type_of(f).show_range(f)}"
     return ""
 
-# %% ../../nbs/evaluation/23_debug.ipynb #3c44aadf
+# %% ../../nbs/evaluation/23_debug.ipynb #22f9975d
 NOT_READ = "cannot be read; the server refuses it"
 ABSENT = "the row has no such column; the server refuses it"
 
@@ -197,15 +200,18 @@ def judged_row(
         value, fine = read_value(f, row.get(f.name))
         fault = ABSENT if f.name not in row else allowed(f, value) if fine else NOT_READ
         typed[f.name] = value
-        said.append({"column": f.name, "value": shown(row.get(f.name)), "type": f.dtype, "contract": fault or "allowed"})
+        said.append({"column": f.name, "value": shown(row.get(f.name)), "type": f.dtype,
+                     "contract": fault or "allowed"})
     unknown = [n for n in row if n not in {f.name for f in contract.columns}]
-    return said + [{"column": n, "value": shown(row[n]), "type": "", "contract": "no column of the contract"} for n in unknown], typed
+    return said + [{"column": n, "value": shown(row[n]), "type": "",
+                    "contract": "no column of the contract"} for n in unknown], typed
 
+# %% ../../nbs/evaluation/23_debug.ipynb #52d57ecd
 def shown(v) -> str:
     "A value of a cell for people."
     return "missing" if v is None else figure(v) if isinstance(v, float) else str(v)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #fef49f31
+# %% ../../nbs/evaluation/23_debug.ipynb #3e823619
 def judged_image(
     contract: Contract,
     x: np.ndarray, # (h, w, c) uint8
@@ -215,12 +221,14 @@ def judged_image(
     rows = []
     for side, is_, asked in zip(sides, x.shape, f.shape or (None,) * 3):
         fits = asked in (None, is_)
-        rows.append({"what": side, "value": str(is_), "contract": "allowed" if fits else f"the contract has {asked}; it was resized here"})
+        rows.append({"what": side, "value": str(is_),
+                     "contract": "allowed" if fits else f"the contract has {asked}; it was resized here"})
     flat = int(x.min()) == int(x.max())
-    rows.append({"what": "intensity", "value": f"{x.min()} to {x.max()}", "contract": "every pixel is the same" if flat else "allowed"})
+    rows.append({"what": "intensity", "value": f"{x.min()} to {x.max()}",
+                 "contract": "every pixel is the same" if flat else "allowed"})
     return rows
 
-# %% ../../nbs/evaluation/23_debug.ipynb #b1508b63
+# %% ../../nbs/evaluation/23_debug.ipynb #ff61bb85
 def typed_frame(
     contract: Contract,
     names: list[str], # of the columns that the model reads
@@ -230,7 +238,7 @@ def typed_frame(
     of = {f.name: f for f in contract.inputs}
     return pl.DataFrame([pl.Series(n, [typed.get(n)], type_of(of[n]).stored) for n in names])
 
-# %% ../../nbs/evaluation/23_debug.ipynb #f108c392
+# %% ../../nbs/evaluation/23_debug.ipynb #eff5907a
 def stored(
     task: Task,
     raw, # see `Sample`
@@ -238,11 +246,13 @@ def stored(
     "Raw samples as `prepare` stores them."
     return task.input.encode(raw) if hasattr(task.input, "encode") else np.asarray(raw)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #cfeebfc1
 def seen(task: Task, X: np.ndarray) -> np.ndarray: # as stored; (n, …) float32
     "What the network takes."
     with torch.no_grad():
         return task.input.front()(torch.from_numpy(np.ascontiguousarray(X))).numpy()
 
+# %% ../../nbs/evaluation/23_debug.ipynb #24764682
 SHOWN = 40 # features on the page
 
 def feature_rows(
@@ -255,7 +265,7 @@ def feature_rows(
     names = getattr(task.input, "features", None) or [f"value {j}" for j in range(len(x))]
     return [{"feature": n, "value": f"{v:.4g}"} for n, v in zip(names[:SHOWN], x)]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #6480c68c
+# %% ../../nbs/evaluation/23_debug.ipynb #38883b76
 MOST_CLASSES = 10
 
 def score_rows(
@@ -268,13 +278,15 @@ def score_rows(
         return [{"answer": task.target.name, "raw score": f"{scores[0]:.4g}", "value": figure(float(p[0]))}]
     raw = scores if len(scores) == len(p) else np.full(len(p), np.nan) # a network of two classes may give one score
     order = np.argsort(-p, kind="stable")[:MOST_CLASSES]
-    return [{"answer": task.target.classes[i], "raw score": f"{raw[i]:.4g}", "probability": f"{p[i]:.4f}"} for i in order]
+    return [{"answer": task.target.classes[i], "raw score": f"{raw[i]:.4g}",
+             "probability": f"{p[i]:.4f}"} for i in order]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #7678890f
+# %% ../../nbs/evaluation/23_debug.ipynb #8d5f8a14
 N_NEAREST = 5
 MOST_TRAINING = 500_000 # samples that are looked through
 TYPICAL = 200 # samples that show how far training samples are from each other
 
+# %% ../../nbs/evaluation/23_debug.ipynb #4875937f
 def distances(
     x: np.ndarray, # (1, …)
     X: np.ndarray, # (n, …)
@@ -286,7 +298,7 @@ def distances(
     apart[:, codes] = (apart[:, codes] != 0)
     return np.sqrt(np.einsum("nd,nd->n", apart, apart))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #8f5cf582
+# %% ../../nbs/evaluation/23_debug.ipynb #bde8f644
 @dataclass
 class Nearest:
     "Training samples that are like a sample."
@@ -294,6 +306,7 @@ class Nearest:
     at: np.ndarray # positions in the training split
     usual: float # median distance of a training sample to its own nearest one
 
+# %% ../../nbs/evaluation/23_debug.ipynb #efa75719
 def nearest_training(
     task: Task,
     prepared: Path, # folder of `prepare`
@@ -314,6 +327,7 @@ def nearest_training(
     rows = [{"row": f"{keys[i]:,}", task.target.name: label_of(task, y[i]), "distance": f"{d[i]:.3g}"} for i in at]
     return Nearest(rows, at, usual_distance(seen(task, X[:TYPICAL]), codes))
 
+# %% ../../nbs/evaluation/23_debug.ipynb #b8e8af16
 def usual_distance(X: np.ndarray, codes: list[int]) -> float: # (n, …) of what the network sees
     "How far a sample is from its nearest one, in the middle."
     if len(X) < 2:
@@ -321,7 +335,7 @@ def usual_distance(X: np.ndarray, codes: list[int]) -> float: # (n, …) of what
     found = [np.delete(distances(X[i:i + 1], X, codes), i).min() for i in range(len(X))]
     return float(np.median(found))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5fe831d0
+# %% ../../nbs/evaluation/23_debug.ipynb #a5fddf31
 def alone(
     task: Task, # of `prepare`
     prepared: Path, # folder of `prepare`
@@ -340,6 +354,7 @@ def alone(
     pl.concat([table, rest], how="horizontal").write_parquet(folder / "test.parquet")
     return folder
 
+# %% ../../nbs/evaluation/23_debug.ipynb #94c4ffbb
 def attributed(net, task: Task, prepared: Path, sample: Sample, seed: int, method: dict): # see `explain.make_explainer`
     "The parts of the sample's score. Raises as the explainer does."
     from mlkit.evaluation.explain import make_explainer
@@ -347,7 +362,7 @@ def attributed(net, task: Task, prepared: Path, sample: Sample, seed: int, metho
         folder = alone(load_task(prepared), prepared, sample, Path(d))
         return make_explainer(net, task, folder, seed, method).explain(np.array([0]))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #eed39306
+# %% ../../nbs/evaluation/23_debug.ipynb #31d70bfe
 def part_rows(
     task: Task,
     parts: np.ndarray, # (…) of one sample
@@ -360,7 +375,7 @@ def part_rows(
     most = np.argsort(-np.abs(flat), kind="stable")[:10]
     return [{"what": names[j], "part": f"{flat[j]:+.3g}"} for j in most]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #ce773d82
+# %% ../../nbs/evaluation/23_debug.ipynb #6d6872c4
 @dataclass(frozen=True)
 class Said:
     "What one way of asking has given."
@@ -378,6 +393,7 @@ def asked_chain(folder: Path, sample: Sample, task: Task) -> tuple[Said, np.ndar
     except MlkitError as e:
         return Said("ONNX", None, str(e)), None
 
+# %% ../../nbs/evaluation/23_debug.ipynb #76c86756
 def sent(signatures: Signatures, sample: Sample, task: Task): # as `OnnxChain` takes it
     "The sample as a request carries it. Raises `DataError` where a value cannot be read."
     if sample.given is None:
@@ -385,8 +401,10 @@ def sent(signatures: Signatures, sample: Sample, task: Task): # as `OnnxChain` t
     served = signatures.served
     return {t.name: x for t, x in zip(served.inputs, arrays(served, [sample.given]))}
 
-# %% ../../nbs/evaluation/23_debug.ipynb #0c33797d
+# %% ../../nbs/evaluation/23_debug.ipynb #79352346
 USUAL = "127.0.0.1:8000" # as 'mlkit serve' takes it
+
+# %% ../../nbs/evaluation/23_debug.ipynb #cf024088
 NO_SERVER = f"none at {USUAL}; start one with 'mlkit serve', or name one with --server"
 
 def listens(url: str) -> bool: # 'host:port'
@@ -398,6 +416,7 @@ def listens(url: str) -> bool: # 'host:port'
     except (OSError, ValueError):
         return False
 
+# %% ../../nbs/evaluation/23_debug.ipynb #2a94fb60
 def asked_server(
     repository: Path, # as `write_repository` leaves it
     url: str | None, # None: the usual one, where one runs
@@ -409,7 +428,8 @@ def asked_server(
         return Said("server", None, NO_SERVER)
     found = sorted(repository.glob("*/1/signatures.json"))
     if not found:
-        return Said("server", None, f"{repository} is missing, so the model's name is not known; run 'mlkit repro serve'")
+        return Said("server", None,
+                    f"{repository} is missing, so the model's name is not known; run 'mlkit repro serve'")
     signatures = Signatures.load(found[0])
     address = (url or USUAL).removeprefix("http://").rstrip("/")
     client = Client(address, found[0].parts[-3], signatures.served, 64, 5.0, signatures.classes)
@@ -419,7 +439,7 @@ def asked_server(
     except (ServeError, DataError) as e:
         return Said("server", None, str(e))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #f1d2fab0
+# %% ../../nbs/evaluation/23_debug.ipynb #4c164ae5
 def first_difference(
     task: Task,
     here: np.ndarray, there: np.ndarray, # (1, …) what the network sees, in Python and in ONNX
@@ -435,6 +455,7 @@ def first_difference(
     name = f"feature '{names[j]}'" if names and len(names) == len(apart) else f"value {j}"
     return f"{name} is {here.reshape(-1)[j]:.6g} in Python and {there.reshape(-1)[j]:.6g} in ONNX"
 
+# %% ../../nbs/evaluation/23_debug.ipynb #5d7c1ff8
 def beside(
     task: Task,
     ways: list[Said], # the notebook first
@@ -454,7 +475,7 @@ def beside(
                      "against the notebook": known})
     return rows
 
-# %% ../../nbs/evaluation/23_debug.ipynb #7770e13a
+# %% ../../nbs/evaluation/23_debug.ipynb #2644af5c
 @dataclass
 class Step:
     "One step of the way."
@@ -463,6 +484,7 @@ class Step:
     rows: list[dict] = field(default_factory=list)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list) # title; (h, w, c) uint8, or (h, w) parts
 
+# %% ../../nbs/evaluation/23_debug.ipynb #9fd110c0
 @dataclass
 class Run:
     "What the last run left, as far as it is needed."
@@ -476,6 +498,7 @@ class Run:
     def prepared(self) -> Path: # folder of `prepare`
         return self.root / "data/prepared"
 
+# %% ../../nbs/evaluation/23_debug.ipynb #87fee98d
 def last_run(root: Path) -> Run: # of a project
     "Raises `DataError` where no model is there."
     from mlkit.flow.config import read_params
@@ -489,18 +512,22 @@ def last_run(root: Path) -> Run: # of a project
     contract = own if own and own.is_file() else root / "data/contract.json"
     return Run(root, net.eval(), task, load_contract(contract), read_params(root))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #9b0e7f88
+# %% ../../nbs/evaluation/23_debug.ipynb #2ece11c8
 def raw_step(sample: Sample, task: Task) -> Step:
     "The sample as it stands."
     label = [f"{task.target.name}: {sample.truth}"] if sample.truth is not None else ["its label is not known"]
     if sample.given is not None:
-        return Step("As it stands", [sample.where, *label], [{"column": k, "value": shown(v)} for k, v in sample.given.items()])
+        return Step("As it stands", [sample.where, *label],
+                    [{"column": k, "value": shown(v)} for k, v in sample.given.items()])
     if isinstance(sample.raw, pl.DataFrame):
-        return Step("As it stands", [sample.where, *label], [{"column": k, "value": shown(v)} for k, v in sample.raw.row(0, named=True).items()])
+        return Step("As it stands", [sample.where, *label],
+                    [{"column": k, "value": shown(v)} for k, v in sample.raw.row(0, named=True).items()])
     whole = sample.raw[0] if sample.whole is None else sample.whole
     size = f"{' x '.join(map(str, whole.shape))} {whole.dtype}"
-    return Step("As it stands", [sample.where, size, *label], pictures=[("the sample", whole)] if whole.ndim == 3 else [])
+    return Step("As it stands", [sample.where, size, *label],
+                pictures=[("the sample", whole)] if whole.ndim == 3 else [])
 
+# %% ../../nbs/evaluation/23_debug.ipynb #a86ae070
 def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the sample can go on
     "What the contract says. A row of a person gets its typed form here."
     if isinstance(sample.raw, np.ndarray):
@@ -515,29 +542,33 @@ def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the 
     lines = [f"The server refuses this row: {', '.join(refused)}."] if refused else []
     return Step("What the contract says", lines, rows), not refused
 
-# %% ../../nbs/evaluation/23_debug.ipynb #06076265
+# %% ../../nbs/evaluation/23_debug.ipynb #67ec1367
 def attribution_step(run: Run, sample: Sample) -> Step:
     "What spoke for the answer, and against it."
     values = run.values.get("explain") or {}
     explained = attributed(run.net, run.task, run.prepared, sample, values.get("seed", 0), values.get("method") or {})
     parts, error = explained.parts[0], float(explained.error[0])
-    lines = ["A part above 0 speaks for the answer, a part below 0 against it.", f"The parts miss the whole by {error:.1%} of what was moved."]
+    lines = ["A part above 0 speaks for the answer, a part below 0 against it.",
+             f"The parts miss the whole by {error:.1%} of what was moved."]
     picture = [("for it (green), against it (pink)", parts)] if parts.ndim == 2 and sample.raw.ndim == 4 else []
     return Step("Why this answer", lines, part_rows(run.task, parts), picture)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #4497e8f8
 def nearest_step(run: Run, sample: Sample, answer: str) -> Step:
     "The nearest training samples."
     task = load_task(run.prepared)
-    found = nearest_training(task, run.prepared, stored(task, sample.raw), sample.key if sample.split == "train" else None)
+    found = nearest_training(task, run.prepared, stored(task, sample.raw),
+                             sample.key if sample.split == "train" else None)
     same = sum(r[task.target.name] == answer for r in found.rows)
     lines = [f"A training sample is usually {found.usual:.3g} from its nearest one."]
     if getattr(task.target, "classes", None):
         lines.append(f"{same} of {len(found.rows)} have the label that was answered.")
     X, _ = load_split(run.prepared / "train.safetensors")
-    pictures = [(f"{r[task.target.name]}, {r['distance']}", X[i]) for r, i in zip(found.rows, found.at)] if X.ndim == 4 else []
+    pictures = [(f"{r[task.target.name]}, {r['distance']}", X[i]) for r,
+                i in zip(found.rows, found.at)] if X.ndim == 4 else []
     return Step("The nearest training samples", lines, found.rows, pictures)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #d31ea4ad
+# %% ../../nbs/evaluation/23_debug.ipynb #2e04ea00
 def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server: str | None) -> Step:
     "The same sample through ONNX and the server."
     chain, first = asked_chain(run.root / "models/export", sample, run.task)
@@ -549,6 +580,7 @@ def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server
     lines = [f"{' and '.join(unlike)} differ from the notebook."] if unlike else []
     return Step("The same elsewhere", lines + ([f"Already before the model: {differ}."] if differ else []), rows)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #92362df0
 def way(
     run: Run, sample: Sample,
     server: str | None = None, # address of a server; None: the usual one, where one runs
@@ -574,7 +606,7 @@ def way(
     yield nearest_step(run, sample, answer)
     yield compared_step(run, sample, p, x, server)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5c1d9f79
+# %% ../../nbs/evaluation/23_debug.ipynb #9284e1ea
 SHADES = " ░▒▓█"
 
 def drawn(
@@ -586,12 +618,13 @@ def drawn(
     grey = x.mean(-1) if x.ndim == 3 else np.abs(x)
     h, w = grey.shape
     if w > width:
-        grey = cv2.resize(grey.astype(np.float32), (width, max(1, round(h * width / w))), interpolation=cv2.INTER_AREA)
+        grey = cv2.resize(grey.astype(np.float32), (width, max(1, round(h * width / w))),
+                          interpolation=cv2.INTER_AREA)
     low, high = float(grey.min()), float(grey.max())
     level = ((grey - low) / (high - low or 1) * (len(SHADES) - 1)).round().astype(int)
     return ["".join(SHADES[v] * 2 for v in line) for line in level]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #8a50d865
+# %% ../../nbs/evaluation/23_debug.ipynb #9b567e9f
 def say(console, step: Step, number: int): # rich's console
     "One step on a terminal."
     from rich.table import Table
@@ -602,7 +635,8 @@ def say(console, step: Step, number: int): # rich's console
     if step.rows:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in step.rows[0]:
-            table.add_column(Text(f"   {name}" if name == next(iter(step.rows[0])) else name), style=None, overflow="fold")
+            table.add_column(Text(f"   {name}" if name == next(iter(step.rows[0])) else name), style=None,
+                             overflow="fold")
         for row in step.rows:
             cells = [Text(str(v)) for v in row.values()]
             cells[0] = Text(f"   {cells[0]}")
@@ -612,7 +646,7 @@ def say(console, step: Step, number: int): # rich's console
         name = title if picture.ndim == 3 else "how much each pixel counts" # a terminal shows no sign
         console.print(Text("\n".join([f"   {name}", *(f"   {line}" for line in drawn(picture))])))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5c682076
+# %% ../../nbs/evaluation/23_debug.ipynb #8dd288af
 def as_png(
     x: np.ndarray, # (h, w, c) uint8; or (h, w) parts, where 0 is white, above it green, below it pink
 ) -> str: # base64
@@ -626,7 +660,7 @@ def as_png(
     _, data = cv2.imencode(".png", x[..., ::-1] if x.shape[-1] == 3 else x)
     return base64.b64encode(data.tobytes()).decode()
 
-# %% ../../nbs/evaluation/23_debug.ipynb #8b6a8210
+# %% ../../nbs/evaluation/23_debug.ipynb #446f36d4
 DEBUG = "reports/debug.html"
 DEBUG_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -644,7 +678,7 @@ src="data:image/png;base64,{{ png(p) }}"><figcaption>{{ title }}</figcaption></f
 {% endfor %}</tbody></table></div>{% endif %}</section>{% endfor %}
 </main></body></html>"""
 
-# %% ../../nbs/evaluation/23_debug.ipynb #10194b9a
+# %% ../../nbs/evaluation/23_debug.ipynb #8c6aa847
 DEBUG_CSS = """
 .bar { padding-top: 1rem; font-size: .95rem } section > p { margin: .2rem 0 } tbody th { color: var(--ink); font-weight: 400 }
 td { white-space: normal; overflow-wrap: anywhere } td.bad { color: var(--bad) }
@@ -653,6 +687,8 @@ td { white-space: normal; overflow-wrap: anywhere } td.bad { color: var(--bad) }
 figure img { display: block; width: 8rem; max-width: 100%; image-rendering: pixelated }
 figcaption { color: #57606b; font-size: .85rem; overflow-wrap: anywhere }
 """
+
+# %% ../../nbs/evaluation/23_debug.ipynb #e3339245
 def is_fault(
     column: str, value, # of a table of a step
 ) -> bool:
@@ -660,13 +696,16 @@ def is_fault(
     wrong = {"contract": lambda v: v != "allowed", "against the notebook": lambda v: "differs" in v}
     return column in wrong and wrong[column](str(value))
 
+# %% ../../nbs/evaluation/23_debug.ipynb #93aad324
 def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     "The way as a page. Whatever stands in the sample is text there, never markup."
     from jinja2 import Environment
     page = Environment(autoescape=True, trim_blocks=True).from_string(DEBUG_PAGE)
     where = steps[0].lines[0]
-    return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, css=CSS + DEBUG_CSS, png=as_png, fault=is_fault)
+    return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, css=CSS + DEBUG_CSS,
+                       png=as_png, fault=is_fault)
 
+# %% ../../nbs/evaluation/23_debug.ipynb #06ccbdf1
 def write_debug(root: Path, asked: str, steps: list[Step]) -> Path: # `reports/debug.html`
     "Write the page."
     write_atomic(root / DEBUG, debug_page(asked, steps))

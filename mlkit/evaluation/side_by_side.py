@@ -36,7 +36,7 @@ def read_at(
         return (root / path).read_text(encoding="utf-8") if (root / path).is_file() else None
     return git_says(root, "show", f"{commit}:./{path}")
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #ba96429c
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #230a3b6a
 def from_yaml(
     text: str | None,
     where: str, # for the message
@@ -51,6 +51,7 @@ def from_yaml(
         raise DataError(f"{where}: is damaged; restore it from git")
     return found
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #26766f85
 def from_json(text: str | None, where: str) -> dict: # as `from_yaml`
     "Raises `DataError` where it is no JSON, or no mapping."
     try:
@@ -61,7 +62,7 @@ def from_json(text: str | None, where: str) -> dict: # as `from_yaml`
         raise DataError(f"{where}: is damaged; restore it from git")
     return found
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #5fef0548
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #fa061eda
 @dataclass
 class Side:
     "A run, or a version of the registry, with all that is known of it."
@@ -80,7 +81,7 @@ class Side:
         "Its verdict."
         return next((m for m in self.metrics.values() if "criteria" in m and "outcome" in m), None)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #afd5df47
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #6f061e3d
 def metric_files(
     pipeline: dict, # `dvc.yaml`
 ) -> dict[str, list[str]]: # stage: paths
@@ -89,6 +90,7 @@ def metric_files(
         return [name for m in entry.get("metrics", ()) for name in (m if isinstance(m, dict) else [m])]
     return {stage: found for stage, entry in pipeline.get("stages", {}).items() if (found := paths(entry))}
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #3ef9df73
 def metrics_at(root: Path, commit: str | None, pipeline: dict, shown: str) -> dict[str, dict]: # stage: figures
     "What the stages have measured. Raises `DataError` where a file is damaged."
     found = {}
@@ -97,7 +99,7 @@ def metrics_at(root: Path, commit: str | None, pipeline: dict, shown: str) -> di
             found[stage] = found.get(stage, {}) | from_json(read_at(root, commit, path), f"{shown}: {path}")
     return {stage: figures for stage, figures in found.items() if figures}
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #2b4ba861
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #1427dfc7
 NO_METRICS = "{shown}: holds no metrics; {hint}"
 
 def run_at(
@@ -116,7 +118,7 @@ def run_at(
     return Side(asked, shown, read("params.yaml", from_yaml), read("dvc.lock", from_yaml).get("stages", {}),
                 read(ENVIRONMENT, from_json), metrics, here, live=commit is None)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #1235d58d
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #125d1195
 def judged_figures(
     verdict: dict, # see `verdict.verdict`
 ) -> dict[str, dict]: # stage: figures
@@ -129,6 +131,7 @@ def judged_figures(
                 found.setdefault(stage, {})[metric] = j["value"]
     return found
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #d2f56deb
 def version_metrics(
     root: Path,
     made: dict, # see `provenance.record`
@@ -145,7 +148,7 @@ def version_metrics(
         committed = {}
     return {stage: committed.get(stage, {}) | known.get(stage, {}) for stage in dict.fromkeys([*committed, *known])}
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #6e0c3808
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #3efc2e26
 def version_side(
     root: Path, # the project
     model: str, # its name in the registry
@@ -167,9 +170,10 @@ def version_side(
                 recorded(ENVIRONMENT, from_json), version_metrics(root, made, bundle, verdict, shown),
                 made["machine"] | made["packages"], bundle)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #bd9b0c0f
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #21843108
 WORKING = "", "."
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #10291e33
 def commit_of(
     root: Path, # the project
     name: str, # 'HEAD~1', or the name of an experiment
@@ -183,7 +187,7 @@ def commit_of(
     known = dict(line.rsplit(" ", 1) for line in refs.splitlines())
     return next((commit for ref, commit in known.items() if ref.rsplit("/", 1)[-1] == name), None)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #c941430f
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #4577fb0e
 UNKNOWN = "'{name}' is no version, no revision of git and no experiment; " \
           "name a version ('3', 'champion'), a commit, branch or tag, or '.' for the working folder"
 
@@ -203,13 +207,14 @@ def side(
         raise MlkitError(UNKNOWN.format(name=name))
     return version_side(root, model or last_model(root), name)
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #8db1031f
 def last_model(root: Path) -> str: # in the registry
     "The model of the last verdict. Raises `MlkitError` where there is none."
     if not (root / VERDICT).is_file():
         raise MlkitError("of which model? Name it with --model")
     return read_json(root / VERDICT)["model"]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #d2b789df
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #7036353a
 def leaves(
     values, # a nested structure, as YAML gives it
     name: str = "",
@@ -219,12 +224,13 @@ def leaves(
         return {name: values}
     return {k: v for key, part in values.items() for k, v in leaves(part, f"{name}.{key}".lstrip(".")).items()}
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #bd41193b
 def differing(a: dict, b: dict, kind: str) -> list[dict]: # kind, what, a, b
     "A row a key whose values differ. A key that one side lacks is None there."
     names = [n for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n) or (n in a) != (n in b)]
     return [{"kind": kind, "what": str(n), "a": a.get(n), "b": b.get(n)} for n in names]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #3fc50f55
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #f197af26
 CODE = ".py", ".ipynb"
 DATA = "data/contract.json", "data/shards", "data/prepared" # outputs that say which data a run had
 
@@ -239,7 +245,7 @@ def hashes(
     data = {p: h for p, h in inputs.items() if p not in code} | {p: made[p] for p in DATA if p in made}
     return code, {p: h[:9] for p, h in data.items()}
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #9564236e
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #4eee4c16
 def changes(
     a: Side, b: Side,
 ) -> list[dict]: # kind, what, a, b; see `differing`
@@ -250,17 +256,19 @@ def changes(
     return [*differing(leaves(a.params), leaves(b.params), "value"), *differing(data_a, data_b, "data"),
             *differing(code_a, code_b, "code"), *differing(*environments, "environment")]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #a08feb0a
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #c1ed06a0
 ENDS = "_low", "_high"
 
 def is_number(v) -> bool: # of a metrics file
     "Whether it is a figure."
     return isinstance(v, (int, float)) and not isinstance(v, bool)
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #c2d3d243
 def fine(v) -> str: # '0.9999', where `figure` would say 1
     "A figure in the digits that a comparison needs."
     return f"{v:.4g}" if isinstance(v, float) and abs(v) < 1000 else figure(v)
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #b2ccf833
 def with_ends(
     figures: dict, # of a stage
     name: str,
@@ -270,7 +278,7 @@ def with_ends(
     ends = f" ({fine(low)} to {fine(high)})" if is_number(low) and is_number(high) else ""
     return fine(figures.get(name)) + ends
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #01c513c6
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #b70eac4a
 def directions(
     *sides: Side,
     scores: dict = {}, # of the target, see `Target.scores`
@@ -282,6 +290,7 @@ def directions(
             known |= {n: j["higher_is_better"] for n, j in (v or {}).get(part, {}).items() if "higher_is_better" in j}
     return known
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #f3b30c04
 def signed(a, b) -> str: # '+0.25'; empty where one is not known
     "How far the second figure is from the first."
     if not (is_number(a) and is_number(b)):
@@ -289,6 +298,7 @@ def signed(a, b) -> str: # '+0.25'; empty where one is not known
     sign = "+" if b > a else "−" if b < a else "±"
     return sign + figure(abs(b - a))
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #1e123a8c
 WITHIN = "within A's interval"
 
 def mark_of(
@@ -304,7 +314,7 @@ def mark_of(
         return WITHIN
     return "better" if (b > a) == higher else "worse"
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #edc1ef9d
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #ea1fcede
 def figures_beside(
     a: Side, b: Side,
     higher: dict[str, bool], # see `directions`
@@ -320,7 +330,7 @@ def figures_beside(
                          "same": x.get(n) == y.get(n)})
     return rows
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #2b518803
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #d8fe355a
 def said_of(j: dict | None) -> str: # of a criterion, see `verdict.judge`
     "Met or not, what was measured, and what was asked."
     if not j:
@@ -329,6 +339,7 @@ def said_of(j: dict | None) -> str: # of a criterion, see `verdict.judge`
     value = "measured anew each time" if j["value"] is None else fine(j["value"])
     return f"{word} {value} (asked {j['asked']})"
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #58883cbb
 def verdicts_beside(a: Side, b: Side) -> list[dict]: # criterion, a, b
     "A row a criterion or warning of either."
     def all_of(v):
@@ -336,7 +347,7 @@ def verdicts_beside(a: Side, b: Side) -> list[dict]: # criterion, a, b
     x, y = all_of(a.verdict), all_of(b.verdict)
     return [{"criterion": n, "a": said_of(x.get(n)), "b": said_of(y.get(n))} for n in dict.fromkeys([*x, *y])]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #f1b74c08
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #317cf0df
 def digest_of(
     stages: dict, # of `dvc.lock`
     path: str, # of an output
@@ -353,7 +364,7 @@ def parts_in(
     digest = digest_of(stages, folder)
     return {f["relpath"]: f["md5"] for f in listed(root, digest)} if digest.endswith(".dir") else {}
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #d75baf5a
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #f5d35567
 def brought(
     root: Path, # the project
     stages: dict, # of `dvc.lock`
@@ -371,7 +382,7 @@ def brought(
             shutil.copyfile(source, out / path)
     return out
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #63a9f399
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #18c69506
 TEST_FILES = "test.parquet", "test.safetensors"
 
 def not_paired(
@@ -388,12 +399,13 @@ def not_paired(
         return "the test rows differ"
     return ""
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #69202433
 def modality_at(root: Path, s: Side) -> str: # 'rows', 'image'
     "Of its input; features of rows may differ where the rows are the same."
     folder = brought(root, s.stages, "data/prepared", "task.json")
     return load_task(folder).input.modality if folder else ""
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #f87c6533
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #05ebb7d0
 def answers_of(
     root: Path,
     s: Side,
@@ -409,6 +421,7 @@ def answers_of(
     raw = load_task(prepared).input.raw(prepared, "test")
     return task, OnnxChain(export)(task.input.sent(raw)), load_split(prepared / "test.safetensors")[1]
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #18850fe9
 def metric_of(
     scores: dict, # of the target
     *sides: Side,
@@ -417,7 +430,7 @@ def metric_of(
     named = [s.verdict["compare"].removeprefix("evaluate.") for s in sides if s.verdict]
     return next((n for n in reversed(named) if n in scores), None)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #7055eb17
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #594caadf
 @dataclass(frozen=True)
 class Paired:
     "The second model against the first, on the same test rows."
@@ -439,7 +452,7 @@ class Paired:
         return (f"On the same {self.n:,} test samples B is {word} than A: {self.metric} {self.lead:+.4f} ({ends}, {chance}, "
                 f"another answer for {self.n_different:,} of them)")
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #54e5f456
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #286edf68
 def paired(
     root: Path,
     a: Side, b: Side,
@@ -460,15 +473,17 @@ def paired(
     lead = leads(other, q, y, {"A": p}, metric, 10, seed)[:, 0]
     (low, high), tests = interval(lead, confidence), p_values(lead)
     whole = lead_of(other, q, p, y, metric)
-    return Paired(metric, whole, float(low), float(high), min(1.0, 2 * min(tests)), len(y), int((~task.target.same(p, q)).sum()))
+    return Paired(metric, whole, float(low), float(high), min(1.0, 2 * min(tests)), len(y),
+                  int((~task.target.same(p, q)).sum()))
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #55cb537c
 def lead_of(task, q, p, y, metric: str) -> float: # answers of the second and of the first
     "By how much the second is better on all rows."
     score, all_rows = task.target.scores(10)[metric], np.ones((1, len(y)))
     of = [float(score.of(task.target.exact(x), y, all_rows)[0]) for x in (q, p)]
     return (of[0] - of[1]) * (1 if score.higher_is_better else -1)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #c225d9a7
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #401a6cfd
 def report_at(root: Path, s: Side, stage: str) -> Path | None: # a run notebook
     "The report of a stage, as a side left it."
     path = f"reports/{stage}.ipynb"
@@ -477,6 +492,7 @@ def report_at(root: Path, s: Side, stage: str) -> Path | None: # a run notebook
     digest = digest_of(s.stages, path)
     return cached(root, digest) if digest and cached(root, digest).is_file() else None
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #4b7bbab8
 def pictures_beside(root: Path, a: Side, b: Side) -> tuple[list[dict], list[str]]: # stage, alt, a, b (PNG, base64); stages that look alike
     "The covers of both, stage by stage."
     from mlkit.flow.index import summary
@@ -492,7 +508,7 @@ def pictures_beside(root: Path, a: Side, b: Side) -> tuple[list[dict], list[str]
             rows.append({"stage": stage, "alt": y["alt"], "a": x["picture"], "b": y["picture"]})
     return rows, alike
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #9c734880
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #c1338e87
 @dataclass
 class Comparison:
     "Two sides, and how they differ."
@@ -505,6 +521,7 @@ class Comparison:
     pictures: list[dict] # see `pictures_beside`
     alike: list[str] # stages with the same picture
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #ea5d18ae
 def compared(root: Path, a: Side, b: Side) -> Comparison:
     "Look at everything that both have."
     found = paired(root, a, b)
@@ -515,16 +532,18 @@ def compared(root: Path, a: Side, b: Side) -> Comparison:
     higher = directions(a, b, scores=scores)
     return Comparison(a, b, changes(a, b), figures_beside(a, b, higher), verdicts_beside(a, b), said, pictures, alike)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #ebba86ea
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #388c5946
 def short(v, n: int = 60) -> str: # letters
     "A value for a person; a dash where there is none."
     text = "–" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
     return text if len(text) <= n else text[:n - 1] + "…"
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #b42b8dfc
 def outcome(s: Side) -> str:
     "How its verdict is called."
     return headline(s.verdict) if s.verdict else "no verdict"
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #97bdf5c1
 def lines(c: Comparison) -> list[str]:
     "The comparison for a terminal."
     said = [f"A: {c.a.shown}, {outcome(c.a)}", f"B: {c.b.shown}, {outcome(c.b)}"]
@@ -534,7 +553,7 @@ def lines(c: Comparison) -> list[str]:
     said += [f"criterion {r['criterion']}: {r['a']} → {r['b']}" for r in c.verdicts if r["a"] != r["b"]]
     return [*said, f"{len(c.figures) - len(differ)} of {len(c.figures)} figures are the same", c.paired]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #9bb4b7e8
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #c6833ab5
 COMPARE = "reports/compare.html"
 COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -567,7 +586,7 @@ COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 {% if c.alike %}<p>The same picture on both sides: {{ c.alike|join(", ") }}.</p>{% endif %}
 </main></body></html>"""
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #71b1fdcb
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #1acf0cdc
 COMPARE_CSS = """
 .bar { padding-top: 1rem; font-size: .95rem } .sides, .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
 .side { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; min-width: 0;
@@ -580,6 +599,7 @@ figcaption { color: #57606b; font-weight: 600 } figure img { display: block; mix
 @media (max-width: 40rem) { .sides, .pair { grid-template-columns: 1fr } }
 """
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #57dd1ba7
 def by_stage(rows: list[dict]) -> dict[str, list[dict]]: # see `figures_beside`
     "The rows of each stage."
     return {stage: [r for r in rows if r["stage"] == stage] for stage in dict.fromkeys(r["stage"] for r in rows)}
@@ -590,8 +610,10 @@ def compare_page(c: Comparison) -> str: # HTML, complete
     from mlkit.flow.index import breakable
     differ, alike = (by_stage([r for r in c.figures if r["same"] == same]) for same in (False, True))
     page = Environment(autoescape=True, trim_blocks=True).from_string(COMPARE_PAGE)
-    return page.render(c=c, differ=differ, alike=alike, css=CSS + COMPARE_CSS, outcome=outcome, short=short, breakable=breakable)
+    return page.render(c=c, differ=differ, alike=alike, css=CSS + COMPARE_CSS, outcome=outcome, short=short,
+                       breakable=breakable)
 
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #8e592648
 def write_comparison(root: Path, c: Comparison) -> Path: # `reports/compare.html`
     "Write the page."
     write_atomic(root / COMPARE, compare_page(c))

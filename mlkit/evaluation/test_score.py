@@ -15,7 +15,8 @@ from ..data.contract import Contract
 from ..flow.report import figure
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #bc54e11b
-SECTIONS = {"data": "Features and data", "model": "Model development", "infrastructure": "ML infrastructure", "monitoring": "Monitoring"}
+SECTIONS = {"data": "Features and data", "model": "Model development", "infrastructure": "ML infrastructure",
+            "monitoring": "Monitoring"}
 MEANS = { # up to this score: what the paper says of it
     0: "more of a research project than a production system",
     1: "not totally untested, but serious holes are possible",
@@ -24,11 +25,12 @@ MEANS = { # up to this score: what the paper says of it
     5: "strong automated testing and monitoring",
     7: "exceptional automated testing and monitoring"}
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b2685a11
 def meaning(score: float) -> str:
     "What a score says."
     return next(text for most, text in MEANS.items() if score <= most)
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #98fc4cf2
+# %% ../../nbs/evaluation/21_test_score.ipynb #9c994237
 @dataclass
 class Seen:
     "All that the score is computed from."
@@ -52,7 +54,7 @@ class Seen:
     def owned(self) -> bool: # Whether people own the contract
         return bool(self.value("ingest.contract"))
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #5ea564e7
+# %% ../../nbs/evaluation/21_test_score.ipynb #6fdc073f
 @dataclass(frozen=True)
 class Found:
     "What was found for an item."
@@ -60,6 +62,7 @@ class Found:
     evidence: str # a file, a figure, or a command
     earn: str = "" # what would give the rest
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #d2e2d159
 ITEMS: dict[str, tuple[str, str, Callable[[Seen], Found]]] = {} # id: section, what the paper asks, the check
 
 def item(section: str, asks: str): # of `SECTIONS`
@@ -71,6 +74,7 @@ def item(section: str, asks: str): # of `SECTIONS`
 
 UNSEEN = "mlkit cannot see it"
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #6e8b853a
 def judged(
     seen: Seen,
     name: str, # 'stage.metric'
@@ -89,176 +93,220 @@ def judged(
         return Found(0.5, said, f"ask for {name} in `release.protect`")
     return Found(1, said) if asked["met"] else Found(0, said, mend)
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #30f9f5f4
+# %% ../../nbs/evaluation/21_test_score.ipynb #3f958505
 @item("data", "Feature expectations are captured in a schema.")
 def schema(seen: Seen) -> Found:
     n = len(seen.contract.columns)
     if seen.owned:
         return Found(1, f"{seen.value('ingest.contract')}: {n} columns, checked when data come in and by the server")
-    return Found(0.5, f"data/contract.json: {n} columns, inferred from the data, checked by the server", "'mlkit contract accept' makes it yours; then ingest refuses too")
+    return Found(0.5, f"data/contract.json: {n} columns, inferred from the data, checked by the server",
+                 "'mlkit contract accept' makes it yours; then ingest refuses too")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b5f69711
 @item("data", "All features are beneficial.")
 def beneficial(seen: Seen) -> Found:
     n, useful, p = len(seen.contract.features), seen.figure("explain.columns_that_matter"), seen.figure("evaluate.constant_p_better")
     if useful is not None:
         said = f"{useful} of {n} columns matter on the test set, by permutation (reports/explain.html)"
-        return Found(1, said) if useful >= n else Found(0, said, "leave out the columns that do not matter, or find out why they do not")
+        return Found(1, said) if useful >= n else Found(0, said,
+                                                        "leave out the columns that do not matter, or find out why they do not")
     if len(seen.contract.inputs) == 1 and p is not None:
         said = f"the only input is the {seen.contract.modality}; that a constant answer would be as good has p = {figure(p)}"
         return Found(1, said) if p < 0.05 else Found(0, said, "the input tells too little of the target")
     return Found(0, "no stage measures what each input is worth", "measure it with each run")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #9dadc892
 @item("data", "No feature's cost is too much.")
 def cost(seen: Seen) -> Found:
-    return Found(0, UNSEEN, "write down what each column costs to get, and compare it with what the column is worth (reports/explain.html)")
+    return Found(0, UNSEEN,
+                 "write down what each column costs to get, and compare it with what the column is worth (reports/explain.html)")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #293389e5
 @item("data", "Features adhere to meta-level requirements.")
 def requirements(seen: Seen) -> Found:
     n = len(seen.contract.features) or len(seen.contract.inputs)
     said = f"the model reads only what the contract names as its input: {n} column{'s' if n > 1 else ''}"
     if seen.owned:
         return Found(1, f"{said}, and people own it")
-    return Found(0, f"{said}, which takes up every new column by itself", "'mlkit contract accept', and mark what may not be used")
+    return Found(0, f"{said}, which takes up every new column by itself",
+                 "'mlkit contract accept', and mark what may not be used")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #0a6f4bb5
+# %% ../../nbs/evaluation/21_test_score.ipynb #35beacc1
 @item("data", "The data pipeline has appropriate privacy controls.")
 def privacy(seen: Seen) -> Found:
     return Found(0, UNSEEN, "say who may read the source, the cache and the registry, and test that others cannot")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b1fb6de8
 @item("data", "New features can be added quickly.")
 def quickly(seen: Seen) -> Found:
     return Found(0, UNSEEN, "note how long it takes from the wish for a column to a released model that reads it")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #47a2769f
 @item("data", "All input feature code is tested.")
 def feature_code(seen: Seen) -> Found:
     d = seen.figure("export.input_difference")
     if d is None:
         return Found(0, "no stage compares the features of notebook and server", "measure export.input_difference")
-    return Found(1, f"export.input_difference is {figure(d)}: features of the test samples and of odd ones, in Python and in ONNX")
+    return Found(1,
+                 f"export.input_difference is {figure(d)}: features of the test samples and of odd ones, in Python and in ONNX")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #adb708a1
+# %% ../../nbs/evaluation/21_test_score.ipynb #9a56249f
 @item("model", "Model specs are reviewed and submitted.")
 def reviewed(seen: Seen) -> Found:
-    return Found(0, UNSEEN, "let your git host ask for a review of params.yaml, nbs/ and task.py before they are merged")
+    return Found(0, UNSEEN,
+                 "let your git host ask for a review of params.yaml, nbs/ and task.py before they are merged")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #2fdcee59
 @item("model", "Offline and online metrics correlate.")
 def correlate(seen: Seen) -> Found:
-    return Found(0, UNSEEN, "bring the labels of served requests back, and compare the score on them with the score on the test set")
+    return Found(0, UNSEEN,
+                 "bring the labels of served requests back, and compare the score on them with the score on the test set")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #66c65ca2
 @item("model", "All hyperparameters have been tuned.")
 def tuned(seen: Seen) -> Found:
     n = seen.figure("tune.trials") or 0
     return Found(1, f"tune.trials is {n} (reports/tune.html)") if n else Found(0, "tune.trials is 0: the values were never searched", "set tune.n_trials")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #5910f41c
 @item("model", "The impact of model staleness is known.")
 def staleness(seen: Seen) -> Found:
     if seen.value("prepare.method") == "time":
-        return Found(0.5, "prepare.method is time: the test set is newer than what was learned from", "score an old version on new data with each run")
-    return Found(0, f"prepare.method is {seen.value('prepare.method') or 'not time'}: old and new rows are mixed", "split by time, or score an old version on new data")
+        return Found(0.5, "prepare.method is time: the test set is newer than what was learned from",
+                     "score an old version on new data with each run")
+    return Found(0, f"prepare.method is {seen.value('prepare.method') or 'not time'}: old and new rows are mixed",
+                 "split by time, or score an old version on new data")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #7d265b55
+# %% ../../nbs/evaluation/21_test_score.ipynb #7de33845
 @item("model", "A simpler model is not better.")
 def simpler(seen: Seen) -> Found:
     names = [k.removesuffix("_p_better") for k in seen.metrics.get("evaluate", {}) if k.endswith("_p_better")]
-    return judged(seen, "evaluate.shortfall", f"beside it: {', '.join(names) or 'nothing'} (reports/evaluate.html)", "serve the simpler model, or find a better one")
+    return judged(seen, "evaluate.shortfall", f"beside it: {', '.join(names) or 'nothing'} (reports/evaluate.html)",
+                  "serve the simpler model, or find a better one")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #cd4c99f9
 @item("model", "Model quality is sufficient on important data slices.")
 def slices(seen: Seen) -> Found:
-    return judged(seen, "evaluate.weak_slices", "parts of the test set with clearly more errors (reports/evaluate.html)", "bring in more samples of those parts")
+    return judged(seen, "evaluate.weak_slices",
+                  "parts of the test set with clearly more errors (reports/evaluate.html)", "bring in more samples of those parts")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #f22bbb7c
 @item("model", "The model is tested for considerations of inclusion.")
 def inclusion(seen: Seen) -> Found:
     gaps = [n for n in seen.criteria if "fairness" in n]
     if not gaps:
-        return Found(0, "no figure speaks of groups of people", "name the protected columns, and ask for the gap between their groups")
+        return Found(0, "no figure speaks of groups of people",
+                     "name the protected columns, and ask for the gap between their groups")
     return judged(seen, gaps[0], "the gap between groups of people", "find out where the gap comes from")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #06086d22
+# %% ../../nbs/evaluation/21_test_score.ipynb #c1c16646
 @item("infrastructure", "Training is reproducible.")
 def reproducible(seen: Seen) -> Found:
     seed, threads = seen.value("train.seed"), seen.value("train.n_threads")
     if seed is None:
         return Found(0, "train.seed is not known", "give the training a fixed seed")
     fixed = f"train.seed is {seed}" + (f", train.n_threads is {threads}" if threads else "")
-    return Found(0.5, f"{fixed}; 'mlkit reproduce VERSION' compares every byte", "let a scheduler run 'mlkit reproduce champion'")
+    return Found(0.5, f"{fixed}; 'mlkit reproduce VERSION' compares every byte",
+                 "let a scheduler run 'mlkit reproduce champion'")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #a3c43ba6
 @item("infrastructure", "Model specs are unit tested.")
 def unit_tested(seen: Seen) -> Found:
-    return Found(0.5, "types and names in params.yaml are checked before each run (mlkit.training.check)", "test your own networks and losses, and let a scheduler run the tests")
+    return Found(0.5, "types and names in params.yaml are checked before each run (mlkit.training.check)",
+                 "test your own networks and losses, and let a scheduler run the tests")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #6e5a6879
 @item("infrastructure", "The ML pipeline is integration tested.")
 def integrated(seen: Seen) -> Found:
     n = seen.figure("serve.samples")
     if not n:
         return Found(0, "no stage asks a live server", "run the stage 'serve'")
-    return Found(1, f"each run goes from the source to a live server, which answered {n:,} raw test samples (reports/serve.html)")
+    return Found(1,
+                 f"each run goes from the source to a live server, which answered {n:,} raw test samples (reports/serve.html)")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #4314977a
 @item("infrastructure", "Model quality is validated before serving.")
 def validated(seen: Seen) -> Found:
     asked = [n for n in seen.criteria if n.startswith("evaluate.")]
     if not asked:
         return Found(0, "no criterion speaks of quality", "ask for a figure of evaluate in `release.criteria`")
-    return Found(1, f"{len(asked)} criteria on the test set; 'mlkit serve' and the registry refuse what the verdict refuses")
+    return Found(1,
+                 f"{len(asked)} criteria on the test set; 'mlkit serve' and the registry refuse what the verdict refuses")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #5acb9748
+# %% ../../nbs/evaluation/21_test_score.ipynb #717874ec
 @item("infrastructure", "The model can be debugged on a single example.")
 def debuggable(seen: Seen) -> Found:
     n = (seen.figure("explain.ordinary_shown") or 0) + (seen.figure("explain.wrong_shown") or 0)
     if not n:
-        return Found(0.5, "'mlkit debug SAMPLE' shows one sample step by step", "let each run explain some samples (explain.n_ordinary)")
-    return Found(1, f"each run explains {n} samples (reports/explain.html); 'mlkit debug SAMPLE' shows any other step by step")
+        return Found(0.5, "'mlkit debug SAMPLE' shows one sample step by step",
+                     "let each run explain some samples (explain.n_ordinary)")
+    return Found(1,
+                 f"each run explains {n} samples (reports/explain.html); 'mlkit debug SAMPLE' shows any other step by step")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b5af5978
 @item("infrastructure", "Models are canaried before serving.")
 def canaried(seen: Seen) -> Found:
     return Found(0, UNSEEN, "give the new version a small share of the requests first, and look at its answers")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b47e2260
 @item("infrastructure", "Serving models can be rolled back.")
 def rolled_back(seen: Seen) -> Found:
-    return Found(0.5, "'mlkit rollback' takes the last change of champion back (history.jsonl)", "let a scheduler rehearse it")
+    return Found(0.5, "'mlkit rollback' takes the last change of champion back (history.jsonl)",
+                 "let a scheduler rehearse it")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #837aa578
+# %% ../../nbs/evaluation/21_test_score.ipynb #afc8de5f
 @item("monitoring", "Dependency changes result in notification.")
 def dependencies(seen: Seen) -> Found:
     said = "environment.json pins the packages; 'mlkit why STAGE' names the one that changed"
     if seen.owned:
         return Found(1, f"{said}; a column of the source that is gone or of another type stops the run")
-    return Found(0.5, f"{said}; a column that changed is said after the run", "'mlkit contract accept': then a changed column stops the run")
+    return Found(0.5, f"{said}; a column that changed is said after the run",
+                 "'mlkit contract accept': then a changed column stops the run")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #94f77c81
 @item("monitoring", "Data invariants hold for inputs.")
 def invariants(seen: Seen) -> Found:
     if not any(f.endswith("signatures.json") for f in seen.files):
         return Found(0, "the bundle holds no signatures.json", "run the stage 'export'")
-    return Found(1, "signatures.json in the bundle: the client checks type, form and shape of every value, and refuses by name")
+    return Found(1,
+                 "signatures.json in the bundle: the client checks type, form and shape of every value, and refuses by name")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #0244795f
 @item("monitoring", "Training and serving are not skewed.")
 def skew(seen: Seen) -> Found:
-    return judged(seen, "serve.agreement", "raw test samples, notebook against live server", "reports/serve.html names what differs")
+    return judged(seen, "serve.agreement", "raw test samples, notebook against live server",
+                  "reports/serve.html names what differs")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #31d6094f
 @item("monitoring", "Models are not too stale.")
 def fresh(seen: Seen) -> Found:
     days = seen.contract.max_age_days
     return Found(1, f"max_age_days of the contract is {days:g}") if days else Found(0, "nothing bounds the age of the data", "set time and max_age_days in the contract")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #46ed583b
+# %% ../../nbs/evaluation/21_test_score.ipynb #a81b8177
 @item("monitoring", "Models are numerically stable.")
 def stable(seen: Seen) -> Found:
     n, d = seen.figure("export.samples"), seen.figure("export.max_difference")
     if not n or d is None:
         return Found(0, "no stage compares the exported model with the notebook", "run the stage 'export'")
-    return Found(1, f"export.max_difference is {figure(d)} over {n:,} samples; an answer that is no finite number stops the run")
+    return Found(1,
+                 f"export.max_difference is {figure(d)} over {n:,} samples; an answer that is no finite number stops the run")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #98f47674
 @item("monitoring", "Computing performance has not regressed.")
 def performance(seen: Seen) -> Found:
     asked = [n for n in seen.criteria if n.startswith("serve.") and n.endswith(("_ms", "throughput"))]
     if not asked:
-        return Found(0.5, "latency under load is measured with each run (reports/serve.html)", "ask for serve.p99_ms in `release.criteria`")
+        return Found(0.5, "latency under load is measured with each run (reports/serve.html)",
+                     "ask for serve.p99_ms in `release.criteria`")
     return judged(seen, asked[0], "latency under load, on a live server", "take a smaller model, or another engine")
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #b215661b
 @item("monitoring", "Prediction quality has not regressed on served data.")
 def regressed(seen: Seen) -> Found:
     return Found(0, UNSEEN, "bring the labels of served requests back, and score the champion on them")
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #ee99c67d
+# %% ../../nbs/evaluation/21_test_score.ipynb #08b0fbcc
 @dataclass(frozen=True)
 class Score:
     "The ML Test Score, item by item."
@@ -276,23 +324,28 @@ class Score:
 
     def to_dict(self) -> dict:
         "As JSON has it."
-        return {"ml_test_score": self.score, "means": meaning(self.score), "sections": self.sections, "items": self.rows}
+        return {"ml_test_score": self.score, "means": meaning(self.score), "sections": self.sections,
+                "items": self.rows}
 
 def ml_test_score(seen: Seen) -> Score:
     "Check all items."
     found = {name: (section, asks, check(seen)) for name, (section, asks, check) in ITEMS.items()}
-    return Score([{"section": s, "item": asks, "points": f.points, "evidence": f.evidence, "earn": f.earn} for s, asks, f in found.values()])
+    return Score([{"section": s, "item": asks, "points": f.points, "evidence": f.evidence, "earn": f.earn} for s,
+                  asks, f in found.values()])
 
-# %% ../../nbs/evaluation/21_test_score.ipynb #de14cb1c
+# %% ../../nbs/evaluation/21_test_score.ipynb #d29b76ff
 def section_rows(score: Score) -> list[dict]:
     "A row a section."
     return [{"section": SECTIONS[s], "points": f"{p:g} of 7"} for s, p in score.sections.items()]
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #7af82f04
 def item_rows(score: Score, section: str) -> list[dict]: # of `SECTIONS`
     "A row an item of a section."
-    return [{"asked": r["item"], "points": f"{r['points']:g}", "evidence": r["evidence"], "what would earn the rest": r["earn"]}
+    return [{"asked": r["item"], "points": f"{r['points']:g}", "evidence": r["evidence"],
+             "what would earn the rest": r["earn"]}
             for r in score.rows if r["section"] == section]
 
+# %% ../../nbs/evaluation/21_test_score.ipynb #fd183c96
 def score_line(score: Score) -> str:
     "The score in a line."
     return f"ML Test Score {score.score:g}, the lowest of four sums: {meaning(score.score)}"
