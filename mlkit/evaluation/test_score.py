@@ -105,14 +105,14 @@ def schema(seen: Seen) -> Found:
 # %% ../../nbs/evaluation/21_test_score.ipynb #b5f69711
 @item("data", "All features are beneficial.")
 def beneficial(seen: Seen) -> Found:
-    n, useful, p = len(seen.contract.features), seen.figure("explain.columns_that_matter"), seen.figure("evaluate.constant_p_better")
+    n, useful = len(seen.contract.features), seen.figure("explain.columns_that_matter")
+    p = seen.figure("evaluate.constant_p_better")
     if useful is not None:
         said = f"{useful} of {n} columns matter on the test set, by permutation (reports/explain.html)"
-        return Found(1, said) if useful >= n else Found(0, said,
-                                                        "leave out the columns that do not matter, or find out why they do not")
+        return Found(float(useful >= n), said, "" if useful >= n else "leave out the columns that do not matter, or find out why")
     if len(seen.contract.inputs) == 1 and p is not None:
-        said = f"the only input is the {seen.contract.modality}; that a constant answer would be as good has p = {figure(p)}"
-        return Found(1, said) if p < 0.05 else Found(0, said, "the input tells too little of the target")
+        said = f"the only input is the {seen.contract.modality}; a constant answer is as good with p = {figure(p)}"
+        return Found(float(p < 0.05), said, "" if p < 0.05 else "the input tells too little of the target")
     return Found(0, "no stage measures what each input is worth", "measure it with each run")
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #9dadc892
@@ -165,8 +165,9 @@ def correlate(seen: Seen) -> Found:
 # %% ../../nbs/evaluation/21_test_score.ipynb #66c65ca2
 @item("model", "All hyperparameters have been tuned.")
 def tuned(seen: Seen) -> Found:
-    n = seen.figure("tune.trials") or 0
-    return Found(1, f"tune.trials is {n} (reports/tune.html)") if n else Found(0, "tune.trials is 0: the values were never searched", "set tune.n_trials")
+    if n := seen.figure("tune.trials"):
+        return Found(1, f"tune.trials is {n} (reports/tune.html)")
+    return Found(0, "tune.trials is 0: the values were never searched", "set tune.n_trials")
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #5910f41c
 @item("model", "The impact of model staleness is known.")
@@ -280,8 +281,9 @@ def skew(seen: Seen) -> Found:
 # %% ../../nbs/evaluation/21_test_score.ipynb #31d6094f
 @item("monitoring", "Models are not too stale.")
 def fresh(seen: Seen) -> Found:
-    days = seen.contract.max_age_days
-    return Found(1, f"max_age_days of the contract is {days:g}") if days else Found(0, "nothing bounds the age of the data", "set time and max_age_days in the contract")
+    if days := seen.contract.max_age_days:
+        return Found(1, f"max_age_days of the contract is {days:g}")
+    return Found(0, "nothing bounds the age of the data", "set time and max_age_days in the contract")
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #a81b8177
 @item("monitoring", "Models are numerically stable.")
