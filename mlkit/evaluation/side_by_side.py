@@ -179,9 +179,7 @@ def commit_of(
     name: str, # 'HEAD~1', or the name of an experiment
 ) -> str | None: # None: git knows no such thing
     "The commit behind a name."
-    if name.startswith("-"): # git would take it for an option
-        return None
-    if found := git_says(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"):
+    if found := git_says(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return found
     refs = git_says(root, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps") or ""
     known = dict(line.rsplit(" ", 1) for line in refs.splitlines())
