@@ -80,7 +80,8 @@ def test_a_stage_of_ones_own_enters_the_verdict_by_being_there(project, reliance
     assert verdict["criteria"]["stress.reliance"]["value"] == reliance and verdict["released"] == (code == 0)
     assert verdict["criteria"]["stress.reliance"]["evidence"] == "the mark in the corner"
     assert "stress.reliance" in (project / "models/bundle/card.md").read_text()
-    assert "reports/metrics/stress.json" in project.stages()["release"]["deps"] and "reports/metrics/monitor.json" not in project.stages()["release"]["deps"]
+    read = project.stages["release"]["deps"]
+    assert "reports/metrics/stress.json" in read and "reports/metrics/monitor.json" not in read
 
 def test_a_figure_that_no_stage_measures(project):
     project.param(release__protect={"stress.reliance": {"max": 0}})

@@ -4,7 +4,7 @@ from conftest import EVIL, one_line
 
 @pytest.fixture(scope="module")
 def two(finished, tmp_path_factory):
-    "The first run is version 1 and a commit; the second, with fewer epochs and a shorter name of nothing, is the working folder."
+    "The first run is version 1 and a commit; the second, with fewer epochs and another name of the experiment, is the working folder."
     project = finished.clone(tmp_path_factory.mktemp("two") / "project")
     project.git("tag", "first")
     project.param(train__n_epochs=2, train__experiment=EVIL, release__criteria={"evaluate.accuracy": {"min": 0.5}})
@@ -43,7 +43,7 @@ def test_the_page(two):
     page = (two / "reports/compare.html").read_text()
     assert EVIL not in page and "&lt;img src=x" in page
     assert page.count("<figure>") >= 4 and "train.<wbr>n_<wbr>epochs" in page and "Released" in page
-    assert "44 figures" in page or "figures are the same" in page
+    assert "figures are the same" in page
 
 def test_other_test_rows_are_no_pair(two, tmp_path):
     other = two.clone(tmp_path / "other")
@@ -60,13 +60,11 @@ def test_other_test_rows_are_no_pair(two, tmp_path):
 def test_what_there_is_not(two, names, says):
     one_line(two.mlkit("compare", *names, rc=1), says)
 
-def test_a_revision_without_metrics(two, tmp_path):
-    other = two.clone(tmp_path / "other")
-    other.git("checkout", "-q", "--orphan", "empty")
-    other.git("rm", "-q", "-r", "--cached", ".")
-    other.git("add", "params.yaml")
-    other.git("commit", "-qm", "no metrics")
-    one_line(other.mlkit("compare", "empty", rc=1), "empty (", "holds no metrics; after a run, commit reports/metrics and dvc.lock")
+def test_a_revision_without_metrics(project):
+    project.git("rm", "-q", "-r", "--cached", "reports/metrics")
+    project.git("commit", "-qm", "no metrics")
+    project.git("tag", "empty")
+    one_line(project.mlkit("compare", "empty", rc=1), "empty (", "holds no metrics; after a run, commit reports/metrics and dvc.lock")
 
 @pytest.mark.parametrize("broken", ["{", "[1]", ""])
 def test_damaged_metrics(two, tmp_path, broken):

@@ -31,7 +31,7 @@ def test_the_whole_way_of_an_image(finished):
     assert steps(said) == STEPS and time.monotonic() - start < 60
     assert "label: 4" in said and "The answer is 4, its label is 4." in said
     assert row(said, "ONNX").split()[1:] == ["4", row(said, "notebook").split()[2], "the", "same"]
-    assert "none at 127.0.0.1:8000" in said or row(said, "server")
+    assert row(said, "server")
 
 def test_one_image_by_three_names(finished, tmp_path):
     "Its place in the test split, its row, and its file: the same answer."
@@ -46,7 +46,7 @@ def test_one_image_by_three_names(finished, tmp_path):
 def test_a_live_server_is_asked(finished):
     with Triton(finished / "serving/model_repository") as server:
         said = finished.mlkit("debug", "3", "--server", server.url).stdout
-        assert row(said, "server").split()[1:] == row(said, "ONNX").split()[1:] and row(said, "server").endswith("the same") or "the same" in row(said, "server")
+    assert "the same" in row(said, "server") and row(said, "server").split()[1] == row(said, "notebook").split()[1]
     gone = finished.mlkit("debug", "3", "--server", server.url).stdout
     assert "none" in row(gone, "server") and "http://" in gone
 
@@ -72,7 +72,7 @@ def test_the_whole_way_of_a_row(shop):
     assert steps(said) == STEPS and "left: " in said and "since week sin" in said
     assert "the same" in row(said, "ONNX")
     parts = said.split("Why this answer")[1].split("The nearest")[0]
-    assert parts.split("part")[-1].split()[0] == "age" or "age" in parts.splitlines()[4], "what the target depends on comes first"
+    assert "since" in parts and next(l for l in parts.splitlines() if l.split()[:1] and l.split()[0] in ("age", "town", "since")).split()[0] == "age"
 
 def test_a_row_as_a_person_writes_it(shop):
     "Read as ingest reads it: the text '41' is the number 41."
