@@ -38,6 +38,14 @@ def test_the_same_is_the_same(two):
     said = lines(two, ".", ".")
     assert "another answer for 0 of them" in said[-2] and not any(" → " in l for l in said)
 
+def test_values_that_no_run_has_used(two, tmp_path):
+    "The figures are of the last run, and so are the values; the note says that params.yaml went on."
+    other = two.clone(tmp_path / "other")
+    other.param(train__n_epochs=77)
+    said = lines(other, "first")
+    assert any(l.startswith("value train.n_epochs: 30 → 2") for l in said) and not any("77" in l for l in said)
+    assert any("params.yaml has other values by now (train.n_epochs)" in l for l in said)
+
 def test_the_page(two):
     two.mlkit("compare", "first")
     page = (two / "reports/compare.html").read_text()
