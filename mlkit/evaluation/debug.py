@@ -335,7 +335,7 @@ def usual_distance(X: np.ndarray, codes: list[int]) -> float: # (n, …) of what
     found = [np.delete(distances(X[i:i + 1], X, codes), i).min() for i in range(len(X))]
     return float(np.median(found))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #a5fddf31
+# %% ../../nbs/evaluation/23_debug.ipynb #9ab6bfc8
 def alone(
     task: Task, # of `prepare`
     prepared: Path, # folder of `prepare`
@@ -354,7 +354,7 @@ def alone(
     pl.concat([table, rest], how="horizontal").write_parquet(folder / "test.parquet")
     return folder
 
-# %% ../../nbs/evaluation/23_debug.ipynb #94c4ffbb
+# %% ../../nbs/evaluation/23_debug.ipynb #e30ba97f
 def attributed(net, task: Task, prepared: Path, sample: Sample, seed: int, method: dict): # see `explain.make_explainer`
     "The parts of the sample's score. Raises as the explainer does."
     from mlkit.evaluation.explain import make_explainer
@@ -362,7 +362,7 @@ def attributed(net, task: Task, prepared: Path, sample: Sample, seed: int, metho
         folder = alone(load_task(prepared), prepared, sample, Path(d))
         return make_explainer(net, task, folder, seed, method).explain(np.array([0]))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #31d70bfe
+# %% ../../nbs/evaluation/23_debug.ipynb #3f3d18ef
 def part_rows(
     task: Task,
     parts: np.ndarray, # (…) of one sample
@@ -375,7 +375,7 @@ def part_rows(
     most = np.argsort(-np.abs(flat), kind="stable")[:10]
     return [{"what": names[j], "part": f"{flat[j]:+.3g}"} for j in most]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #6d6872c4
+# %% ../../nbs/evaluation/23_debug.ipynb #eb3dd5f6
 @dataclass(frozen=True)
 class Said:
     "What one way of asking has given."
@@ -393,7 +393,7 @@ def asked_chain(folder: Path, sample: Sample, task: Task) -> tuple[Said, np.ndar
     except MlkitError as e:
         return Said("ONNX", None, str(e)), None
 
-# %% ../../nbs/evaluation/23_debug.ipynb #76c86756
+# %% ../../nbs/evaluation/23_debug.ipynb #3f67ffff
 def sent(signatures: Signatures, sample: Sample, task: Task): # as `OnnxChain` takes it
     "The sample as a request carries it. Raises `DataError` where a value cannot be read."
     if sample.given is None:
@@ -401,10 +401,10 @@ def sent(signatures: Signatures, sample: Sample, task: Task): # as `OnnxChain` t
     served = signatures.served
     return {t.name: x for t, x in zip(served.inputs, arrays(served, [sample.given]))}
 
-# %% ../../nbs/evaluation/23_debug.ipynb #79352346
+# %% ../../nbs/evaluation/23_debug.ipynb #223740c6
 USUAL = "127.0.0.1:8000" # as 'mlkit serve' takes it
 
-# %% ../../nbs/evaluation/23_debug.ipynb #cf024088
+# %% ../../nbs/evaluation/23_debug.ipynb #9c68313b
 NO_SERVER = f"none at {USUAL}; start one with 'mlkit serve', or name one with --server"
 
 def listens(url: str) -> bool: # 'host:port'
@@ -416,7 +416,7 @@ def listens(url: str) -> bool: # 'host:port'
     except (OSError, ValueError):
         return False
 
-# %% ../../nbs/evaluation/23_debug.ipynb #2a94fb60
+# %% ../../nbs/evaluation/23_debug.ipynb #5413e366
 def asked_server(
     repository: Path, # as `write_repository` leaves it
     url: str | None, # None: the usual one, where one runs
@@ -439,7 +439,7 @@ def asked_server(
     except (ServeError, DataError) as e:
         return Said("server", None, str(e))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #4c164ae5
+# %% ../../nbs/evaluation/23_debug.ipynb #6f3f509c
 def first_difference(
     task: Task,
     here: np.ndarray, there: np.ndarray, # (1, …) what the network sees, in Python and in ONNX
@@ -455,7 +455,7 @@ def first_difference(
     name = f"feature '{names[j]}'" if names and len(names) == len(apart) else f"value {j}"
     return f"{name} is {here.reshape(-1)[j]:.6g} in Python and {there.reshape(-1)[j]:.6g} in ONNX"
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5d7c1ff8
+# %% ../../nbs/evaluation/23_debug.ipynb #dc481255
 def beside(
     task: Task,
     ways: list[Said], # the notebook first
@@ -475,7 +475,7 @@ def beside(
                      "against the notebook": known})
     return rows
 
-# %% ../../nbs/evaluation/23_debug.ipynb #2644af5c
+# %% ../../nbs/evaluation/23_debug.ipynb #6864b47f
 @dataclass
 class Step:
     "One step of the way."
@@ -484,7 +484,7 @@ class Step:
     rows: list[dict] = field(default_factory=list)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list) # title; (h, w, c) uint8, or (h, w) parts
 
-# %% ../../nbs/evaluation/23_debug.ipynb #9fd110c0
+# %% ../../nbs/evaluation/23_debug.ipynb #89450c18
 @dataclass
 class Run:
     "What the last run left, as far as it is needed."
@@ -498,7 +498,7 @@ class Run:
     def prepared(self) -> Path: # folder of `prepare`
         return self.root / "data/prepared"
 
-# %% ../../nbs/evaluation/23_debug.ipynb #87fee98d
+# %% ../../nbs/evaluation/23_debug.ipynb #42b89d1a
 def last_run(root: Path) -> Run: # of a project
     "Raises `DataError` where no model is there."
     from mlkit.flow.config import read_params
@@ -512,7 +512,7 @@ def last_run(root: Path) -> Run: # of a project
     contract = own if own and own.is_file() else root / "data/contract.json"
     return Run(root, net.eval(), task, load_contract(contract), read_params(root))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #2ece11c8
+# %% ../../nbs/evaluation/23_debug.ipynb #f89469d8
 def raw_step(sample: Sample, task: Task) -> Step:
     "The sample as it stands."
     label = [f"{task.target.name}: {sample.truth}"] if sample.truth is not None else ["its label is not known"]
@@ -527,7 +527,7 @@ def raw_step(sample: Sample, task: Task) -> Step:
     return Step("As it stands", [sample.where, size, *label],
                 pictures=[("the sample", whole)] if whole.ndim == 3 else [])
 
-# %% ../../nbs/evaluation/23_debug.ipynb #a86ae070
+# %% ../../nbs/evaluation/23_debug.ipynb #859a0837
 def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the sample can go on
     "What the contract says. A row of a person gets its typed form here."
     if isinstance(sample.raw, np.ndarray):
@@ -542,7 +542,7 @@ def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the 
     lines = [f"The server refuses this row: {', '.join(refused)}."] if refused else []
     return Step("What the contract says", lines, rows), not refused
 
-# %% ../../nbs/evaluation/23_debug.ipynb #67ec1367
+# %% ../../nbs/evaluation/23_debug.ipynb #af889862
 def attribution_step(run: Run, sample: Sample) -> Step:
     "What spoke for the answer, and against it."
     values = run.values.get("explain") or {}
@@ -553,7 +553,7 @@ def attribution_step(run: Run, sample: Sample) -> Step:
     picture = [("for it (green), against it (pink)", parts)] if parts.ndim == 2 and sample.raw.ndim == 4 else []
     return Step("Why this answer", lines, part_rows(run.task, parts), picture)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #4497e8f8
+# %% ../../nbs/evaluation/23_debug.ipynb #be5784de
 def nearest_step(run: Run, sample: Sample, answer: str) -> Step:
     "The nearest training samples."
     task = load_task(run.prepared)
@@ -568,7 +568,7 @@ def nearest_step(run: Run, sample: Sample, answer: str) -> Step:
                 i in zip(found.rows, found.at)] if X.ndim == 4 else []
     return Step("The nearest training samples", lines, found.rows, pictures)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #2e04ea00
+# %% ../../nbs/evaluation/23_debug.ipynb #3ef0d0ee
 def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server: str | None) -> Step:
     "The same sample through ONNX and the server."
     chain, first = asked_chain(run.root / "models/export", sample, run.task)
@@ -580,7 +580,7 @@ def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server
     lines = [f"{' and '.join(unlike)} differ from the notebook."] if unlike else []
     return Step("The same elsewhere", lines + ([f"Already before the model: {differ}."] if differ else []), rows)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #92362df0
+# %% ../../nbs/evaluation/23_debug.ipynb #d9a4d7e6
 def way(
     run: Run, sample: Sample,
     server: str | None = None, # address of a server; None: the usual one, where one runs
@@ -606,7 +606,7 @@ def way(
     yield nearest_step(run, sample, answer)
     yield compared_step(run, sample, p, x, server)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #9284e1ea
+# %% ../../nbs/evaluation/23_debug.ipynb #32536220
 SHADES = " ░▒▓█"
 
 def drawn(
@@ -624,7 +624,7 @@ def drawn(
     level = ((grey - low) / (high - low or 1) * (len(SHADES) - 1)).round().astype(int)
     return ["".join(SHADES[v] * 2 for v in line) for line in level]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #9b567e9f
+# %% ../../nbs/evaluation/23_debug.ipynb #b9c23371
 def say(console, step: Step, number: int): # rich's console
     "One step on a terminal."
     from rich.table import Table
@@ -646,7 +646,7 @@ def say(console, step: Step, number: int): # rich's console
         name = title if picture.ndim == 3 else "how much each pixel counts" # a terminal shows no sign
         console.print(Text("\n".join([f"   {name}", *(f"   {line}" for line in drawn(picture))])))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #8dd288af
+# %% ../../nbs/evaluation/23_debug.ipynb #49488247
 def as_png(
     x: np.ndarray, # (h, w, c) uint8; or (h, w) parts, where 0 is white, above it green, below it pink
 ) -> str: # base64
@@ -660,7 +660,7 @@ def as_png(
     _, data = cv2.imencode(".png", x[..., ::-1] if x.shape[-1] == 3 else x)
     return base64.b64encode(data.tobytes()).decode()
 
-# %% ../../nbs/evaluation/23_debug.ipynb #446f36d4
+# %% ../../nbs/evaluation/23_debug.ipynb #5b38c021
 DEBUG = "reports/debug.html"
 DEBUG_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -678,7 +678,7 @@ src="data:image/png;base64,{{ png(p) }}"><figcaption>{{ title }}</figcaption></f
 {% endfor %}</tbody></table></div>{% endif %}</section>{% endfor %}
 </main></body></html>"""
 
-# %% ../../nbs/evaluation/23_debug.ipynb #8c6aa847
+# %% ../../nbs/evaluation/23_debug.ipynb #19e26d08
 DEBUG_CSS = """
 .bar { padding-top: 1rem; font-size: .95rem } section > p { margin: .2rem 0 } tbody th { color: var(--ink); font-weight: 400 }
 td { white-space: normal; overflow-wrap: anywhere } td.bad { color: var(--bad) }
@@ -688,7 +688,7 @@ figure img { display: block; width: 8rem; max-width: 100%; image-rendering: pixe
 figcaption { color: #57606b; font-size: .85rem; overflow-wrap: anywhere }
 """
 
-# %% ../../nbs/evaluation/23_debug.ipynb #e3339245
+# %% ../../nbs/evaluation/23_debug.ipynb #c0e758ae
 def is_fault(
     column: str, value, # of a table of a step
 ) -> bool:
@@ -696,7 +696,7 @@ def is_fault(
     wrong = {"contract": lambda v: v != "allowed", "against the notebook": lambda v: "differs" in v}
     return column in wrong and wrong[column](str(value))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #93aad324
+# %% ../../nbs/evaluation/23_debug.ipynb #7d0ab1be
 def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     "The way as a page. Whatever stands in the sample is text there, never markup."
     from jinja2 import Environment
@@ -705,7 +705,7 @@ def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, css=CSS + DEBUG_CSS,
                        png=as_png, fault=is_fault)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #06ccbdf1
+# %% ../../nbs/evaluation/23_debug.ipynb #7568edc3
 def write_debug(root: Path, asked: str, steps: list[Step]) -> Path: # `reports/debug.html`
     "Write the page."
     write_atomic(root / DEBUG, debug_page(asked, steps))

@@ -446,7 +446,7 @@ def metric_of(
     named = [s.verdict["compare"].removeprefix("evaluate.") for s in sides if s.verdict]
     return next((n for n in reversed(named) if n in scores), None)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #21bc1703
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #5b00b14d
 @dataclass(frozen=True)
 class Paired:
     "The second model against the first, on the same test rows."
@@ -468,7 +468,7 @@ class Paired:
         return (f"On the same {self.n:,} test samples B is {word} than A: {self.metric} {self.lead:+.4f} ({ends}, {chance}, "
                 f"another answer for {self.n_different:,} of them)")
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #d5c8fa9e
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #2d569dbc
 def paired(
     root: Path,
     a: Side, b: Side,
@@ -492,14 +492,14 @@ def paired(
     return Paired(metric, whole, float(low), float(high), min(1.0, 2 * min(tests)), len(y),
                   int((~task.target.same(p, q)).sum()))
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #b2ff00a6
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #797c3642
 def lead_of(task, q, p, y, metric: str) -> float: # answers of the second and of the first
     "By how much the second is better on all rows."
     score, all_rows = task.target.scores(10)[metric], np.ones((1, len(y)))
     of = [float(score.of(task.target.exact(x), y, all_rows)[0]) for x in (q, p)]
     return (of[0] - of[1]) * (1 if score.higher_is_better else -1)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #51e1f5d6
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #8d3fa7d3
 def report_at(root: Path, s: Side, stage: str) -> Path | None: # a run notebook
     "The report of a stage, as a side left it."
     path = f"reports/{stage}.ipynb"
@@ -508,7 +508,7 @@ def report_at(root: Path, s: Side, stage: str) -> Path | None: # a run notebook
     digest = digest_of(s.stages, path)
     return cached(root, digest) if digest and cached(root, digest).is_file() else None
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #9db698c2
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #5914f02a
 def pictures_beside(root: Path, a: Side, b: Side) -> tuple[list[dict], list[str]]: # stage, alt, a, b (PNG, base64); stages that look alike
     "The covers of both, stage by stage."
     from mlkit.flow.index import summary
@@ -524,7 +524,7 @@ def pictures_beside(root: Path, a: Side, b: Side) -> tuple[list[dict], list[str]
             rows.append({"stage": stage, "alt": y["alt"], "a": x["picture"], "b": y["picture"]})
     return rows, alike
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #9f2b4570
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #b5a3fa94
 @dataclass
 class Comparison:
     "Two sides, and how they differ."
@@ -538,7 +538,7 @@ class Comparison:
     alike: list[str] # stages with the same picture
     notes: list[str] = field(default_factory=list) # see `notes_on`
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #33e12a3e
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #69d5b252
 STALE = "{shown}: params.yaml has other values by now ({names}); 'mlkit repro' brings the figures up to date"
 
 def notes_on(*sides: Side) -> list[str]:
@@ -557,18 +557,18 @@ def compared(root: Path, a: Side, b: Side) -> Comparison:
     rows = figures_beside(a, b, higher)
     return Comparison(a, b, changes(a, b), rows, verdicts_beside(a, b), said, pictures, alike, notes_on(a, b))
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #29e0f989
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #ed91bd36
 def short(v, n: int = 60) -> str: # letters
     "A value for a person; a dash where there is none."
     text = "–" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
     return text if len(text) <= n else text[:n - 1] + "…"
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #58727381
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #fcbe4ced
 def outcome(s: Side) -> str:
     "How its verdict is called."
     return headline(s.verdict) if s.verdict else "no verdict"
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #a342767c
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #cce72d1f
 def lines(c: Comparison) -> list[str]:
     "The comparison for a terminal."
     said = [f"A: {c.a.shown}, {outcome(c.a)}", f"B: {c.b.shown}, {outcome(c.b)}"]
@@ -578,7 +578,7 @@ def lines(c: Comparison) -> list[str]:
     said += [f"criterion {r['criterion']}: {r['a']} → {r['b']}" for r in c.verdicts if r["a"] != r["b"]]
     return [*said, f"{len(c.figures) - len(differ)} of {len(c.figures)} figures are the same", *c.notes, c.paired]
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #97b6a5a4
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #37f7d462
 COMPARE = "reports/compare.html"
 COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -611,7 +611,7 @@ COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 {% if c.alike %}<p>The same picture on both sides: {{ c.alike|join(", ") }}.</p>{% endif %}
 </main></body></html>"""
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #8169ad66
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #944979a3
 COMPARE_CSS = """
 .bar { padding-top: 1rem; font-size: .95rem } .sides, .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
 .side { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; min-width: 0;
@@ -624,7 +624,7 @@ figcaption { color: #57606b; font-weight: 600 } figure img { display: block; mix
 @media (max-width: 40rem) { .sides, .pair { grid-template-columns: 1fr } }
 """
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #18c495fc
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #170d52c8
 def by_stage(rows: list[dict]) -> dict[str, list[dict]]: # see `figures_beside`
     "The rows of each stage."
     return {stage: [r for r in rows if r["stage"] == stage] for stage in dict.fromkeys(r["stage"] for r in rows)}
@@ -638,7 +638,7 @@ def compare_page(c: Comparison) -> str: # HTML, complete
     return page.render(c=c, differ=differ, alike=alike, css=CSS + COMPARE_CSS, outcome=outcome, short=short,
                        breakable=breakable)
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #e711a21a
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #89824d34
 def write_comparison(root: Path, c: Comparison) -> Path: # `reports/compare.html`
     "Write the page."
     write_atomic(root / COMPARE, compare_page(c))
