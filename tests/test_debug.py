@@ -69,7 +69,7 @@ def test_an_export_that_differs_is_named(project, step, early):
 
 def test_the_whole_way_of_a_row(shop):
     said = shop.mlkit("debug", "3").stdout
-    assert steps(said) == STEPS and "left: " in said and "since week sin" in said
+    assert steps(said) == STEPS and "left: " in said and "since week" in said
     assert "the same" in row(said, "ONNX")
     parts = said.split("Why this answer")[1].split("The nearest")[0]
     assert "since" in parts and next(l for l in parts.splitlines() if l.split()[:1] and l.split()[0] in ("age", "town", "since")).split()[0] == "age"

@@ -263,7 +263,7 @@ def feature_rows(
     if x.ndim > 1:
         return [{"feature": f"{x.size:,} values", "value": f"{x.min():.3f} to {x.max():.3f}, mean {x.mean():.3f}"}]
     names = getattr(task.input, "features", None) or [f"value {j}" for j in range(len(x))]
-    return [{"feature": n, "value": f"{v:.4g}"} for n, v in zip(names[:SHOWN], x)]
+    return [{"feature": n, "value": "missing" if np.isnan(v) else f"{v:.4g}"} for n, v in zip(names[:SHOWN], x)]
 
 # %% ../../nbs/evaluation/23_debug.ipynb #38883b76
 MOST_CLASSES = 10
