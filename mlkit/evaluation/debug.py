@@ -6,9 +6,9 @@ __all__ = ['NO_SAMPLE', 'NOT_READ', 'ABSENT', 'SHOWN', 'MOST_CLASSES', 'N_NEARES
            'read_row', 'read_image', 'numbered', 'find_sample', 'given_sample', 'read_value', 'plain_order', 'allowed',
            'judged_row', 'shown', 'judged_image', 'typed_frame', 'stored', 'seen', 'feature_rows', 'score_rows',
            'distances', 'Nearest', 'nearest_training', 'usual_distance', 'alone', 'attributed', 'part_rows', 'Said',
-           'asked_chain', 'sent', 'listens', 'asked_server', 'first_difference', 'beside', 'Step', 'Run', 'last_run',
-           'raw_step', 'contract_step', 'attribution_step', 'nearest_step', 'compared_step', 'way', 'drawn', 'say',
-           'as_png', 'is_fault', 'debug_page', 'write_debug']
+           'asked_chain', 'sent', 'listens', 'asked_server', 'first_difference', 'answer_of', 'answer_text', 'beside',
+           'Step', 'Run', 'last_run', 'raw_step', 'contract_step', 'attribution_step', 'nearest_step', 'compared_step',
+           'way', 'drawn', 'say', 'as_png', 'is_fault', 'debug_page', 'write_debug']
 
 # %% ../../nbs/evaluation/23_debug.ipynb #e96b9f1f
 import json, socket, tempfile
@@ -455,27 +455,42 @@ def first_difference(
     name = f"feature '{names[j]}'" if names and len(names) == len(apart) else f"value {j}"
     return f"{name} is {here.reshape(-1)[j]:.6g} in Python and {there.reshape(-1)[j]:.6g} in ONNX"
 
-# %% ../../nbs/evaluation/23_debug.ipynb #dc481255
+# %% ../../nbs/evaluation/23_debug.ipynb #2d2e3b97
+def answer_of(
+    task: Task,
+    p: np.ndarray, # (1, k)
+) -> tuple[str, str]: # the answer; its probability, empty for a value
+    "The answer by its name."
+    classes = getattr(task.target, "classes", ())
+    found = named_answers(p, classes, tuple(getattr(task.target, "decision", ())))[0]
+    if not classes:
+        return figure(found["answer"]), ""
+    return found["answer"], f"{found['probabilities'][found['answer']]:.4f}"
+
+def answer_text(task: Task, p: np.ndarray) -> str: # (1, k); 'dog (0.8000)'
+    "The answer with its probability."
+    answer, share = answer_of(task, p)
+    return f"{answer} ({share})" if share else answer
+
+# %% ../../nbs/evaluation/23_debug.ipynb #963f2cde
 def beside(
     task: Task,
     ways: list[Said], # the notebook first
     tolerance: float, # largest difference that is no difference
 ) -> list[dict]: # asked, answer, difference
     "The answers, and how they differ from the notebook's."
-    base, rows, classes = ways[0].p, [], getattr(task.target, "classes", ())
+    base, rows = ways[0].p, []
     for w in ways:
         if w.p is None:
             rows.append({"asked": w.by, "answer": "none", "against the notebook": w.why})
             continue
-        answer, d = named_answers(w.p, classes)[0], float(task.target.difference(base, w.p).max())
+        d = float(task.target.difference(base, w.p).max())
         said = f"differs by {d:.2g} in {task.target.unit}"
         known = "" if w is ways[0] else "the same" if d <= tolerance else said if task.target.same(base, w.p)[0] else f"another answer, {said}"
-        share = f" ({max(answer['probabilities'].values()):.4f})" if classes else ""
-        rows.append({"asked": w.by, "answer": f"{answer['answer'] if classes else figure(answer['answer'])}{share}",
-                     "against the notebook": known})
+        rows.append({"asked": w.by, "answer": answer_text(task, w.p), "against the notebook": known})
     return rows
 
-# %% ../../nbs/evaluation/23_debug.ipynb #6864b47f
+# %% ../../nbs/evaluation/23_debug.ipynb #514dc6f7
 @dataclass
 class Step:
     "One step of the way."
@@ -484,7 +499,7 @@ class Step:
     rows: list[dict] = field(default_factory=list)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list) # title; (h, w, c) uint8, or (h, w) parts
 
-# %% ../../nbs/evaluation/23_debug.ipynb #89450c18
+# %% ../../nbs/evaluation/23_debug.ipynb #a9d06fa4
 @dataclass
 class Run:
     "What the last run left, as far as it is needed."
@@ -498,7 +513,7 @@ class Run:
     def prepared(self) -> Path: # folder of `prepare`
         return self.root / "data/prepared"
 
-# %% ../../nbs/evaluation/23_debug.ipynb #42b89d1a
+# %% ../../nbs/evaluation/23_debug.ipynb #1e977d4a
 def last_run(root: Path) -> Run: # of a project
     "Raises `DataError` where no model is there."
     from mlkit.flow.config import read_params
@@ -512,7 +527,7 @@ def last_run(root: Path) -> Run: # of a project
     contract = own if own and own.is_file() else root / "data/contract.json"
     return Run(root, net.eval(), task, load_contract(contract), read_params(root))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #f89469d8
+# %% ../../nbs/evaluation/23_debug.ipynb #2bb44320
 def raw_step(sample: Sample, task: Task) -> Step:
     "The sample as it stands."
     label = [f"{task.target.name}: {sample.truth}"] if sample.truth is not None else ["its label is not known"]
@@ -527,7 +542,7 @@ def raw_step(sample: Sample, task: Task) -> Step:
     return Step("As it stands", [sample.where, size, *label],
                 pictures=[("the sample", whole)] if whole.ndim == 3 else [])
 
-# %% ../../nbs/evaluation/23_debug.ipynb #859a0837
+# %% ../../nbs/evaluation/23_debug.ipynb #90390e6d
 def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the sample can go on
     "What the contract says. A row of a person gets its typed form here."
     if isinstance(sample.raw, np.ndarray):
@@ -542,7 +557,7 @@ def contract_step(sample: Sample, run: Run) -> tuple[Step, bool]: # whether the 
     lines = [f"The server refuses this row: {', '.join(refused)}."] if refused else []
     return Step("What the contract says", lines, rows), not refused
 
-# %% ../../nbs/evaluation/23_debug.ipynb #af889862
+# %% ../../nbs/evaluation/23_debug.ipynb #541600a1
 def attribution_step(run: Run, sample: Sample) -> Step:
     "What spoke for the answer, and against it."
     values = run.values.get("explain") or {}
@@ -553,7 +568,7 @@ def attribution_step(run: Run, sample: Sample) -> Step:
     picture = [("for it (green), against it (pink)", parts)] if parts.ndim == 2 and sample.raw.ndim == 4 else []
     return Step("Why this answer", lines, part_rows(run.task, parts), picture)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #be5784de
+# %% ../../nbs/evaluation/23_debug.ipynb #57d9342f
 def nearest_step(run: Run, sample: Sample, answer: str) -> Step:
     "The nearest training samples."
     task = load_task(run.prepared)
@@ -568,7 +583,7 @@ def nearest_step(run: Run, sample: Sample, answer: str) -> Step:
                 i in zip(found.rows, found.at)] if X.ndim == 4 else []
     return Step("The nearest training samples", lines, found.rows, pictures)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #3ef0d0ee
+# %% ../../nbs/evaluation/23_debug.ipynb #4e10b660
 def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server: str | None) -> Step:
     "The same sample through ONNX and the server."
     chain, first = asked_chain(run.root / "models/export", sample, run.task)
@@ -580,7 +595,7 @@ def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server
     lines = [f"{' and '.join(unlike)} differ from the notebook."] if unlike else []
     return Step("The same elsewhere", lines + ([f"Already before the model: {differ}."] if differ else []), rows)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #d9a4d7e6
+# %% ../../nbs/evaluation/23_debug.ipynb #55bbc48d
 def way(
     run: Run, sample: Sample,
     server: str | None = None, # address of a server; None: the usual one, where one runs
@@ -598,15 +613,16 @@ def way(
     with torch.no_grad():
         scores = run.net(torch.from_numpy(x)).reshape(1, -1).numpy()
     p = predict(run.net, run.task, X)
-    named = named_answers(p, getattr(run.task.target, "classes", ()))[0]["answer"]
-    answer = named if isinstance(named, str) else figure(named)
+    answer, _ = answer_of(run.task, p)
     right = "" if sample.truth is None else f", its label is {sample.truth}"
-    yield Step("Scores and answer", [f"The answer is {answer}{right}."], score_rows(run.task, scores[0], p[0]))
+    counts = getattr(run.task.target, "decision", ())
+    rule = [f"The answer is chosen by probability times {', '.join(f'{c:g}' for c in counts)} (train.decide)."] if counts else []
+    yield Step("Scores and answer", [f"The answer is {answer}{right}.", *rule], score_rows(run.task, scores[0], p[0]))
     yield attribution_step(run, sample)
     yield nearest_step(run, sample, answer)
     yield compared_step(run, sample, p, x, server)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #32536220
+# %% ../../nbs/evaluation/23_debug.ipynb #97705bc1
 SHADES = " ░▒▓█"
 
 def drawn(
@@ -624,7 +640,7 @@ def drawn(
     level = ((grey - low) / (high - low or 1) * (len(SHADES) - 1)).round().astype(int)
     return ["".join(SHADES[v] * 2 for v in line) for line in level]
 
-# %% ../../nbs/evaluation/23_debug.ipynb #b9c23371
+# %% ../../nbs/evaluation/23_debug.ipynb #4c259c70
 def say(console, step: Step, number: int): # rich's console
     "One step on a terminal."
     from rich.table import Table
@@ -646,7 +662,7 @@ def say(console, step: Step, number: int): # rich's console
         name = title if picture.ndim == 3 else "how much each pixel counts" # a terminal shows no sign
         console.print(Text("\n".join([f"   {name}", *(f"   {line}" for line in drawn(picture))])))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #49488247
+# %% ../../nbs/evaluation/23_debug.ipynb #5c6b6987
 def as_png(
     x: np.ndarray, # (h, w, c) uint8; or (h, w) parts, where 0 is white, above it green, below it pink
 ) -> str: # base64
@@ -660,7 +676,7 @@ def as_png(
     _, data = cv2.imencode(".png", x[..., ::-1] if x.shape[-1] == 3 else x)
     return base64.b64encode(data.tobytes()).decode()
 
-# %% ../../nbs/evaluation/23_debug.ipynb #5b38c021
+# %% ../../nbs/evaluation/23_debug.ipynb #3f0a0068
 DEBUG = "reports/debug.html"
 DEBUG_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -678,7 +694,7 @@ src="data:image/png;base64,{{ png(p) }}"><figcaption>{{ title }}</figcaption></f
 {% endfor %}</tbody></table></div>{% endif %}</section>{% endfor %}
 </main></body></html>"""
 
-# %% ../../nbs/evaluation/23_debug.ipynb #19e26d08
+# %% ../../nbs/evaluation/23_debug.ipynb #1328cbc0
 DEBUG_CSS = """
 .bar { padding-top: 1rem; font-size: .95rem } section > p { margin: .2rem 0 } tbody th { color: var(--ink); font-weight: 400 }
 td { white-space: normal; overflow-wrap: anywhere } td.bad { color: var(--bad) }
@@ -688,7 +704,7 @@ figure img { display: block; width: 8rem; max-width: 100%; image-rendering: pixe
 figcaption { color: #57606b; font-size: .85rem; overflow-wrap: anywhere }
 """
 
-# %% ../../nbs/evaluation/23_debug.ipynb #c0e758ae
+# %% ../../nbs/evaluation/23_debug.ipynb #a87a79c5
 def is_fault(
     column: str, value, # of a table of a step
 ) -> bool:
@@ -696,7 +712,7 @@ def is_fault(
     wrong = {"contract": lambda v: v != "allowed", "against the notebook": lambda v: "differs" in v}
     return column in wrong and wrong[column](str(value))
 
-# %% ../../nbs/evaluation/23_debug.ipynb #7d0ab1be
+# %% ../../nbs/evaluation/23_debug.ipynb #773d693b
 def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     "The way as a page. Whatever stands in the sample is text there, never markup."
     from jinja2 import Environment
@@ -705,7 +721,7 @@ def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, css=CSS + DEBUG_CSS,
                        png=as_png, fault=is_fault)
 
-# %% ../../nbs/evaluation/23_debug.ipynb #7568edc3
+# %% ../../nbs/evaluation/23_debug.ipynb #f4eb061b
 def write_debug(root: Path, asked: str, steps: list[Step]) -> Path: # `reports/debug.html`
     "Write the page."
     write_atomic(root / DEBUG, debug_page(asked, steps))

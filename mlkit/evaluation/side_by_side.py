@@ -7,8 +7,8 @@ __all__ = ['NO_METRICS', 'WORKING', 'UNKNOWN', 'CODE', 'DATA', 'ENDS', 'WITHIN',
            'used_values', 'values_of', 'unused_values', 'differing', 'hashes', 'changes', 'is_number', 'fine',
            'with_ends', 'directions', 'signed', 'mark_of', 'figures_beside', 'said_of', 'verdicts_beside', 'digest_of',
            'parts_in', 'brought', 'not_paired', 'modality_at', 'answers_of', 'metric_of', 'Paired', 'paired', 'lead_of',
-           'report_at', 'pictures_beside', 'Comparison', 'notes_on', 'compared', 'short', 'outcome', 'lines',
-           'by_stage', 'compare_page', 'write_comparison']
+           'n_different', 'report_at', 'pictures_beside', 'Comparison', 'notes_on', 'compared', 'short', 'outcome',
+           'lines', 'by_stage', 'compare_page', 'write_comparison']
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #48edef67
 import json, shutil
@@ -475,8 +475,8 @@ def paired(
     confidence: float = 0.95, seed: int = 0,
 ) -> Paired | str: # or why there is none
     "Run both models on the same test rows."
-    from mlkit.evaluation.evaluate import chosen_score, leads
-    from mlkit.targets.resample import interval, p_values
+    from mlkit.evaluation.evaluate import chosen_score
+    from mlkit.targets.resample import interval, p_values, resampled
     if why := not_paired(root, a, b):
         return why
     try:
@@ -486,18 +486,32 @@ def paired(
     if (task.target.name, p.shape, getattr(task.target, "classes", ())) != (other.target.name, q.shape, getattr(other.target, "classes", ())):
         return "the targets differ"
     metric = chosen_score(task, metric_of(task.target.scores(), a, b))
-    lead = leads(other, q, y, {"A": p}, metric, 10, seed)[:, 0]
+    lead_on = lead_of((other, q), (task, p), y, metric)
+    lead, whole = resampled(lead_on, len(y), seed, q.size), float(lead_on(np.ones((1, len(y))))[0])
     (low, high), tests = interval(lead, confidence), p_values(lead)
-    whole = lead_of(other, q, p, y, metric)
     return Paired(metric, whole, float(low), float(high), min(1.0, 2 * min(tests)), len(y),
-                  int((~task.target.same(p, q)).sum()))
+                  n_different((other, q), (task, p)))
 
-# %% ../../nbs/evaluation/22_side_by_side.ipynb #797c3642
-def lead_of(task, q, p, y, metric: str) -> float: # answers of the second and of the first
-    "By how much the second is better on all rows."
-    score, all_rows = task.target.scores(10)[metric], np.ones((1, len(y)))
-    of = [float(score.of(task.target.exact(x), y, all_rows)[0]) for x in (q, p)]
-    return (of[0] - of[1]) * (1 if score.higher_is_better else -1)
+# %% ../../nbs/evaluation/22_side_by_side.ipynb #8924dfea
+def lead_of(
+    b: tuple, a: tuple, # task and answers (n, k) of the second model, and of the first
+    y: np.ndarray, # (n,) the truth
+    metric: str, # of both targets
+): # a function of weights (r, n): (r,)
+    "By how much the second model is better. Each is scored by its own rule, see `Classes.decided`."
+    def scored(task, answers):
+        score, exact = task.target.scores(10)[metric], task.target.exact(answers)
+        sign = 1 if score.higher_is_better else -1
+        return lambda w: sign * score.of(exact, y, w)
+    of_b, of_a = scored(*b), scored(*a)
+    return lambda w: of_b(w) - of_a(w)
+
+def n_different(b: tuple, a: tuple) -> int: # as of `lead_of`
+    "How many samples get another answer, each by its own rule."
+    (task_b, q), (task_a, p) = b, a
+    if getattr(task_a.target, "classes", ()):
+        return int((task_a.target.said(p) != task_b.target.said(q)).sum())
+    return int((~task_a.target.same(p, q)).sum())
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #8d3fa7d3
 def report_at(root: Path, s: Side, stage: str) -> Path | None: # a run notebook
