@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'SECTIONS', 'HOW', 'PACKAGES', 'CARD', 'Facts', 'plain', 'grid', 'stated',
-           'listed', 'component', 'spec_of', 'details', 'intended', 'factors', 'protected', 'chosen', 'evaluation_data',
-           'training_data', 'number', 'figure_rows', 'analyses', 'ethics', 'caveats', 'card', 'data_version',
-           'environment_of', 'add_card']
+           'listed', 'component', 'header_of', 'answer_rule', 'details', 'intended', 'factors', 'protected', 'chosen',
+           'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses', 'ethics', 'caveats', 'card',
+           'data_version', 'environment_of', 'add_card']
 
 # %% ../../nbs/evaluation/20_card.ipynb #98f8f43f
 import hashlib, json, re
@@ -33,7 +33,7 @@ class Facts:
     verdict: dict # as it is recorded, see `verdict.apart`
     values: dict[str, dict] # stage: its section of `params.yaml`
     stated: dict[str, str] = field(default_factory=dict) # see `STATED`
-    spec: dict = field(default_factory=dict) # of the model that was chosen, see `spec_of`
+    header: dict = field(default_factory=dict) # of the model that was chosen, see `header_of`
     data: str = "" # see `data_version`
     environment: dict[str, str] = field(default_factory=dict) # package: version
     format: str = "safetensors and ONNX"
@@ -70,11 +70,18 @@ def component(spec: dict) -> str: # a name with parameters
     rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name" and isinstance(v, (str, int, float)))
     return f"{spec.get('name', '')} ({rest})" if rest else spec.get("name", "")
 
-def spec_of(model: Path) -> dict: # `models/model.safetensors`; empty: it does not say
-    "What kind of model a file holds. The weights are not read."
+def header_of(model: Path) -> dict: # `models/model.safetensors`; 'model' and 'task'; empty: it does not say
+    "What kind of model a file holds, and how its answer is made. The weights are not read."
     from safetensors import safe_open
     with safe_open(model, "numpy") as f:
-        return json.loads((f.metadata() or {}).get("mlkit", "{}")).get("model", {})
+        return json.loads((f.metadata() or {}).get("mlkit", "{}"))
+
+def answer_rule(header: dict) -> dict: # what: how
+    "How raw scores become an answer."
+    target = header.get("task", {}).get("target", {})
+    t, decision = target.get("temperature", 1), target.get("decision")
+    return {"Calibration": f"raw scores are divided by {t:g}, fitted on held-out samples" if t != 1 else None,
+            "Rule for the answer": f"probabilities count {', '.join(f'{c:g}' for c in decision)} times" if decision else None}
 
 # %% ../../nbs/evaluation/20_card.ipynb #0d6428f8
 def details(f: Facts) -> list[str]:
@@ -85,7 +92,7 @@ def details(f: Facts) -> list[str]:
     n = t.get("candidates", 1)
     network = {"Parameters": figure(t.get("parameters")),
                "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
-    kind = listed({"Kind": component(f.spec), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
+    kind = listed({"Kind": component(f.header.get("model", {})), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
                    "Seed": train.get("seed")})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
