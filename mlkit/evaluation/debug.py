@@ -592,7 +592,7 @@ def compared_step(run: Run, sample: Sample, p: np.ndarray, x: np.ndarray, server
     rows = beside(run.task, [Said("notebook", p), chain, live], tolerance)
     differ = first_difference(run.task, x, first) if first is not None and first.shape == x.shape else ""
     unlike = [r["asked"] for r in rows[1:] if "differs" in r["against the notebook"]]
-    lines = [f"{' and '.join(unlike)} differ from the notebook."] if unlike else []
+    lines = [f"{' and '.join(unlike)} {'differ' if len(unlike) > 1 else 'differs'} from the notebook."] if unlike else []
     return Step("The same elsewhere", lines + ([f"Already before the model: {differ}."] if differ else []), rows)
 
 # %% ../../nbs/evaluation/23_debug.ipynb #55bbc48d
