@@ -125,7 +125,7 @@ def test_param_reruns_its_stage_and_going_back_restores(project):
     before = project.outputs()
     project.param(explain__n_ordinary=4, explain__method={"n_steps": 8})
     assert stale(project) == {"explain": ["params.yaml"]}
-    assert ran(project.mlkit("repro").stdout) == ["explain", "release"] # its metrics changed; the bundle did not, so monitor stands
+    assert ran(project.mlkit("repro").stdout) == ["explain", "release", "monitor"] # its metrics changed, so the card in the bundle did
     changed = {p for p, h in project.outputs().items() if before[p] != h}
     assert {"data/explained.json", "reports/explain.ipynb", "reports/explain.html", "reports/metrics/explain.json"} <= changed
     assert all("explain" in p or "release" in p for p in changed)
@@ -233,7 +233,7 @@ def test_refused_release_is_not_published(project):
     params["release"]["criteria"]["evaluate.accuracy"]["min"] = 1.01
     yaml.dump(params, project / "params.yaml")
     done = project.mlkit("repro", rc=1)
-    assert ran(done.stdout) == ["release"] and "Not released: digits" in done.stdout and "evaluate.accuracy" in done.stdout.split("Not released")[-1] and "≥ 1.01" in done.stdout
+    assert ran(done.stdout) == ["release", "monitor"] and "Not released: digits" in done.stdout and "evaluate.accuracy" in done.stdout.split("Not released")[-1] and "≥ 1.01" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     verdict, page = project.json("reports/metrics/verdict.json"), (project / "reports/index.html").read_text()
     assert not verdict["released"] and [n for n, c in verdict["criteria"].items() if not c["met"]] == ["evaluate.accuracy"]
@@ -262,7 +262,7 @@ def test_what_was_measured_elsewhere_is_measured_again(project, command):
     assert ran(project.mlkit("repro").stdout) == [] and not (project / "reports/measurements").exists()
     project.replace("params.yaml", "{min: 0.97}", "{min: 0.96}")
     said = project.run(*command).stdout
-    assert "'serve' measures again" in said and (command[0] == "dvc" or ran(said) == ["release"])
+    assert "'serve' measures again" in said and (command[0] == "dvc" or ran(said) == ["release", "monitor"])
     assert set(measured(project)) == {"serve.json", "serve.ipynb", "serve.html", "verdict.json"} and project.outputs("serve") == made
     assert project.json("reports/metrics/verdict.json")["released"] and project.git("status", "--porcelain").stdout.split() == ["M", "dvc.lock", "M", "params.yaml", "M", "reports/metrics/verdict.json"]
 

@@ -2,20 +2,20 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'declaration', 'Node', 'makers', 'in_order',
-           'load_stages', 'watched', 'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of',
-           'origins', 'stage_entry', 'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed',
-           'render', 'module_of', 'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale',
-           'readme_text', 'render_readme']
+           'waiting', 'gathered_from', 'with_gathered', 'load_stages', 'gathered', 'used_sections', 'watched',
+           'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of', 'origins', 'stage_entry',
+           'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render', 'module_of',
+           'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, posixpath, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
 
-from ..core import DataError, StageError, write_atomic
+from ..core import DataError, StageError, project_root, read_json, write_atomic
 from .config import load_params, read_params, schema
 from .environment import ENVIRONMENT, environment_keys, import_tree, render_environment
 from .notebook import code_cells, read_notebook
@@ -102,6 +102,34 @@ def in_order(nodes: dict[str, Node]) -> dict[str, Node]:
     except CycleError as e:
         raise StageError(f"stages wait for each other: {' → '.join(e.args[1])}") from None
 
+# %% ../../nbs/flow/04_pipeline.ipynb #a7bcd471
+def waiting(
+    nodes: dict[str, Node],
+    name: str, # Of a stage
+) -> set[str]: # Names
+    "The stages that read what one writes, directly or through others."
+    made, found, new = makers(nodes), set(), {name}
+    while new:
+        found |= new
+        new = {n for n, node in nodes.items() if {made.get(path) for path in node.stage.reads.values()} & found} - found
+    return found - {name}
+
+def gathered_from(
+    nodes: dict[str, Node],
+    name: str, # Of a stage that gathers
+) -> dict[str, Node]: # name: stage
+    "The stages whose metrics it reads."
+    late = waiting(nodes, name) | {name}
+    return {n: node for n, node in nodes.items() if n not in late and node.stage.metrics and not node.stage.gathers}
+
+def with_gathered(nodes: dict[str, Node]) -> dict[str, Node]:
+    "The same, and what the stages that gather read besides is among their `reads`."
+    def whole(node):
+        found = gathered_from(nodes, node.stage.name)
+        reads = {f"{n}.{key}": path for n, other in found.items() for key, path in other.stage.metrics.items()}
+        return replace(node, stage=replace(node.stage, reads=node.stage.reads | reads))
+    return {n: whole(node) if node.stage.gathers else node for n, node in nodes.items()}
+
 # %% ../../nbs/flow/04_pipeline.ipynb #a7cda511
 def load_stages(
     root: Path, # The project
@@ -113,7 +141,24 @@ def load_stages(
             nodes[path.stem] = Node(declaration(path), path.relative_to(root), schema(path))
     if not nodes:
         raise StageError(f"{root / STAGES}: no stage notebooks here")
-    return in_order(nodes)
+    return in_order(with_gathered(nodes))
+
+# %% ../../nbs/flow/04_pipeline.ipynb #9312859e
+def gathered(
+    stage: Stage, # With `gathers`
+) -> dict[str, dict]: # stage: its figures
+    "The metrics of every stage that does not wait for this one. Raises `StageError` where a file is missing."
+    nodes = load_stages(project_root())
+    whole = nodes[stage.name].stage
+    def figures(name, node):
+        return {k: v for key in node.stage.metrics for k, v in read_json(whole.input(f"{name}.{key}")).items()}
+    return {name: figures(name, node) for name, node in gathered_from(nodes, stage.name).items()}
+
+# %% ../../nbs/flow/04_pipeline.ipynb #ea2dc3ca
+def used_sections(stage: Stage) -> dict[str, dict]: # stage: its section, see `Stage.values`
+    "All sections that a stage uses. A project that does not have a stage has no values of it."
+    there = {u.partition(".")[0] for u in stage.uses}
+    return {s: stage.values(s) for s in sorted(there) if (project_root() / STAGES / f"{s}.ipynb").is_file()}
 
 # %% ../../nbs/flow/04_pipeline.ipynb #98b246a5
 def watched(value: str) -> str: # Empty: none

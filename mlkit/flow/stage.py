@@ -25,6 +25,7 @@ class Stage:
     alone: bool = False # Whether no other stage may run meanwhile: it measures the machine, or needs all of it
     gpus: int = 0 # How many it uses where there are any; stages that run together get different ones
     uses: tuple[str, ...] = () # Values of other stages that it depends on: 'train', or 'prepare.seed'
+    gathers: bool = False # Whether it also reads the metrics of every stage that does not wait for it, see `pipeline.gathered`
     memory_gb: float = 0 # At its peak, roughly (10^9 bytes); stages run together as long as the sum fits the machine
 
     @property
