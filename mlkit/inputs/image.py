@@ -19,7 +19,7 @@ from ..data.contract import Contract, Feature
 from ..data.prepared import load_split, save_split
 from ..data.shards import read_images, read_index, write_shards
 from ..data.split import SPLITS, Split
-from .base import CORRUPTIONS, Ingested, Input, modality
+from .base import CORRUPTIONS, Ingested, Input, at_strengths, modality
 from ..targets.base import Target, find_target
 
 # %% ../../nbs/inputs/01_image.ipynb #bc6e048b
@@ -360,6 +360,7 @@ def example(self: Image, raw: np.ndarray) -> str: # Of raw samples
 
 # %% ../../nbs/inputs/01_image.ipynb #af3f2645
 @CORRUPTIONS
+@at_strengths(Image, sigma=(0.04, 0.08, 0.15, 0.25, 0.4))
 def noise(
     image: Image,
     X: np.ndarray, # (n, h, w, c) uint8
@@ -373,6 +374,7 @@ def noise(
 
 # %% ../../nbs/inputs/01_image.ipynb #94d86630
 @CORRUPTIONS
+@at_strengths(Image, share=(0.8, 0.65, 0.5, 0.35, 0.2))
 def dim(
     image: Image, X: np.ndarray, seed: int, # As of `noise`
     *,
