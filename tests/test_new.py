@@ -28,7 +28,7 @@ def status(project):
 def drive(project, tmp_path):
     "git and DVC drive a made project that has run: nothing of the cache is committed, experiments run, a clean clone gets everything."
     metrics = [f"reports/metrics/{name}" for name in sorted(p.name for p in (project / "reports/metrics").iterdir())]
-    assert status(project) == ["?? champion.json", "?? dvc.lock", "?? history.jsonl", "?? reports/"] and len(metrics) == 11
+    assert status(project) == ["?? champion.json", "?? dvc.lock", "?? history.jsonl", "?? reports/"] and len(metrics) == 12
     project.git("add", "-A")
     assert status(project) == [f"A  {p}" for p in ("champion.json", "dvc.lock", "history.jsonl", *metrics)]
     project.git("commit", "-qm", "a run")

@@ -8,7 +8,7 @@ from conftest import BIN, ran, sha256
 from mlkit.flow.pipeline import library_notebooks
 from ruamel.yaml import YAML
 
-STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"]
+STAGES = ["ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "stress", "export", "serve", "release", "monitor"]
 
 def cells(nb, kind="code"): return [c | {"source": "".join(c["source"])} for c in json.loads(nb.read_text())["cells"] if c["cell_type"] == kind]
 

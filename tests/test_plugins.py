@@ -140,7 +140,7 @@ def test_a_toy_input_and_a_toy_target(toys, tmp_path):
     project.param(train__model={"name": "tiny", "width": 24}, monitor={"fault": {"name": "silence"}}, prepare={"input": {"gain": 0.5}},
                   release__compare="evaluate.r2", release__criteria={"evaluate.r2": {"min": 0.8}, "export.agreement": {"min": 1.0}, "serve.agreement": {"min": 1.0}})
     log = project.mlkit("repro").stdout
-    assert set(ran(log)) == {"ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "export", "serve", "release", "monitor"}
+    assert set(ran(log)) == {"ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "stress", "export", "serve", "release", "monitor"}
     assert "Released: waves" in log
     task = project.json("data/prepared/task.json")
     assert (task["modality"], task["input"], task["task"]) == ("signal", {"scale": 0.5}, "direction")
