@@ -136,6 +136,7 @@ def draw_category(ax, d: Dependence, shown: dict[str, int]): # As of `draw_numbe
         ax.vlines(at, *np.quantile(d.answers[:, :, k], [0.1, 0.9], axis=1), color=GREY, lw=2, alpha=0.4)
     for (name, k), color in zip(shown.items(), GROUPS):
         ax.plot(at, d.answers[:, :, k].mean(1), "o", color=color, label=name)
+    ax.set_xlim(-0.6, len(at) - 0.4)
 
 # %% ../../nbs/evaluation/18_dependence.ipynb #cd5e17a8
 def is_number(s: pl.Series) -> bool:

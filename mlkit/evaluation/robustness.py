@@ -223,10 +223,11 @@ def score_limits(
 ) -> tuple[float, float]: # Of the axis
     "What is worth showing of the score."
     span = abs(found.base[0] - found.constant) or 1.0
-    floor, top = min(found.base[0], found.constant) - 0.3 * span, max(found.base[0], found.constant) + 0.3 * span
-    shown = [*found.table["low"], *found.table["high"], *found.base, found.constant]
-    low, high = (float(np.clip(f(shown), floor, top)) for f in (np.nanmin, np.nanmax))
-    return low - 0.05 * span, high + 0.05 * span
+    worst = found.constant - np.sign(found.base[0] - found.constant) * 0.4 * span
+    shown = np.array([*found.table["low"], *found.table["high"], *found.base, found.constant])
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    low, high = (max(low, worst), high) if found.base[0] >= found.constant else (low, min(high, worst))
+    return float(low - 0.05 * span), float(high + 0.05 * span)
 
 # %% ../../nbs/evaluation/16_robustness.ipynb #35dc82ba
 def draw_curve(
