@@ -1200,6 +1200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mlkit/evaluation/defaults.py'),
                                            'mlkit.evaluation.defaults.defaults_line': ( 'evaluation/defaults.html#defaults_line',
                                                                                         'mlkit/evaluation/defaults.py'),
+                                           'mlkit.evaluation.defaults.has_network': ( 'evaluation/defaults.html#has_network',
+                                                                                      'mlkit/evaluation/defaults.py'),
                                            'mlkit.evaluation.defaults.line': ( 'evaluation/defaults.html#line',
                                                                                'mlkit/evaluation/defaults.py'),
                                            'mlkit.evaluation.defaults.operations': ( 'evaluation/defaults.html#operations',

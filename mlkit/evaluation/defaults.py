@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['YOURS', 'FOUND', 'WRITTEN', 'DEFAULT', 'NOT_SET', 'NO_MATTER', 'PLAIN', 'OTHER_SEED', 'FORTH_AND_BACK', 'STEP',
            'FEWEST_EPOCHS', 'NOISE', 'whose', 'line', 'component_rows', 'value_rows', 'with_found', 'that_matter',
-           'defaults_line', 'variants', 'operations', 'affordable_epochs', 'sensitivity', 'sensitivity_line']
+           'defaults_line', 'variants', 'has_network', 'operations', 'affordable_epochs', 'sensitivity',
+           'sensitivity_line']
 
 # %% ../../nbs/evaluation/19_defaults.ipynb #ee951cd4
 import inspect
@@ -102,7 +103,15 @@ def variants(
         found |= {"width x 2": {"model.width": 2 * width}}
     return found
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #51c81f38
+# %% ../../nbs/evaluation/19_defaults.ipynb #add16a8b
+def has_network(
+    spec: dict, # Of the model, see `training.model.load_model`
+    network: str, # `train.model.name`
+) -> bool:
+    "Whether the model is this network, or a blend with it."
+    return spec["name"] == network or any(has_network(m["spec"], network) for m in spec.get("members", ()))
+
+# %% ../../nbs/evaluation/19_defaults.ipynb #494fe2c0
 FORTH_AND_BACK = 3 # Times the operations of an answer
 STEP = 1.5e8 # Operations that take as long as a step does beside its arithmetic
 FEWEST_EPOCHS = 2
@@ -130,7 +139,7 @@ def affordable_epochs(
     n = int(gflop * 1e9 / epoch)
     return min(n, n_epochs) if n >= min(FEWEST_EPOCHS, n_epochs) else 0
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #3c52ca36
+# %% ../../nbs/evaluation/19_defaults.ipynb #f00dd6e1
 def sensitivity(
     trial: Callable[[dict], Iterator[dict]], # Of values as a search overlays them: the records of a training
     tried: dict[str, dict[str, float]], # See `variants`
