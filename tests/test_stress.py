@@ -130,3 +130,30 @@ def test_the_page_and_the_figures(finished):
     for text in ("no part was found that should not matter", "hurts most", "learning rate x 3", "another seed", "train.optimizer.lr"): assert text in html, text
     curves = pl.read_csv(finished / "reports/plots/robustness.csv")
     assert curves.height == 5 * curves["corruption"].n_unique() == 35
+
+def test_a_release_asks_for_little_reliance():
+    "By default, whatever the criteria are; the evidence names the part."
+    from mlkit.evaluation.verdict import reason_lines, verdict, verdict_line
+    protect = schema(ROOT / "nbs/stages/release.ipynb")["protect"][1]
+    assert protect["stress.reliance"] == {"max": LIMIT}
+    asked = {"stress.reliance": protect["stress.reliance"]}
+    for value, outcome in ((LIMIT, "released"), (LIMIT + 0.01, "refused")):
+        metrics = {"evaluate": {"accuracy": 0.99}, "stress": {"reliance": value, "evidence": {"reliance": "the top left corner decides"}}}
+        judged = verdict({"evaluate.accuracy": {"min": 0.9}}, metrics, "m", "0" * 64, "evaluate.accuracy", protect=asked)
+        assert judged["outcome"] == outcome
+    assert "stress.reliance 0.06 (asked \u2264 0.05)" in verdict_line(judged) and "the top left corner decides; take that part out" in reason_lines(judged)[0]
+
+def test_a_planted_mark_is_refused(digits, tmp_path):
+    "From a folder of pictures to the verdict: a project that `mlkit new` made refuses the model, and says which corner."
+    import cv2
+    from test_new import new
+    for i, (x, k) in enumerate(zip(digits[0].copy(), digits[1])):
+        block(x, int(k))
+        (folder := tmp_path / "photos" / f"digit {k}").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{i:04d}.png"), x)
+    project, _ = new(tmp_path / "marked", "--from", tmp_path / "photos")
+    said = project.mlkit("repro", rc=1).stdout
+    figures, verdict = project.json("reports/metrics/stress.json"), project.json("reports/metrics/verdict.json")
+    assert figures["evidence"]["reliance"].startswith("the top left corner, 3 x 3 pixels, decides: ") and figures["reliance"] > LIMIT
+    assert verdict["outcome"] == "refused" and not verdict["criteria"]["stress.reliance"]["met"]
+    assert "stress.reliance" in said and "the top left corner, 3 x 3 pixels, decides" in said

@@ -113,6 +113,10 @@ MENDS = {
     "evaluate.shortfall": "a simple model beside it is clearly better, see reports/evaluate.html; search better values (tune.n_trials), "
                           "take another network, or serve the simple model",
     "evaluate.weak_slices": "bring in more samples of that kind, or columns that explain it; reports/evaluate.html shows all of them",
+    "stress.reliance": "take that part out of the samples, or make it the same for all classes, and train again; "
+                       "reports/stress.html shows all parts",
+    "stress.worst_drop": "bring such samples into training (train.augment for images), or keep the fault out of production; "
+                         "reports/stress.html shows each fault",
     "export.max_difference": UNLIKE, "export.agreement": UNLIKE, "serve.agreement": UNLIKE,
     "serve.p99_ms": "take a smaller network or another engine (export.engine), or allow more milliseconds",
 }
@@ -132,6 +136,8 @@ MEANINGS = {
     "evaluate.constant_p_better": "chance that a constant answer would be as good",
     "evaluate.shortfall": "how much better a simple model clearly is",
     "evaluate.weak_slices": "parts of the test set with clearly more errors",
+    "stress.reliance": "skill that hangs on a part that should not matter",
+    "stress.worst_drop": "loss of score by the worst fault of middle strength",
     "export.agreement": "same answers from notebook and exported model",
     "export.max_difference": "largest difference between notebook and exported model",
     "serve.agreement": "same answers from notebook and live server",
