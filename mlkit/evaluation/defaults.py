@@ -16,7 +16,7 @@ from ..component import Registry, own_parameters
 from ..flow.config import usual
 
 # %% ../../nbs/evaluation/19_defaults.ipynb #eff37066
-YOURS, FOUND, WRITTEN, DEFAULT = "yours", "found by tune", "written, as mlkit has it", "a default"
+YOURS, FOUND, WRITTEN, DEFAULT = "chosen in params.yaml", "found by tune", "written, as mlkit has it", "a default"
 
 def whose(
     value, usual_value, # What holds; what mlkit takes
@@ -78,7 +78,7 @@ def with_found(
 NO_MATTER = "device", "n_threads", "experiment", "feed", "precision"
 
 def that_matter(rows: list[dict]) -> list[dict]: # As of `value_rows`
-    "The rows of values that can change how good a model is; defaults first, yours last."
+    "The rows of values that can change how good a model is; defaults first, chosen ones last."
     order = {DEFAULT: 0, WRITTEN: 1, FOUND: 2, YOURS: 2}
     kept = [r for r in rows if r["value"].split(".")[1] not in NO_MATTER]
     return sorted(kept, key=lambda r: order[r["whose"]])

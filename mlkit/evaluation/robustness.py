@@ -215,7 +215,7 @@ def drop_line(
     if r["drop"] <= 0:
         return f"no fault of middle strength lowers the {metric}"
     return (f"{r['corruption']} ({r['parameter']} {r['value']:g}) hurts most: {metric} {r['score']:.3f}, "
-            f"without the fault {found.base[0]:.3f}")
+            f"without the fault {found.base[0]:.3f}" + ("; that may be chance" if r["drop_low"] <= 0 else ""))
 
 # %% ../../nbs/evaluation/16_robustness.ipynb #909d2d12
 def score_limits(
