@@ -149,7 +149,7 @@ def with_blend(contest: Contest) -> Contest:
     return replace(contest, entries=contest.entries | {"blend": Entry(mixed, said, seconds)})
 
 # %% ../../nbs/candidates/05_choose.ipynb #c7014cef
-CHANCE_OF_BLEND = 0.1
+CHANCE_OF_BLEND = 0.5 # So a blend has to be better on held-out samples that did not choose its weights
 
 def lowest_loss(contest: Contest, names: list[str]) -> int: # position in `names`
     "Who has the lowest log loss, or squared error."
@@ -318,9 +318,9 @@ def contest_lines(contest: Contest, chosen: str) -> list[str]:
     if decision:
         lines.append(decision_line(contest, chosen))
     if "blend" in contest.entries:
-        lines.append(f"blend: {contest.entries['blend'].fitted.note}; its gain is not chance (p = {contest.blend_p:.3f})")
+        lines.append(f"blend: {contest.entries['blend'].fitted.note}; better on held-out samples than each alone (p = {contest.blend_p:.3f})")
     elif contest.blend_p is not None:
-        lines.append(f"blend: not made, its gain may be chance (p = {contest.blend_p:.3f})")
+        lines.append(f"blend: not made, no better on held-out samples (p = {contest.blend_p:.3f})")
     return lines
 
 # %% ../../nbs/candidates/05_choose.ipynb #2ca76aa9

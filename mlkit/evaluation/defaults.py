@@ -18,6 +18,7 @@ from ..flow.config import usual
 # %% ../../nbs/evaluation/19_defaults.ipynb #eff37066
 YOURS, FOUND, WRITTEN, DEFAULT = "chosen in params.yaml", "found by tune", "written, as mlkit has it", "a default"
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #961705bf
 def whose(
     value, usual_value, # What holds; what mlkit takes
     written: bool, # Whether `params.yaml` says it
@@ -27,13 +28,15 @@ def whose(
         return YOURS
     return WRITTEN if written else DEFAULT
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #ec290d28
 def line(name: str, value, usual_value, written: bool) -> dict: # A row of `value_rows`
     "A value with whose it is."
     return {"value": name, "is": str(value), "mlkit's": str(usual_value), "whose": whose(value, usual_value, written)}
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #71dc4f27
+# %% ../../nbs/evaluation/19_defaults.ipynb #18952eef
 NOT_SET = "none, must be said"
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #5dc39ecb
 def component_rows(
     place: str, # 'train.model'
     registry: Registry,
@@ -46,6 +49,7 @@ def component_rows(
         usual_value = NOT_SET if usual_value is inspect.Parameter.empty else usual_value
         yield line(f"{place}.{name}", spec[name] if there else usual_value, usual_value, name in written)
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #98dcd6cf
 def value_rows(
     section: str, # 'train'
     written: dict, # What `params.yaml` holds in it
@@ -65,7 +69,7 @@ def value_rows(
         found += component_rows(f"{section}.{name}", components[name], value, written.get(name) or {})
     return found
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #cea42cb1
+# %% ../../nbs/evaluation/19_defaults.ipynb #a1c0fcd5
 def with_found(
     rows: list[dict], # See `value_rows`
     found: dict[str, float], # What a search found: 'optimizer.lr' and its value
@@ -74,23 +78,26 @@ def with_found(
     said = {f"train.{name}": {"is": f"{value:.4g}", "whose": FOUND} for name, value in found.items()}
     return [r | said.get(r["value"], {}) for r in rows]
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #27b970bd
+# %% ../../nbs/evaluation/19_defaults.ipynb #f89ee31f
 NO_MATTER = "device", "n_threads", "experiment", "feed", "precision"
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #ebb0a092
 def that_matter(rows: list[dict]) -> list[dict]: # As of `value_rows`
     "The rows of values that can change how good a model is; defaults first, chosen ones last."
     order = {DEFAULT: 0, WRITTEN: 1, FOUND: 2, YOURS: 2}
     kept = [r for r in rows if r["value"].split(".")[1] not in NO_MATTER]
     return sorted(kept, key=lambda r: order[r["whose"]])
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #fa318a6e
 def defaults_line(rows: list[dict]) -> str:
     "How many values nobody has chosen."
     n = sum(r["whose"] == DEFAULT for r in rows)
     return f"{n} of {len(rows)} values are mlkit's defaults, {sum(r['whose'] in (YOURS, FOUND) for r in rows)} are chosen"
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #4af7c047
+# %% ../../nbs/evaluation/19_defaults.ipynb #7d838a9c
 PLAIN, OTHER_SEED = "as it is", "another seed"
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #699da299
 def variants(
     train: dict, # The section `train`, completed, see `run.completed`
 ) -> dict[str, dict[str, float]]: # What it is called: value of `train`, as a search overlays it
@@ -103,7 +110,7 @@ def variants(
         found |= {"width x 2": {"model.width": 2 * width}}
     return found
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #add16a8b
+# %% ../../nbs/evaluation/19_defaults.ipynb #0bb0b2ef
 def has_network(
     spec: dict, # Of the model, see `training.model.load_model`
     network: str, # `train.model.name`
@@ -111,11 +118,12 @@ def has_network(
     "Whether the model is this network, or a blend with it."
     return spec["name"] == network or any(has_network(m["spec"], network) for m in spec.get("members", ()))
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #494fe2c0
+# %% ../../nbs/evaluation/19_defaults.ipynb #61247f5b
 FORTH_AND_BACK = 3 # Times the operations of an answer
 STEP = 1.5e8 # Operations that take as long as a step does beside its arithmetic
 FEWEST_EPOCHS = 2
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #345ffa86
 def operations(
     net, # A `torch.nn.Module`
     x, # (n, …) a tensor, what it takes
@@ -127,6 +135,7 @@ def operations(
         net(x)
     return max(counter.get_total_flops() / len(x), 2.0 * sum(p.numel() for p in net.parameters()))
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #34ec0ae1
 def affordable_epochs(
     flop: float, # Of an answer, see `operations`
     n_samples: int, # Of the training split
@@ -139,7 +148,7 @@ def affordable_epochs(
     n = int(gflop * 1e9 / epoch)
     return min(n, n_epochs) if n >= min(FEWEST_EPOCHS, n_epochs) else 0
 
-# %% ../../nbs/evaluation/19_defaults.ipynb #f00dd6e1
+# %% ../../nbs/evaluation/19_defaults.ipynb #70eb8ec4
 def sensitivity(
     trial: Callable[[dict], Iterator[dict]], # Of values as a search overlays them: the records of a training
     tried: dict[str, dict[str, float]], # See `variants`
@@ -155,8 +164,10 @@ def sensitivity(
     rows = [{"what": name, "score": s, "difference": None if None in (s, whole) else s - whole} for name, s in scores.items()]
     return pl.DataFrame(rows, schema={"what": pl.String, "score": pl.Float64, "difference": pl.Float64})
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #17016eea
 NOISE = 2 # Times what another seed does; below, a difference may be chance
 
+# %% ../../nbs/evaluation/19_defaults.ipynb #22f895ee
 def sensitivity_line(
     found: pl.DataFrame, # See `sensitivity`
     score: str,

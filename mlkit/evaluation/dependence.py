@@ -16,6 +16,7 @@ from ..task import Task
 # %% ../../nbs/evaluation/18_dependence.ipynb #fa084f2e
 N_GRID, N_VALUES = 15, 8 # Points of a number; values of a category
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #be559a80
 def grid_of(
     s: pl.Series, # A raw column
 ) -> pl.Series: # The values that are tried, of the same type
@@ -30,7 +31,7 @@ def grid_of(
     counts = s.value_counts(sort=True)
     return counts.sort("count", s.name, descending=[True, False])[s.name].head(N_VALUES)
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #a2f705b7
+# %% ../../nbs/evaluation/18_dependence.ipynb #2d2b202d
 @dataclass
 class Dependence:
     "One column."
@@ -39,6 +40,7 @@ class Dependence:
     answers: np.ndarray # (g, n, k): of each value and row
     spread: pl.Series # (n,) its values in these rows
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #a02c6ffc
 def dependence(
     net, task: Task,
     raw: pl.DataFrame, # n rows
@@ -52,9 +54,10 @@ def dependence(
     p = predict(net, task, task.input.encode(rows))
     return Dependence(column, values, p.reshape(len(values), len(raw), -1), raw[column])
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #ec9302ad
+# %% ../../nbs/evaluation/18_dependence.ipynb #8abb8859
 N_COLUMNS = 6 # That are shown
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #d66a4f4f
 def movement(
     net, task: Task,
     raw: pl.DataFrame, # n rows
@@ -68,6 +71,7 @@ def movement(
     found = {name: moved(name) for name in task.input.names}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #1fe3be15
 def dependences(
     net, task: Task,
     raw, # n samples; only a frame has columns
@@ -80,9 +84,10 @@ def dependences(
     chosen = [name for name, far in movement(net, task, raw, seed).items() if far > 0][:n_columns]
     return [d for d in (dependence(net, task, raw, name) for name in chosen) if d]
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #4fe05d27
+# %% ../../nbs/evaluation/18_dependence.ipynb #f9fcbde0
 N_LINES = 4 # Classes
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #ede3000e
 def shown_answers(
     task: Task,
     found: list[Dependence], # One or more
@@ -97,6 +102,7 @@ def shown_answers(
     span = np.max([np.ptp(d.answers.mean(1), 0) for d in found], 0)
     return {f"{classes[k]}": int(k) for k in np.argsort(-span, kind="stable")[:N_LINES]}
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #d86d13ec
 def dependence_rows(
     task: Task,
     found: list[Dependence],
@@ -110,9 +116,10 @@ def dependence_rows(
         return {"column": d.column, "value": str(d.values[i]), "answer": name, "mean": p.mean(), "low": low, "high": high}
     return pl.DataFrame([line(d, i, name, k) for d in found for name, k in shown.items() for i in range(len(d.values))], schema)
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #7c738900
+# %% ../../nbs/evaluation/18_dependence.ipynb #713bcb7c
 N_PALE = 30 # Rows that have a line
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #bf9adb6b
 def draw_number(
     ax,
     d: Dependence,
@@ -127,6 +134,7 @@ def draw_number(
     for (name, k), color in zip(shown.items(), GROUPS):
         ax.plot(x, d.answers[:, :, k].mean(1), color=color, lw=2, label=name)
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #c41b675d
 def draw_category(ax, d: Dependence, shown: dict[str, int]): # As of `draw_number`
     "A mark a value; of one answer with the range of most rows."
     from mlkit.plot import GREY, GROUPS
@@ -138,11 +146,12 @@ def draw_category(ax, d: Dependence, shown: dict[str, int]): # As of `draw_numbe
         ax.plot(at, d.answers[:, :, k].mean(1), "o", color=color, label=name)
     ax.set_xlim(-0.6, len(at) - 0.4)
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #cd5e17a8
+# %% ../../nbs/evaluation/18_dependence.ipynb #4414afdd
 def is_number(s: pl.Series) -> bool:
     "Whether values lie on an axis."
     return s.dtype.is_numeric() or s.dtype.is_temporal()
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #53a7e7e0
 def draw_spread(
     ax,
     d: Dependence,
@@ -160,6 +169,7 @@ def draw_spread(
     if d.values.dtype.is_temporal():
         label_ends(ax, str(d.values[0]), str(d.values[-1]), [ends[0], ends[-1]])
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #c26bec51
 def answer_limits(
     found: list[Dependence],
     shown: dict[str, int],
@@ -170,7 +180,7 @@ def answer_limits(
     margin = 0.08 * (high - low) or 0.5
     return float(low - margin), float(high + margin)
 
-# %% ../../nbs/evaluation/18_dependence.ipynb #2e6b607e
+# %% ../../nbs/evaluation/18_dependence.ipynb #43182265
 def draw_dependence(
     top, below, # Axes
     d: Dependence,
@@ -188,6 +198,7 @@ def draw_dependence(
     if d.values.dtype.is_numeric():
         below.locator_params(axis="x", nbins=3)
 
+# %% ../../nbs/evaluation/18_dependence.ipynb #8cbb8c1d
 def plot_dependence(
     task: Task,
     found: list[Dependence], # One or more

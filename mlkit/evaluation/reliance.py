@@ -37,8 +37,10 @@ class Part:
         "The same values of the part and of all else; None: they are not alike."
         return None
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #2b244157
 PARTS: dict[str, Callable] = {} # Modality: function of (task, folder of `prepare`, training samples) that gives parts
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #d2dab655
 def parts_of(
     modality: str,
 ): # Decorator
@@ -48,9 +50,10 @@ def parts_of(
         return f
     return add
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #824209e8
+# %% ../../nbs/evaluation/17_reliance.ipynb #430c908a
 MOST_BLOCKS = 256
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #321dbba1
 def block_of(
     mask: np.ndarray, # (h, w) bool
 ) -> np.ndarray: # (m,) which block each pixel of the mask is in, from 0
@@ -62,6 +65,7 @@ def block_of(
             return blocks
         side += 1
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #19ee3760
 def block_means(
     X: np.ndarray, # (n, h, w, c) uint8
     mask: np.ndarray, # (h, w) bool
@@ -74,7 +78,7 @@ def block_means(
     pixels = X[:, mask].transpose(1, 0, 2).reshape(len(blocks), -1)
     return (which @ pixels).reshape(which.shape[0], len(X), -1).transpose(1, 0, 2).reshape(len(X), -1)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #ce0fd7e2
+# %% ../../nbs/evaluation/17_reliance.ipynb #c6c7f194
 @dataclass
 class Region(Part):
     "A part of a picture."
@@ -100,7 +104,7 @@ class Region(Part):
             return np.concatenate([pixels.mean(1), pixels.std(1)], 1)
         return moments(self.mask), moments(~self.mask)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #b41a610b
+# %% ../../nbs/evaluation/17_reliance.ipynb #ded6a692
 def corners(
     h: int, w: int, # Pixels
 ) -> list[Region]: # None where pictures are too small to have corners
@@ -115,6 +119,7 @@ def corners(
             found.append(Region(f"the {row} {column} corner", f"{k} x {k} pixels", mask))
     return found
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #26a52061
 def border(
     h: int, w: int, # Pixels
 ) -> list[Region]: # One, or none
@@ -124,9 +129,10 @@ def border(
     mask[k:h - k, k:w - k] = False
     return [Region("the border", f"{k} pixel{'s' * (k > 1)} wide", mask)] if not mask.all() else []
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #1581ee2b
+# %% ../../nbs/evaluation/17_reliance.ipynb #c1ff8376
 STILL = 0.25 # Of the variation of the liveliest pixel
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #7d751b0b
 def background(
     X: np.ndarray, # (n, h, w, c) uint8, of the training split
 ) -> list[Region]: # One, or none
@@ -136,17 +142,19 @@ def background(
     size = f"{mask.mean():.0%} of the picture"
     return [Region("the background", size, mask)] if mask.any() else []
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #01965e7b
 @parts_of("image")
 def picture_parts(task: Task, prepared: Path, learned: Samples) -> list[Region]: # As of `PARTS`
     "Corners, border and background."
     h, w, _ = task.input.shape
     return corners(h, w) + border(h, w) + background(learned.raw)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #e6abc04d
+# %% ../../nbs/evaluation/17_reliance.ipynb #632d7a0f
 UNIQUE, GOES = 0.99, 0.99 # Share of different values; correlation with the rows
 GAPS = 5 # Times as many numbers as rows
 FEWEST_ROWS = 30
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #34affb2c
 def number_of_row(
     v: np.ndarray, # (n,) float64, NaN where missing
     row: np.ndarray, # (n,) where each row stands in the table
@@ -164,7 +172,7 @@ def number_of_row(
         return "a running number"
     return "goes with the rows in equal steps" if abs(np.corrcoef(v, row)[0, 1]) > 1 - 1e-6 else ""
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #dbafb3db
+# %% ../../nbs/evaluation/17_reliance.ipynb #fc424d7d
 @dataclass
 class ColumnPart(Part):
     "A column of a table."
@@ -186,6 +194,7 @@ class ColumnPart(Part):
         usual = learned[self.column.name].drop_nulls().sort()
         return raw.with_columns(pl.lit(usual[len(usual) // 2], usual.dtype).alias(self.column.name))
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #b1edbc6d
 @parts_of("rows")
 def table_parts(task: Task, prepared: Path, learned: Samples) -> list[ColumnPart]: # As of `PARTS`
     "Columns that are numbers of the row."
@@ -194,7 +203,7 @@ def table_parts(task: Task, prepared: Path, learned: Samples) -> list[ColumnPart
     kinds = {c: number_of_row(c.numbers(learned.raw[c.name]), row, c.kind == "date") for c in numbers}
     return [ColumnPart(c, kind, 1 / len(task.input.columns)) for c, kind in kinds.items() if kind]
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #71ddbfb9
+# %% ../../nbs/evaluation/17_reliance.ipynb #90d66962
 def forest(
     task: Task,
     A: np.ndarray, y: np.ndarray, # (m, d) values of the training split, (m,)
@@ -207,9 +216,10 @@ def forest(
     model = kind(50, min_samples_leaf=2, max_features="sqrt", random_state=seed, n_jobs=1)
     return answers(task, model.fit(A, y), B)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #5b93836e
+# %% ../../nbs/evaluation/17_reliance.ipynb #d5f2c6c3
 N_EXCHANGES = 3
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #130f67be
 def judge_of_skill(
     judge: Judge,
 ) -> Judge: # Whose score is better where it is higher
@@ -218,6 +228,7 @@ def judge_of_skill(
         return judge
     return Judge(judge.task, judge.y, judge.task.target.score_name, judge.confidence, judge.seed)
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #ef939d93
 def mean_drop(
     judge: Judge,
     p: np.ndarray, # (n, k) answers to whole samples
@@ -229,7 +240,7 @@ def mean_drop(
     low, high = interval(resampled(fall, len(judge.y), judge.seed, FEW), judge.confidence)
     return float(fall(None)[0]), float(low), float(high)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #53a80655
+# %% ../../nbs/evaluation/17_reliance.ipynb #8f521ef2
 @dataclass
 class Measured:
     "One part, and what hangs on it."
@@ -245,6 +256,7 @@ class Measured:
     lost_low: float # Lower end of its interval
     reliance: float # See above, in [0, 1]
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #41fce7b8
 def reliance_of(
     tells: float, lost: float, lost_low: float, # See `Measured`
 ) -> float: # In [0, 1]
@@ -252,7 +264,7 @@ def reliance_of(
     weight = np.clip((tells - 0.5) / 0.5, 0, 1)
     return float(weight * np.clip(lost, 0, 1)) if lost_low > 0 else 0.0
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #77fd03b3
+# %% ../../nbs/evaluation/17_reliance.ipynb #898c3351
 def share_that_follows(
     task: Task,
     y: np.ndarray, # (n,) what is true
@@ -265,7 +277,7 @@ def share_that_follows(
     hits = np.concatenate(hits)
     return float(hits.mean()) if len(hits) else float("nan")
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #b7e73216
+# %% ../../nbs/evaluation/17_reliance.ipynb #cc272cf6
 @dataclass
 class Tried:
     "What is needed to measure any part."
@@ -291,7 +303,7 @@ class Tried:
     def share(self, score: float) -> float: # Of the model's skill
         return (score - self.constant) / max(self.whole - self.constant, 1e-9)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #04dc37c4
+# %% ../../nbs/evaluation/17_reliance.ipynb #b74a33f5
 def elsewhere(
     tried: Tried,
     part: Part,
@@ -303,6 +315,7 @@ def elsewhere(
     ways = [(learned[1], seen[0]), (learned[0], seen[1])]
     return min(tried.score(forest(tried.task, a, tried.learned.y, b, tried.seed)) for a, b in ways)
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #1c15efdb
 def measure(
     tried: Tried,
     part: Part,
@@ -317,13 +330,15 @@ def measure(
     drop, low, _ = mean_drop(tried.judge, tried.p, said)
     gain = max(tried.whole - tried.constant, 1e-9)
     tells = tried.share(alone) - max(0.0, np.nan_to_num(tried.share(known)))
-    return Measured(part, tried.whole, alone, known, tried.whole - drop, tried.score(tried.answer(part.blank(raw, learned.raw))),
+    blanked = tried.score(tried.answer(part.blank(raw, learned.raw)))
+    return Measured(part, tried.whole, alone, known, tried.whole - drop, blanked,
                     share_that_follows(tried.task, tried.samples.y, said, donors),
                     tells, drop / gain, low / gain, reliance_of(tells, drop / gain, low / gain))
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #993b4c4d
+# %% ../../nbs/evaluation/17_reliance.ipynb #184649d7
 LIMIT, ABOUT = 0.05, 0.7 # Reliance from which a part decides; share of the worst that is about as bad
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #f7e805f1
 def worst_first(
     found: list[Measured],
 ) -> list[Measured]: # Of parts that are about as bad as the worst, the smallest first: it says where to look
@@ -334,6 +349,7 @@ def worst_first(
         return not about, m.part.share if about else -m.reliance
     return sorted(found, key=order)
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #06c4d59c
 def reliance(
     net, task: Task,
     prepared: Path, # Folder of `prepare`
@@ -350,7 +366,7 @@ def reliance(
     found = [measure(tried, part) for part in PARTS[task.input.modality](task, prepared, learned)]
     return worst_first(found)
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #160ab945
+# %% ../../nbs/evaluation/17_reliance.ipynb #f2784d42
 def reliance_line(
     found: list[Measured], # See `reliance`
     metric: str, # By which skill is measured
@@ -363,7 +379,7 @@ def reliance_line(
     return (f"{m.part.name}, {m.part.size}, decides: {metric.replace('_', ' ')} falls from {m.whole:.2f} to {m.exchanged:.2f} when "
             f"it is exchanged; a model that sees nothing else gets {m.alone:.2f}{follows}")
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #0f5ae754
+# %% ../../nbs/evaluation/17_reliance.ipynb #2437d64a
 def reliance_table(
     found: list[Measured], # See `reliance`
     metric: str,
@@ -374,7 +390,7 @@ def reliance_table(
                 "averaged": m.blanked, "seen alone": m.alone, "learned elsewhere": m.elsewhere, "reliance": m.reliance}
     return [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in line(m).items()} for m in found]
 
-# %% ../../nbs/evaluation/17_reliance.ipynb #be2859e6
+# %% ../../nbs/evaluation/17_reliance.ipynb #c537e4cc
 def plot_reliance(
     found: list[Measured], # See `reliance`; one or more
     metric: str,
@@ -392,6 +408,7 @@ def plot_reliance(
            xlim=(max(low, -1), None), title="What hangs on parts that should not matter")
     ax.figure.legend(loc="outside lower left", ncols=1)
 
+# %% ../../nbs/evaluation/17_reliance.ipynb #d5c605df
 def show_parts(
     found: list[Measured], # See `reliance`
     samples: Samples,

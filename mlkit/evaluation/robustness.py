@@ -22,6 +22,7 @@ from ..task import Task
 # %% ../../nbs/evaluation/16_robustness.ipynb #cc85cbc8
 MOST_NUMBERS, FEWEST = 20_000_000, 100 # Of all samples together; samples, even of large pictures
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #2b8a661f
 def n_affordable(
     n: int, # Samples that are there
     n_samples: int, # Wanted, at most
@@ -30,7 +31,7 @@ def n_affordable(
     "How many samples are looked at."
     return min(n, n_samples, max(FEWEST, MOST_NUMBERS // max(1, numbers_each)))
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #4dee7c3f
+# %% ../../nbs/evaluation/16_robustness.ipynb #f2db67e8
 @dataclass
 class Samples:
     "Raw samples, and what is true of them."
@@ -41,6 +42,7 @@ class Samples:
     def __len__(self):
         return len(self.y)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #76340c69
 def draw(
     task: Task,
     prepared: Path, # Folder of `prepare`
@@ -55,9 +57,10 @@ def draw(
     y = np.asarray(y)[at]
     return Samples(raw[at], y if np.issubdtype(y.dtype, np.integer) else y.astype(np.float64), at)
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #1954f74a
+# %% ../../nbs/evaluation/16_robustness.ipynb #d1104ee6
 FEW = 50_000_000 # Answers, see `resample.n_resamples`: as few resamples as make an interval
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #8cdf67b1
 @dataclass
 class Judge:
     "Scores answers to the same samples."
@@ -76,6 +79,7 @@ class Judge:
         w = np.ones((1, len(self.y))) if w is None else w
         return self.score.of(self.task.target.exact(p), self.y, w)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #30e8b1c6
 @patch
 def of_all(
     self: Judge,
@@ -85,6 +89,7 @@ def of_all(
     found = resampled(lambda w: np.stack([self.of(p, w) for p in answers], 1), len(self.y), self.seed, FEW)
     return np.array([self.of(p)[0] for p in answers]), *interval(found, self.confidence)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #1b0c508f
 @patch
 def drops(
     self: Judge,
@@ -97,7 +102,7 @@ def drops(
     whole = np.ones((1, len(self.y)))
     return fall(whole)[0], *interval(resampled(fall, len(self.y), self.seed, FEW), self.confidence)
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #bd646709
+# %% ../../nbs/evaluation/16_robustness.ipynb #c8c690e6
 def corruptions_for(
     task: Task,
 ) -> dict: # Name: the corruption
@@ -106,11 +111,12 @@ def corruptions_for(
     for_this = {n: f for n, f in CORRUPTIONS.items() if isinstance(task.input, getattr(f, "input_type", ()))}
     return dict(sorted(for_this.items()))
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #406628bb
 def same(a, b) -> bool: # Raw samples
     "Whether nothing was changed."
     return a.equals(b) if isinstance(a, pl.DataFrame) else np.array_equal(a, b)
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #31f56d7c
+# %% ../../nbs/evaluation/16_robustness.ipynb #6ec279ea
 @dataclass
 class Curve:
     "One corruption at its strengths."
@@ -121,8 +127,10 @@ class Curve:
     shown: list # Of each strength: the first samples with the fault
     answers: list[np.ndarray] # Of each strength: (n, k)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #03a91340
 N_SHOWN = 8 # Samples that a curve keeps for the page
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #ceb37628
 def curve(
     net, task: Task,
     samples: Samples,
@@ -141,10 +149,11 @@ def curve(
         found.answers.append(predict(net, task, task.input.encode(raw)))
     return found
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #7587e4e6
+# %% ../../nbs/evaluation/16_robustness.ipynb #3aa939cf
 SCHEMA = {"corruption": pl.String, "strength": pl.Int64, "parameter": pl.String, "value": pl.Float64} | dict.fromkeys(
     ("score", "low", "high", "drop", "drop_low", "drop_high"), pl.Float64)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #1802a2e7
 def curve_rows(
     judge: Judge,
     p: np.ndarray, # (n, k) answers without a fault
@@ -157,6 +166,7 @@ def curve_rows(
     return [{"corruption": curve.name, "strength": i + 1, "parameter": curve.parameter, "value": float(value)}
             | {name: float(column[i]) for name, column in zip(names, columns)} for i, value in enumerate(curve.values)]
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #f60c133a
 @dataclass
 class Robustness:
     "How the model holds up."
@@ -165,7 +175,7 @@ class Robustness:
     curves: list[Curve] = field(repr=False)
     table: pl.DataFrame = field(repr=False) # See `SCHEMA`
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #ace57c25
+# %% ../../nbs/evaluation/16_robustness.ipynb #99615614
 def constant_answer(
     task: Task,
     y: np.ndarray, # (m,) of the training split
@@ -176,6 +186,7 @@ def constant_answer(
         return np.full((n, 1), y.mean(dtype=np.float64))
     return np.tile(np.bincount(y, minlength=task.target.n_outputs) / len(y), (n, 1))
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #5e519e2b
 def robustness(
     net, task: Task,
     samples: Samples, # Of the test split
@@ -192,9 +203,10 @@ def robustness(
     constant = float(judge.of(constant_answer(task, learned, len(samples)))[0])
     return Robustness(base, constant, curves, pl.DataFrame(rows, schema=SCHEMA))
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #0b33ad7f
+# %% ../../nbs/evaluation/16_robustness.ipynb #8cf8cb83
 MIDDLE = 3 # Strength that a criterion bounds
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #0f7ea28f
 def drop_figures(
     found: Robustness,
 ) -> dict[str, float]: # 'worst_drop', and '<corruption>_drop' of each
@@ -203,6 +215,7 @@ def drop_figures(
     each = {f"{r['corruption']}_drop": r["drop"] for r in middle.rows(named=True)}
     return {"worst_drop": max(each.values(), default=0.0)} | each
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #8934a294
 def drop_line(
     found: Robustness,
     metric: str,
@@ -217,7 +230,7 @@ def drop_line(
     return (f"{r['corruption']} ({r['parameter']} {r['value']:g}) hurts most: {metric} {r['score']:.3f}, "
             f"without the fault {found.base[0]:.3f}" + ("; that may be chance" if r["drop_low"] <= 0 else ""))
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #909d2d12
+# %% ../../nbs/evaluation/16_robustness.ipynb #e2980bdc
 def score_limits(
     found: Robustness,
 ) -> tuple[float, float]: # Of the axis
@@ -229,7 +242,7 @@ def score_limits(
     low, high = (max(low, worst), high) if found.base[0] >= found.constant else (low, min(high, worst))
     return float(low - 0.05 * span), float(high + 0.05 * span)
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #35dc82ba
+# %% ../../nbs/evaluation/16_robustness.ipynb #1a61d1cd
 def draw_curve(
     ax,
     found: Robustness,
@@ -249,6 +262,7 @@ def draw_curve(
     ax.set(ylim=score_limits(found), xlabel=words([rows["parameter"][0]])[0])
     ax.set_title(words([rows["corruption"][0].replace("_", " ")])[0], fontsize=11)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #07eea285
 def plot_robustness(
     found: Robustness,
     metric: str,
@@ -265,7 +279,7 @@ def plot_robustness(
             ax.set_yticklabels([])
     return axs
 
-# %% ../../nbs/evaluation/16_robustness.ipynb #4559a619
+# %% ../../nbs/evaluation/16_robustness.ipynb #ea813e2f
 def show_strengths(
     samples: Samples,
     curves: list[Curve],
@@ -281,8 +295,10 @@ def show_strengths(
     for row, c in zip(axs, curves):
         for ax, picture in zip(row, [samples.raw[i], *(s[i] for s in c.shown)]):
             draw_picture(ax, picture, "", vmin=0, vmax=255)
-        row[0].text(-0.15, 0.5, words([c.name])[0], transform=row[0].transAxes, ha="right", va="center", fontsize=SMALLEST)
+        place = {"transform": row[0].transAxes, "ha": "right", "va": "center", "fontsize": SMALLEST}
+        row[0].text(-0.15, 0.5, words([c.name])[0], **place)
 
+# %% ../../nbs/evaluation/16_robustness.ipynb #e66ae082
 def fault_table(
     found: Robustness,
 ) -> list[dict]: # fault, parameter, strengths, and the drop at the middle with its interval

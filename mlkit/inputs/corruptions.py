@@ -21,6 +21,7 @@ def each(
     "Change image by image."
     return np.stack([change(x).reshape(x.shape) for x in X]) if len(X) else X
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #e41281cf
 @CORRUPTIONS
 @at_strengths(Image, width=(0.02, 0.04, 0.08, 0.12, 0.2))
 def blur(
@@ -34,7 +35,7 @@ def blur(
     sigma = width * min(X.shape[1:3])
     return (each(X, lambda x: cv2.GaussianBlur(x, (0, 0), sigma)) if sigma > 0 else X), []
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #5cb0e3ba
+# %% ../../nbs/inputs/04_corruptions.ipynb #b132056a
 @CORRUPTIONS
 @at_strengths(Image, left=(0.8, 0.6, 0.4, 0.25, 0.12))
 def contrast(
@@ -46,6 +47,7 @@ def contrast(
     mean = X.mean((1, 2, 3), keepdims=True)
     return np.rint(mean + left * (X - mean)).clip(0, 255).astype(np.uint8), []
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #a176ae67
 @CORRUPTIONS
 @at_strengths(Image, added=(0.1, 0.2, 0.3, 0.45, 0.6))
 def brighten(
@@ -56,7 +58,7 @@ def brighten(
     "Too much light."
     return np.rint(X + 255.0 * added).clip(0, 255).astype(np.uint8), []
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #6e979c0f
+# %% ../../nbs/inputs/04_corruptions.ipynb #3aff27cb
 @CORRUPTIONS
 @at_strengths(Image, quality=(75, 45, 25, 12, 5))
 def jpeg(
@@ -70,7 +72,7 @@ def jpeg(
         return cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
     return each(X, change), []
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #ae57ff49
+# %% ../../nbs/inputs/04_corruptions.ipynb #2f3553ce
 @CORRUPTIONS
 @at_strengths(Image, area=(0.02, 0.05, 0.1, 0.2, 0.35))
 def occlude(
@@ -86,7 +88,7 @@ def occlude(
         x[i:i + a, j:j + b] = fill
     return X, []
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #f42939ae
+# %% ../../nbs/inputs/04_corruptions.ipynb #c3cae328
 def drawn(
     share: float, # Of the rows
     n: int, # Rows
@@ -95,6 +97,7 @@ def drawn(
     "Which rows have a fault."
     return pl.Series(random.random(n) < share)
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #00a99698
 def where(
     s: pl.Series,
     hit: pl.Series, # Bool
@@ -104,7 +107,7 @@ def where(
     other = other if isinstance(other, pl.Series) else pl.lit(other)
     return pl.select(pl.when(hit).then(other).otherwise(s).alias(s.name)).to_series()
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #51e827fe
+# %% ../../nbs/inputs/04_corruptions.ipynb #0f3c85ef
 @CORRUPTIONS
 @at_strengths(Rows, share=(0.02, 0.05, 0.1, 0.2, 0.4))
 def missing(
@@ -119,7 +122,7 @@ def missing(
     lost = [where(frame[name], drawn(share, len(frame), random), None) for name in rows.names]
     return frame.with_columns(lost), rows.names
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #e68084bb
+# %% ../../nbs/inputs/04_corruptions.ipynb #4696819d
 def measures(
     rows: Rows,
     frame: pl.DataFrame, # Raw rows
@@ -127,6 +130,7 @@ def measures(
     "The columns that hold numbers."
     return [c for c in rows.columns if c.kind == "number" and frame[c.name].dtype.is_numeric()]
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #3f86f47e
 @CORRUPTIONS
 @at_strengths(Rows, sigma=(0.05, 0.1, 0.25, 0.5, 1.0))
 def jitter(
@@ -139,7 +143,7 @@ def jitter(
     moved = [frame[c.name] + sigma * c.std * random.standard_normal(len(frame)) for c in found]
     return frame.with_columns(moved), [c.name for c in found]
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #53e4a67a
+# %% ../../nbs/inputs/04_corruptions.ipynb #75f3299e
 @CORRUPTIONS
 @at_strengths(Rows, factor=(1.1, 2.54, 10, 100, 1000))
 def wrong_unit(
@@ -153,7 +157,7 @@ def wrong_unit(
     scaled = [where(frame[c.name], which == i, frame[c.name] * float(factor)) for i, c in enumerate(found)]
     return frame.with_columns(scaled), [c.name for c in found]
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #2bf9d001
+# %% ../../nbs/inputs/04_corruptions.ipynb #b1a767a2
 def typo(
     word: str,
     at: int, # Any number; says where
@@ -165,6 +169,7 @@ def typo(
     i = swaps[at % len(swaps)]
     return word[:i] + word[i + 1] + word[i] + word[i + 2:]
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #e7dd2dd9
 def words_of(
     rows: Rows,
     frame: pl.DataFrame, # Raw rows
@@ -172,7 +177,7 @@ def words_of(
     "The columns that hold categories."
     return {c.name: frame[c.name].cast(pl.String) for c in rows.columns if isinstance(c, Category) and c.values}
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #3b2552d6
+# %% ../../nbs/inputs/04_corruptions.ipynb #b280964c
 @CORRUPTIONS
 @at_strengths(Rows, share=(0.02, 0.05, 0.1, 0.2, 0.4))
 def typos(
@@ -189,9 +194,10 @@ def typos(
         return where(s, drawn(share, len(s), random), mistyped)
     return frame.with_columns([changed(s) for s in found.values()]), [*found]
 
-# %% ../../nbs/inputs/04_corruptions.ipynb #2c2fa4d1
+# %% ../../nbs/inputs/04_corruptions.ipynb #135b5c6e
 NEW_VALUE = "a value that training has not seen"
 
+# %% ../../nbs/inputs/04_corruptions.ipynb #0de068ca
 @CORRUPTIONS
 @at_strengths(Rows, share=(0.02, 0.05, 0.1, 0.2, 0.4))
 def unseen(
