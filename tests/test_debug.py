@@ -60,9 +60,9 @@ def scaled(path, by):
     path.unlink()
     onnx.save(model, str(path))
 
-@pytest.mark.parametrize("step, early", [("model", False), ("preprocess", True)])
-def test_an_export_that_differs_is_named(project, step, early):
-    scaled(project / f"models/export/{step}.onnx", 0.5)
+@pytest.mark.parametrize("step, by, early", [("model", 0.5, False), ("preprocess", 1.5, True)])
+def test_an_export_that_differs_is_named(project, step, by, early):
+    scaled(project / f"models/export/{step}.onnx", by)
     said = project.mlkit("debug", "3").stdout
     assert "ONNX differs from the notebook." in said and "differs by" in said
     assert ("Already before the model: value" in said) == early
