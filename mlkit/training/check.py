@@ -108,7 +108,7 @@ def corruption_is_known(
     if spec is None:
         return
     from mlkit.component import check_component
-    from mlkit.inputs import image, rows # noqa: F401, they register themselves
+    from mlkit.inputs import corruptions, image, rows # noqa: F401, they register themselves
     from mlkit.inputs.base import CORRUPTIONS
     from mlkit.sources.base import import_task
     import_task(root)
