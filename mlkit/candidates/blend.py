@@ -37,6 +37,7 @@ def forms_of(specs: list[dict]) -> tuple[str, ...]: # Of the members; each form 
     "What a blend reads."
     return tuple(dict.fromkeys(f for s in specs for f in s["forms"]))
 
+# %% ../../nbs/candidates/03_blend.ipynb #c17c6f5e
 def spans_of(specs: list[dict], task: Task) -> list[tuple[int, int]]:
     "Where the features of each member are."
     forms, start, at = forms_of(specs), 0, {}
@@ -45,6 +46,7 @@ def spans_of(specs: list[dict], task: Task) -> list[tuple[int, int]]:
         at[form], start = (start, start + width), start + width
     return [at[form] for form, in (s["forms"] for s in specs)]
 
+# %% ../../nbs/candidates/03_blend.ipynb #5fb81f87
 @empty("blend")
 def empty_blend(spec: dict, task: Task) -> Blend:
     "Without its weights."
@@ -87,6 +89,7 @@ def losses(
         return -np.log(np.maximum(mean[np.arange(len(y)), y], 1e-12))
     return (mean[:, 0] - y) ** 2
 
+# %% ../../nbs/candidates/03_blend.ipynb #a6edf6da
 def best_weights(answers: list[np.ndarray], y: np.ndarray, classes: bool) -> np.ndarray: # As of `losses`
     "The weights with the lowest loss."
     from scipy.optimize import minimize

@@ -155,6 +155,7 @@ def lowest_loss(contest: Contest, names: list[str]) -> int: # position in `names
     "Who has the lowest log loss, or squared error."
     return int(np.argmin([proper_loss(contest, n) for n in names]))
 
+# %% ../../nbs/candidates/05_choose.ipynb #01c51c1d
 def proper_loss(contest: Contest, name: str) -> float:
     "The mean log loss, or squared error, of an entry."
     e = contest.entries[name]
@@ -179,6 +180,7 @@ def all_scores(contest: Contest) -> tuple[np.ndarray, np.ndarray]: # (entries,);
     size = sum(e.answers.size for e in contest.entries.values())
     return of_all(np.ones((1, len(contest.y))))[0], resampled(of_all, len(contest.y), contest.seed, size)
 
+# %% ../../nbs/candidates/05_choose.ipynb #3468be27
 def winner(contest: Contest) -> tuple[str, str]: # its name; why
     "Who is released."
     names, (value, drawn) = list(contest.entries), all_scores(contest)
@@ -210,6 +212,7 @@ def standings(contest: Contest, confidence: float = 0.95) -> pl.DataFrame: # can
             for i, (n, e) in enumerate(contest.entries.items())]
     return pl.DataFrame(rows).sort(metric, descending=sign > 0, maintain_order=True)
 
+# %% ../../nbs/candidates/05_choose.ipynb #e1896e7f
 def plot_standings(contest: Contest, chosen: str, confidence: float = 0.95):
     "A point a candidate with its interval; the chosen one in colour."
     from mlkit.plot import GREY, GREEN, axes

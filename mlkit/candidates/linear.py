@@ -25,7 +25,7 @@ class Linear(nn.Module):
         a, sizes = len(self.numbers), list(rows.codes.values())
         for name, shape in {"fill": (a,), "mean": (a,), "std": (a,), "weight": (a, n_outputs), "lost": (a, n_outputs),
                             "bias": (n_outputs,), "table": (max(1, sum(sizes)), n_outputs)}.items():
-            self.register_buffer(name, torch.zeros(shape))
+            self.register_buffer(name, torch.ones(shape) if name == "std" else torch.zeros(shape))
         self.register_buffer("start", torch.tensor([0, *np.cumsum(sizes)[:-1]][:len(sizes)], dtype=torch.int64), persistent=False)
 
     def numeric(self, x) -> tuple: # (n, d); standardised (n, a), whether missing (n, a)
@@ -43,6 +43,7 @@ class Linear(nn.Module):
             out = out + self.table[x[:, self.codes].long() + self.start].sum(1)
         return out
 
+# %% ../../nbs/candidates/02_linear.ipynb #e8b767e4
 @empty("linear")
 def empty_linear(spec: dict, task: Task) -> Linear:
     "Without its weights."
@@ -66,6 +67,7 @@ def measure(self: Linear, x: np.ndarray): # (n, d)
         for name, found in (("fill", fill), ("mean", v.mean(0)), ("std", np.where(std > 0, std, 1))):
             getattr(self, name).copy_(torch.from_numpy(found))
 
+# %% ../../nbs/candidates/02_linear.ipynb #0aee155a
 @patch
 def design(self: Linear, x: np.ndarray): # (n, d); sparse or dense (n, e)
     "What scikit-learn takes: numbers, what is missing, a column a code."
@@ -79,6 +81,7 @@ def design(self: Linear, x: np.ndarray): # (n, d); sparse or dense (n, e)
     codes = sparse.csr_matrix((np.ones(at.size), (row, at.ravel())), (len(x), len(self.table)))
     return sparse.hstack([sparse.csr_matrix(dense), codes]).tocsr()
 
+# %% ../../nbs/candidates/02_linear.ipynb #fbf2dd24
 @patch
 def take(self: Linear,
     coef: np.ndarray, intercept: np.ndarray, # (e, k), (k,)
@@ -94,6 +97,7 @@ def two_columns(w: np.ndarray) -> np.ndarray: # (…, 1): of two classes; (…, 
     "The first of two classes has 0."
     return np.concatenate([np.zeros_like(w), w], -1)
 
+# %% ../../nbs/candidates/02_linear.ipynb #6fc31c3c
 def logistic(X, y, k: int, seed: int): # yields weights (e, k), intercepts (k,)
     "Logistic regression, from the strongest pull to the weakest, each beginning where the one before has ended."
     from sklearn.exceptions import ConvergenceWarning
@@ -111,6 +115,7 @@ def logistic(X, y, k: int, seed: int): # yields weights (e, k), intercepts (k,)
         weights[:, model.classes_], biases[model.classes_] = (two_columns(coef), two_columns(bias)) if len(model.classes_) == 2 else (coef, bias)
         yield weights, biases
 
+# %% ../../nbs/candidates/02_linear.ipynb #9ffc958e
 def ridge(X, y): # yields weights (e, 1), intercepts (1,)
     "Ridge regression, from the weakest pull to the strongest."
     from sklearn.linear_model import Ridge

@@ -72,6 +72,7 @@ def objective(task: Task) -> dict:
         return {"objective": "binary:logistic"}
     return {"objective": "multi:softprob", "num_class": k}
 
+# %% ../../nbs/candidates/01_trees.ipynb #30ca1772
 def labels(data: Data, split: str) -> np.ndarray: # (n,)
     "As XGBoost learns them: numbers of classes, or standardised values."
     y = data.y[split]
@@ -94,6 +95,7 @@ def bins_of(data: Data, task: Task, split: str, of=None): # of: the training spl
     return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), feature_types=types,
                                    enable_categorical=True, nthread=data.n_threads, ref=of)
 
+# %% ../../nbs/candidates/01_trees.ipynb #897a68d5
 @candidate(Rows)
 def trees(
     data: Data,
