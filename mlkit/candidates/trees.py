@@ -100,7 +100,7 @@ def bins_of(data: Data, task: Task, split: str, of=None): # of: the training spl
 def trees(
     data: Data,
     *,
-    learning_rate: STEP = 0.05,
+    learning_rate: STEP | None = None, # None: 0.05; 0.1 where there are more than ten classes
     max_depth: PositiveInt = 6,
     min_child_weight: NonNegativeFloat = 1.0, # Of the samples in a leaf
     subsample: STEP = 0.8, # Share of the samples for each tree
@@ -113,7 +113,7 @@ def trees(
         return None
     task = replace(data.task, input=data.task.input.in_forms("plain"))
     k = task.target.n_outputs
-    values = {"learning_rate": learning_rate, "max_depth": max_depth, "min_child_weight": min_child_weight,
+    values = {"learning_rate": learning_rate or (0.1 if k > 10 else 0.05), "max_depth": max_depth, "min_child_weight": min_child_weight,
               "subsample": subsample, "colsample_bytree": colsample_bytree, "reg_lambda": reg_lambda}
     train = bins_of(data, task, TRAIN)
     watched = [(bins_of(data, task, VALIDATION, train), VALIDATION)]
