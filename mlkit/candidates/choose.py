@@ -22,9 +22,8 @@ from ..component import check_component
 from ..core import ConfigError, nearest, read_json, write_json
 from ..layers import with_answer
 from ..task import Task
-from ..training.check import check_decide
 from ..training.model import load_model, save_model
-from ..targets.classes import check_decision
+from ..targets.classes import check_decide, check_decision
 from ..targets.resample import interval, p_values, resampled
 
 # %% ../../nbs/candidates/05_choose.ipynb #34876835

@@ -80,8 +80,8 @@ def unknown_name(
 class Contract(Document):
     "What data must be to enter the pipeline."
     @property
-    def features(self) -> tuple[Feature, ...]: # That a model may use
-        return tuple(f for f in self.inputs if type_of(f).feature)
+    def features(self) -> tuple[Feature, ...]: # That a model may use: no group, whose values the next rows do not have
+        return tuple(f for f in self.inputs if type_of(f).feature and f.name != self.group)
 
     @property
     def columns(self) -> tuple[Feature, ...]:

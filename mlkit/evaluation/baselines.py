@@ -39,7 +39,7 @@ def baselines(
     known=(), # names of models whose answers are there already
 ) -> dict[str, np.ndarray]: # name: (n_test, k) answers
     "Every baseline that is for this task."
-    import sklearn.linear_model, xgboost # noqa: F401, what is loaded later is not limited
+    import sklearn.ensemble, sklearn.linear_model, xgboost # noqa: F401, what is loaded later is not limited
     with limit_threads(n_threads):
         found = {n: f(task, prepared, seed) for n, f in BASELINES.items()
                  if n not in known and isinstance(task.input, f.input_type)}
