@@ -88,7 +88,7 @@ def test_page(browse, finished, page):
     if page == "index":
         assert ">Released</h1>" in dom and f"All {len(verdict['criteria'])} criteria are met" in text(dom)
         assert all(c in text(dom) for c in verdict["criteria"])
-        assert [l for l in links(dom) if not l.startswith("data:")] == [f"{s}.html" for s in finished.stages if s != "index"]
+        assert [l for l in links(dom) if not l.startswith("data:")] == ["registry.html", *(f"{s}.html" for s in finished.stages if s != "index")]
         without = "data:image/png" not in (finished / "reports/tune.html").read_text()
         assert dom.count("data:image/png") == len(STAGES) - without # a picture a stage, where there is one
     else: assert "index.html" in links(dom) and "The values it ran with" in text(dom)

@@ -271,7 +271,7 @@ def contest_of(
         seconds = time.perf_counter() - begin if seconds is None else seconds
         output = held_out(fit, data, parts) if crossed else outputs_of(fitted.net, fitted.task, data.X(VALIDATION, fitted.task))
         entries[spec["name"]] = as_entry(fitted, output, y, seconds, calibrate)
-        progress(f"{spec['name']}: {fitted.note}, {seconds:.1f} s")
+        progress(f"{spec['name']}: {fitted.note}")
     if not entries:
         raise ConfigError(f"params.yaml: train.candidates: none of {', '.join(names)} can learn this target; add 'network'")
     return with_blend(Contest(entries, y, metric, data.seed, crossed))

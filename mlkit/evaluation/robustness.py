@@ -66,7 +66,7 @@ class Judge:
     "Scores answers to the same samples."
     task: Task
     y: np.ndarray # (n,) what is true
-    metric: str # See `evaluate.chosen_score`
+    metric: str # See `task.chosen_score`
     confidence: float # Of the intervals
     seed: int # Of the resamples
 

@@ -475,7 +475,7 @@ def paired(
     confidence: float = 0.95, seed: int = 0,
 ) -> Paired | str: # or why there is none
     "Run both models on the same test rows."
-    from mlkit.evaluation.evaluate import chosen_score
+    from mlkit.task import chosen_score
     from mlkit.targets.resample import interval, p_values, resampled
     if why := not_paired(root, a, b):
         return why
