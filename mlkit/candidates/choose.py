@@ -141,6 +141,8 @@ def with_blend(contest: Contest) -> Contest:
         return contest
     weights = best_weights(answers, y, classes)
     mixed = blend_of([e.fitted for e in entries], weights)
+    if len(mixed.spec["members"]) < 2: # one model is all of it
+        return contest
     shares = [s["weight"] for s in mixed.spec["members"]]
     members = [e for e, w in zip(entries, weights) if any(e.fitted.spec is s["spec"] for s in mixed.spec["members"])]
     said = sum(w * e.answers for w, e in zip(shares, members))

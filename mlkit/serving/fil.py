@@ -17,7 +17,8 @@ def fil_config(task: Task, name: str, max_batch_size: int) -> dict: # Triton's M
     "What Triton's FIL backend needs to know."
     classes, k = task.target.dtype == "I64", task.target.n_outputs
     features = len(task.input.features)
-    values = {"model_type": "xgboost_ubj", "is_classifier": "true" if classes else "false"}
+    answer = {"is_classifier": "true", "predict_proba": "true"} if classes else {"is_classifier": "false"}
+    values = {"model_type": "xgboost_ubj"} | answer
     return {
         "name": name, "backend": "fil", "max_batch_size": max_batch_size, "default_model_filename": "xgboost.ubj",
         "input": [{"name": "input__0", "data_type": "TYPE_FP32", "dims": [features]}],
