@@ -1,4 +1,4 @@
-"One finished run of the whole pipeline, in a copy of this checkout; each test gets a clone of it that it may break."
+"Finished runs of the pipeline, made once however many processes test; each test gets a clone that it may break."
 import hashlib, json, os, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2, numpy as np, psutil
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
@@ -27,8 +28,8 @@ def differs_by_right(path): return any(fnmatch(path, p) for p in may_differ())
 class Project:
     "A copy of the checkout, with its own git, its own DVC cache and its own `mlkit`."
     root: Path
-    log: str = field(default="", repr=False) # What its first run printed
-    seconds: float = 0.0 # That it took
+    said: dict = field(default_factory=dict, repr=False) # What its runs printed
+    seconds: float = 0.0 # That they took
 
     def __truediv__(self, path): return self.root / path
 
@@ -56,7 +57,7 @@ class Project:
         for name, value in values.items():
             *outer, last = name.split("__")
             section = params
-            for k in outer: section = section[k]
+            for k in outer: section = section.setdefault(k, {})
             section[last] = value
         yaml.dump(params, path)
 
@@ -126,7 +127,7 @@ class Project:
         "A second one in the same state, as cheap as the file system allows."
         subprocess.run(["cp", "-a", "--reflink=auto", self.root, root], check=True, timeout=300)
         shutil.rmtree(root / ".dvc/tmp", ignore_errors=True)
-        return Project(root, self.log)
+        return type(self)(root, self.said, self.seconds)
 
 EVIL = '<img src=x onerror="document.title=1337">' # a label, as somebody's folder could be called
 
@@ -163,32 +164,59 @@ def checkout(root):
     return project
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    "`shared(name, make)`: a clone of the project that `make(folder)` gives. Of all processes that ask, one makes it; the others wait."
+    top = Path(os.environ.get("TESTS_SHARE") or tmp_path_factory.mktemp("shared"))
+    def get(name, make, kind=Project):
+        done = top / f"{name}.json"
+        with FileLock(top / f"{name}.lock", timeout=1500):
+            if not done.is_file():
+                shutil.rmtree(top / name, ignore_errors=True)
+                (top / name).mkdir()
+                start = time.monotonic()
+                project = make(top / name)
+                done.write_text(json.dumps({"root": project.root.name, "said": project.said, "seconds": time.monotonic() - start}))
+        kept = json.loads(done.read_text())
+        folder = tmp_path_factory.mktemp(name)
+        subprocess.run(["cp", "-a", "--reflink=auto", f"{top / name}/.", folder], check=True, timeout=300) # with the data beside it
+        shutil.rmtree(folder / kept["root"] / ".dvc/tmp", ignore_errors=True)
+        return kind(folder / kept["root"], kept["said"], kept["seconds"])
+    return get
+
+@pytest.fixture(scope="session")
 def fresh(tmp_path_factory): return checkout(tmp_path_factory.mktemp("fresh") / "project")
 
 def quick(project):
     "The same stages with less to do in each."
-    project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], evaluate__n_bins=5)
+    project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], evaluate__n_bins=5, stress__retrain_gflop=2)
     project.replace("params.yaml", "evaluate.accuracy: {min: 0.97}", "evaluate.accuracy: {min: 0.5}")
     return project
 
-@pytest.fixture(scope="session")
-def uninterrupted(fresh, tmp_path_factory):
-    "The quick pipeline after `mlkit repro`. For reading only."
-    project = quick(fresh.clone(tmp_path_factory.mktemp("uninterrupted") / "project"))
-    start = time.monotonic()
-    project.mlkit("repro")
-    project.seconds = time.monotonic() - start
+def brief(project):
+    "A made project that measures for a moment, and builds no engine for machines that are not here."
+    project.param(export__engine="none", serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
     return project
 
 @pytest.fixture(scope="session")
-def finished(fresh, tmp_path_factory):
+def uninterrupted(fresh, shared):
+    "The quick pipeline after `mlkit repro`. For reading only."
+    def make(folder):
+        project = quick(fresh.clone(folder / "project"))
+        project.mlkit("repro")
+        return project
+    return shared("uninterrupted", make)
+
+@pytest.fixture(scope="session")
+def finished(fresh, shared):
     "After `mlkit repro`. For reading only: take `project` to change something."
-    project = fresh.clone(tmp_path_factory.mktemp("finished") / "project")
-    done = project.mlkit("repro", rc=None)
-    assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    project.log = done.stdout
-    project.commit()
-    return project
+    def make(folder):
+        project = fresh.clone(folder / "project")
+        done = project.mlkit("repro", rc=None)
+        assert done.returncode == 0, f"'mlkit repro' of the checkout ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        project.said["repro"] = done.stdout
+        project.commit()
+        return project
+    return shared("finished", make)
 
 @pytest.fixture
 def project(finished, tmp_path):

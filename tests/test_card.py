@@ -55,34 +55,34 @@ def test_it_is_earned_by_doing(project):
     assert (before["Feature expectations are captured in a schema."], after["Feature expectations are captured in a schema."]) == (0.5, 1)
     assert (before["Model quality is sufficient on important data slices."], after["Model quality is sufficient on important data slices."]) == (1, 0.5)
 
-STRESS = '''from mlkit.core import write_json
+PROBE = '''from mlkit.core import write_json
 from mlkit.flow.stage import Stage
 
-stage = Stage("stress", reads={"model": "models/model.safetensors"}, metrics={"metrics": "reports/metrics/stress.json"})
+stage = Stage("probe", reads={"model": "models/model.safetensors"}, metrics={"metrics": "reports/metrics/probe.json"})
 write_json(stage.output("metrics"), {"reliance": reliance, "undecided": {}, "evidence": {"reliance": "the mark in the corner"}})'''
 
 def add_stage(project, reliance):
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
     from nbformat import write
-    cells = [new_markdown_cell("# Stress\n> My own."), new_code_cell(f"reliance: int = {reliance}", metadata={"tags": ["parameters"]}), new_code_cell(STRESS)]
+    cells = [new_markdown_cell("# Probe\n> My own."), new_code_cell(f"reliance: int = {reliance}", metadata={"tags": ["parameters"]}), new_code_cell(PROBE)]
     write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}),
-          str(project / "nbs/stages/stress.ipynb"))
+          str(project / "nbs/stages/probe.ipynb"))
 
 @pytest.mark.parametrize("reliance, code", [(0, 0), (2, 1)])
 def test_a_stage_of_ones_own_enters_the_verdict_by_being_there(project, reliance, code):
     "Nothing in release.ipynb names it. The release waits for it, and judges what it has measured."
     add_stage(project, reliance)
-    project.param(release__protect={"stress.reliance": {"max": 0}})
+    project.param(release__protect={"probe.reliance": {"max": 0}})
     done = project.mlkit("repro", rc=None)
     order, verdict = ran(done.stdout), project.json("reports/metrics/verdict.json")
     assert done.returncode == code, done.stdout[-1500:] + done.stderr[-1500:]
-    assert order.index("stress") < order.index("release") < order.index("monitor")
-    assert verdict["criteria"]["stress.reliance"]["value"] == reliance and verdict["released"] == (code == 0)
-    assert verdict["criteria"]["stress.reliance"]["evidence"] == "the mark in the corner"
-    assert "stress.reliance" in (project / "models/bundle/card.md").read_text()
+    assert order.index("probe") < order.index("release") < order.index("monitor")
+    assert verdict["criteria"]["probe.reliance"]["value"] == reliance and verdict["released"] == (code == 0)
+    assert verdict["criteria"]["probe.reliance"]["evidence"] == "the mark in the corner"
+    assert "probe.reliance" in (project / "models/bundle/card.md").read_text()
     read = project.stages["release"]["deps"]
-    assert "reports/metrics/stress.json" in read and "reports/metrics/monitor.json" not in read
+    assert "reports/metrics/probe.json" in read and "reports/metrics/monitor.json" not in read
 
 def test_a_figure_that_no_stage_measures(project):
-    project.param(release__protect={"stress.reliance": {"max": 0}})
-    one_line(project.mlkit("repro", rc=1), "no stage 'stress' gives metrics to the release")
+    project.param(release__protect={"probe.reliance": {"max": 0}})
+    one_line(project.mlkit("repro", rc=1), "no stage 'probe' gives metrics to the release")

@@ -1,9 +1,9 @@
 "`mlkit new`: a folder of photos and a messy table become projects that reach a verdict, untouched."
 import sqlite3
 
-import cv2, numpy as np
+import cv2, numpy as np, polars as pl
 import pytest
-from conftest import ROOT, Project, one_line, ran
+from conftest import ROOT, Project, brief, one_line, ran
 
 class Made(Project):
     "A project outside the checkout: its mlkit is the installed one."
@@ -14,6 +14,35 @@ def new(folder, *args, rc=0):
     done = Made(folder.parent).run("mlkit", "new", folder, *args, rc=rc)
     assert rc or not status(Made(folder)), "a first commit is made, and it holds all"
     return Made(folder), done
+
+def customers(path, n=500):
+    "Who leaves depends on two columns and on chance."
+    random = np.random.default_rng(4)
+    age, calls, town = random.uniform(18, 80, n), random.poisson(3, n), random.choice(["Rome", "Oslo", "Bonn"], n)
+    p = 1 / (1 + np.exp(-(0.08 * (age - 50) + 0.7 * (calls - 3))))
+    pl.DataFrame({"age": age.round(1), "calls": calls, "town": town, "left": np.where(random.random(n) < p, "yes", "no")}).write_csv(path)
+
+STILL = {"name": "adamw", "lr": 1e-30} # steps that change nothing: half and half for everybody
+LENIENT = {"audit.errors": {"max": 99}, "evaluate.shortfall": {"max": 1}, "evaluate.constant_p_better": {"max": 1}}
+
+def releases_of_a_shop(folder):
+    "A model that learned nothing, refused; the same where the criteria let all through; an honest one under tighter criteria."
+    customers(folder / "customers.csv", 1500)
+    project, _ = new(folder / "shop", "--from", folder / "customers.csv", "--target", "left")
+    honest = (brief(project) / "params.yaml").read_text()
+    steps = {
+        "nothing": {"train__candidates": ["network"], "train__n_epochs": 1, "train__optimizer": STILL},
+        "lenient": {"release__compare": "evaluate.accuracy", "release__criteria": {"evaluate.accuracy": {"min": 0.1}}, "release__protect": LENIENT},
+        "honest": {"release__compare": "evaluate.accuracy", "release__criteria": {"evaluate.accuracy": {"min": 0.6}}}}
+    for step, values in steps.items():
+        if step == "honest":
+            (project / "params.yaml").write_text(honest)
+        project.param(**values)
+        project.said[step] = project.mlkit("repro", rc=1 if step == "nothing" else 0).stdout
+        kept = {name: project.json(f"reports/metrics/{name}.json") for name in ("verdict", "evaluate")}
+        project.said[f"{step}.index"] = (project / "reports/index.html").read_text()
+        project.said[f"{step}.metrics"] = kept
+    return project
 
 def verdict(project):
     done = project.mlkit("repro", rc=None)
@@ -86,7 +115,6 @@ def test_photos(photos, tmp_path):
     assert set(ran(project.mlkit("repro", "evaluate").stdout)) == {"tune", "train", "evaluate"}
     assert 0 < project.json("reports/metrics/evaluate.json")["top2_accuracy"] <= 1
     # a photo more: no other sample changes its split
-    import polars as pl
     splits = lambda: {c: s for s in ("train", "validation", "test") for c in pl.read_parquet(project / f"data/prepared/{s}.parquet")["content"]}
     before = splits()
     (photos / "Circles/IMG_9000.jpg").write_bytes(cv2.imencode(".jpg", np.random.default_rng(9).integers(0, 255, (50, 60, 3), dtype=np.uint8))[1].tobytes())

@@ -98,10 +98,10 @@ def normal(name):
 
 
 def declared(extras=True):
-    "The distributions that pyproject.toml names."
+    "The distributions that pyproject.toml names for this platform."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = [line for lines in project["optional-dependencies"].values() for line in lines]
-    return {normal(Requirement(line).name) for line in project["dependencies"] + optional * extras}
+    return {normal(r.name) for r in map(Requirement, project["dependencies"] + optional * extras) if not r.marker or r.marker.evaluate()}
 
 
 def undeclared(packages, known):

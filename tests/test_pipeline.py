@@ -23,8 +23,8 @@ def versions(project):
 # The first run
 
 def test_first_run_releases(finished):
-    assert sorted(ran(finished.log)) == sorted(STAGES)
-    assert "Released: digits" in finished.log and "champion and challenger" in finished.log and str(finished / "reports/index.html") in finished.log
+    assert sorted(ran(finished.said["repro"])) == sorted(STAGES)
+    assert "Released: digits" in finished.said["repro"] and "champion and challenger" in finished.said["repro"] and str(finished / "reports/index.html") in finished.said["repro"]
     for s in STAGES:
         for ext in ("ipynb", "html"): assert (finished / f"reports/{s}.{ext}").stat().st_size > 2000
     verdict = finished.json("reports/metrics/verdict.json")

@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import ROOT, ran
+from conftest import ROOT, brief, ran
 from test_new import Made
 
 SIGNALS = '''
@@ -137,7 +137,7 @@ def test_a_toy_input_and_a_toy_target(toys, tmp_path):
     done = WithToys(tmp_path).run("mlkit", "new", tmp_path / "waves", "--from", "waves")
     assert "400 made-up waves" in done.stdout
     project = WithToys(tmp_path / "waves")
-    project.param(train__model={"name": "tiny", "width": 24}, monitor={"fault": {"name": "silence"}}, prepare={"input": {"gain": 0.5}},
+    brief(project).param(train__model={"name": "tiny", "width": 24}, monitor={"fault": {"name": "silence"}}, prepare={"input": {"gain": 0.5}},
                   release__compare="evaluate.r2", release__criteria={"evaluate.r2": {"min": 0.8}, "export.agreement": {"min": 1.0}, "serve.agreement": {"min": 1.0}})
     log = project.mlkit("repro").stdout
     assert set(ran(log)) == {"ingest", "audit", "prepare", "tune", "train", "evaluate", "explain", "stress", "export", "serve", "release", "monitor"}
@@ -167,7 +167,7 @@ def test_own_code_in_the_task_notebook(tmp_path):
     document["cells"].append({"cell_type": "code", "execution_count": None, "id": "0badcafe", "metadata": {}, "outputs": [], "source": ["#| export" + CHECK]})
     notebook.write_text(json.dumps(document))
     criteria = {"evaluate.r2": {"min": 0.0}, "evaluate.worst_error": {"max": 1e6}, "audit.too_round": {"max": 0}}
-    project.param(train__model={"name": "log_mlp", "width": 16}, train__n_epochs=2, release__criteria=criteria)
+    brief(project).param(train__model={"name": "log_mlp", "width": 16}, train__n_epochs=2, release__criteria=criteria)
     log = project.mlkit("repro", rc=1).stdout
     assert "nbs/stages/audit.ipynb imports task from now on" in log and "audit.too_round 3 (asked ≤ 0)" in log
     assert "task.py" in project.stages["audit"]["deps"] and "task.py" not in project.stages["ingest"]["deps"]

@@ -146,13 +146,14 @@ def test_a_release_asks_for_little_reliance():
 def test_a_planted_mark_is_refused(digits, tmp_path):
     "From a folder of pictures to the verdict: a project that `mlkit new` made refuses the model, and says which corner."
     import cv2
+    from conftest import brief
     from test_new import new
     for i, (x, k) in enumerate(zip(digits[0].copy(), digits[1])):
         block(x, int(k))
         (folder := tmp_path / "photos" / f"digit {k}").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / f"{i:04d}.png"), x)
     project, _ = new(tmp_path / "marked", "--from", tmp_path / "photos")
-    said = project.mlkit("repro", rc=1).stdout
+    said = brief(project).mlkit("repro", rc=1).stdout
     figures, verdict = project.json("reports/metrics/stress.json"), project.json("reports/metrics/verdict.json")
     assert figures["evidence"]["reliance"].startswith("the top left corner, 3 x 3 pixels, decides: ") and figures["reliance"] > LIMIT
     assert verdict["outcome"] == "refused" and not verdict["criteria"]["stress.reliance"]["met"]

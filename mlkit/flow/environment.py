@@ -85,13 +85,17 @@ def with_parents(name: str) -> list[str]: # 'a', 'a.b', 'a.b.c'
 def walk_imports(
     sources: list[str], # Code, of the cells of a notebook say
     root: Path, # The project
+    find=files_of, # The same, cached: for several walks at one moment
 ) -> tuple[dict[Path, Path], set[str]]: # file: the folder it belongs to; top-level names that are no files of ours
     "Follow imports from file to file."
-    files, names, todo = {}, set(), [name for s in sources for name in imports(ast.parse(s))]
+    files, names, seen, todo = {}, set(), set(), [name for s in sources for name in imports(ast.parse(s))]
     while todo:
         name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
         home, top = home_of(name, root), name.split(".")[0]
-        found = [f for n in with_parents(name) for f in files_of(n, home)]
+        found = [f for n in with_parents(name) for f in find(n, home)]
         if not found and not (home / top).is_dir():
             names.add(top)
         for file in found:
@@ -104,9 +108,10 @@ def walk_imports(
 def import_tree(
     sources: list[str], # Code, of the cells of a notebook say
     root: Path, # The project
+    find=files_of, # See `walk_imports`
 ) -> tuple[list[str], list[str], list[str]]: # Paths relative to `root`; modules of an installed mlkit; names of packages: each sorted
     "All that `sources` import, directly or through each other."
-    files, names = walk_imports(sources, root)
+    files, names = walk_imports(sources, root, find)
     def below(home):
         return sorted(f.relative_to(home).as_posix() for f, h in files.items() if h == home)
     modules = [p.removeprefix("mlkit/").removesuffix(".py") for p in below(INSTALLED)] if root != INSTALLED else []

@@ -10,14 +10,14 @@ __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'de
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, posixpath, re
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
 
 from ..core import DataError, StageError, project_root, read_json, write_atomic
 from .config import load_params, read_params, schema
-from .environment import ENVIRONMENT, environment_keys, import_tree, render_environment
+from .environment import ENVIRONMENT, environment_keys, files_of, import_tree, render_environment
 from .notebook import code_cells, read_notebook
 from .stage import Stage
 
@@ -77,9 +77,9 @@ class Node:
         "What the runner adds to the outputs."
         return [f"reports/{self.stage.name}.{ext}" for ext in ("ipynb", "html")]
 
-    def imports(self, root: Path) -> tuple[list[str], list[str], list[str]]:
+    def imports(self, root: Path, find=files_of) -> tuple[list[str], list[str], list[str]]:
         "What the notebook imports, see `environment.import_tree`."
-        return import_tree([source for source, _ in parsed(code_cells(root / self.notebook))], root)
+        return import_tree([source for source, _ in parsed(code_cells(root / self.notebook))], root, find)
 
 # %% ../../nbs/flow/04_pipeline.ipynb #17ed1882
 def makers(nodes: dict[str, Node]) -> dict[str, str]: # path: the stage that writes it
@@ -298,13 +298,14 @@ def dvc_config(
     "What `dvc.yaml` should hold: the stages, the page that sums them up, and the plots."
     nodes = load_stages(root)
     params, written = load_params(root, {n: node.types for n, node in nodes.items()}), read_params(root)
-    imports = {n: node.imports(root) for n, node in nodes.items()}
+    find = cache(files_of) # the stages share most of their modules
+    imports = {n: node.imports(root, find) for n, node in nodes.items()}
     stages, before = {}, last_inputs(root)
     for n, node in nodes.items():
         of = origins(node, nodes)
         together = merged_imports([imports[n], *(imports[other] for other in of)])
         stages[n] = stage_entry(node, root, params, together, written, of, before)
-    imports["index"] = import_tree(["import mlkit.flow.index"], root)
+    imports["index"] = import_tree(["import mlkit.flow.index"], root, find)
     stages["index"] = index_entry(nodes, imports["index"])
     plots = [plot_entry(name, p) for node in nodes.values() for name, p in node.stage.plots.items()]
     modules = {m for _, ms, _ in imports.values() for m in ms}

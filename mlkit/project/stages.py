@@ -6,10 +6,11 @@ __all__ = ['REGISTRIES', 'IMPORT_TASK', 'notebook_files', 'stage_notebooks', 'py
 
 # %% ../../nbs/project/00_stages.ipynb #4e4ceade
 import ast, json, re
+from functools import cache
 from pathlib import Path
 
 import mlkit
-from ..flow.environment import import_tree, imports
+from ..flow.environment import files_of, import_tree, imports
 
 # %% ../../nbs/project/00_stages.ipynb #09b8264a
 def notebook_files() -> dict[str, Path]: # 'train.ipynb': the file
@@ -56,9 +57,9 @@ def registries_of(sources: list[str]) -> set[str]: # Of `REGISTRIES`
     return REGISTRIES & {name for s in sources for name in imports(ast.parse(s))}
 
 # %% ../../nbs/project/00_stages.ipynb #220454c5
-def looks_into(notebook: Path, root: Path) -> set[str]: # Of `REGISTRIES`
+def looks_into(notebook: Path, root: Path, find=files_of) -> set[str]: # Of `REGISTRIES`
     "The registries that a stage uses, through whatever it imports."
-    files, modules, _ = import_tree(python_cells(notebook), root)
+    files, modules, _ = import_tree(python_cells(notebook), root, find)
     paths = [*files, *(f"mlkit/{m}.py" for m in modules)]
     return REGISTRIES & {p.removesuffix(".py").replace("/", ".") for p in paths}
 
@@ -80,6 +81,6 @@ def connect_task(root: Path) -> list[str]: # Names of the stages that import `ta
     task = root / "nbs/task.ipynb"
     if not task.is_file():
         return []
-    added = registries_of(exported(python_cells(task)))
+    added, find = registries_of(exported(python_cells(task))), cache(files_of)
     stages = sorted(p for p in (root / "nbs/stages").glob("*.ipynb") if not p.name.startswith((".", "_")))
-    return [p.stem for p in stages if added & looks_into(p, root) and import_task(p)]
+    return [p.stem for p in stages if added & looks_into(p, root, find) and import_task(p)]
