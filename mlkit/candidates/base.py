@@ -65,6 +65,12 @@ def part(self: Data,
     return Data(self.task, lambda task, split: both(task)[rows[split]], {s: y[r] for s, r in rows.items()},
                 self.seed, self.n_threads, self.device)
 
+@patch
+def whole(self: Data) -> Data:
+    "The samples of both splits to learn from; the validation split stays what it is."
+    n, m = (len(self.y[s]) for s in (TRAIN, VALIDATION))
+    return self.part(np.arange(n + m), np.arange(n, n + m))
+
 # %% ../../nbs/candidates/00_base.ipynb #f09d2820
 @dataclass(frozen=True)
 class Fitted:
@@ -74,6 +80,7 @@ class Fitted:
     spec: dict # By which `training.model.load_model` makes it again
     task: Task # What it reads; its target is calibrated
     note: str = "" # For people: '312 trees'
+    again: Callable[[Data], "Fitted"] | None = None # With the same settings, to the training split of other data
 
 # %% ../../nbs/candidates/00_base.ipynb #da8cf37a
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['STEP', 'MAX_TREES', 'PATIENCE', 'MAX_CODES', 'NODE', 'LEAF', 'Trees', 'empty_trees', 'objective', 'labels',
-           'device_of', 'bins_of', 'trees', 'sets_of', 'code_chain', 'tree_nodes', 'trees_as_onnx', 'base_margins']
+           'device_of', 'bins_of', 'boosted', 'as_fitted', 'trees', 'sets_of', 'code_chain', 'tree_nodes',
+           'trees_as_onnx', 'base_margins']
 
 # %% ../../nbs/candidates/01_trees.ipynb #e4064850
 import json
@@ -95,6 +96,30 @@ def bins_of(data: Data, task: Task, split: str, of=None): # of: the training spl
     return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), feature_types=types,
                                    enable_categorical=True, nthread=data.n_threads, ref=of)
 
+# %% ../../nbs/candidates/01_trees.ipynb #8e112eba
+def boosted(
+    data: Data, task: Task,
+    values: dict, # Parameters of XGBoost
+    rounds: int, # At most
+    stops: bool = False, # At the lowest validation loss
+): # XGBoost's booster
+    "Trees that learn the training split."
+    import xgboost
+    train = bins_of(data, task, TRAIN)
+    fixed = {"seed": data.seed, "nthread": data.n_threads, "tree_method": "hist", "device": device_of(data)}
+    if not stops:
+        return xgboost.train(values | objective(task) | fixed, train, rounds)
+    watched = [(bins_of(data, task, VALIDATION, train), VALIDATION)]
+    found = xgboost.train(values | objective(task) | fixed, train, rounds, evals=watched,
+                          early_stopping_rounds=PATIENCE, verbose_eval=False)
+    return found[: found.best_iteration + 1]
+
+def as_fitted(booster, task: Task, values: dict) -> Fitted: # As of `boosted`
+    "A booster as a candidate."
+    net = Trees(task.target.n_outputs, bytes(booster.save_raw("ubj"))).eval()
+    spec = {"name": "trees", "bytes": len(net.model)} | values
+    return Fitted("trees", net, spec, task, f"{booster.num_boosted_rounds():,} rounds")
+
 # %% ../../nbs/candidates/01_trees.ipynb #897a68d5
 @candidate(Rows)
 def trees(
@@ -108,23 +133,15 @@ def trees(
     reg_lambda: NonNegativeFloat = 1.0, # Pulls leaves towards 0
 ) -> Fitted | None:
     "Gradient-boosted trees."
-    import xgboost
     if not (is_classes(data.task) or is_value(data.task)):
         return None
     task = replace(data.task, input=data.task.input.in_forms("plain"))
     k = task.target.n_outputs
     values = {"learning_rate": learning_rate or (0.1 if k > 10 else 0.05), "max_depth": max_depth, "min_child_weight": min_child_weight,
               "subsample": subsample, "colsample_bytree": colsample_bytree, "reg_lambda": reg_lambda}
-    train = bins_of(data, task, TRAIN)
-    watched = [(bins_of(data, task, VALIDATION, train), VALIDATION)]
-    rounds = MAX_TREES // (k if k > 2 else 1)
-    fixed = {"seed": data.seed, "nthread": data.n_threads, "tree_method": "hist", "device": device_of(data)}
-    found = xgboost.train(values | objective(task) | fixed, train, max(100, rounds), evals=watched,
-                          early_stopping_rounds=PATIENCE, verbose_eval=False)
-    found = found[: found.best_iteration + 1]
-    net = Trees(k, bytes(found.save_raw("ubj"))).eval()
-    spec = {"name": "trees", "bytes": len(net.model)} | values
-    return Fitted("trees", net, spec, task, f"{found.num_boosted_rounds():,} rounds")
+    found = boosted(data, task, values, max(100, MAX_TREES // (k if k > 2 else 1)), stops=True)
+    n = found.num_boosted_rounds()
+    return replace(as_fitted(found, task, values), again=lambda more: as_fitted(boosted(more, task, values, n), task, values))
 
 # %% ../../nbs/candidates/01_trees.ipynb #a2f6f4ae
 NODE = ("nodes_treeids", "nodes_nodeids", "nodes_featureids", "nodes_values", "nodes_modes",
