@@ -97,6 +97,18 @@ def calibrated(
     "The target whose answers are as sure as they are right."
     return self
 
+# %% ../../nbs/targets/00_base.ipynb #5f8b0785
+@patch
+def show_details(
+    self: Target,
+    p: np.ndarray, y: np.ndarray, # (n, k) answers; (n,) what is true
+    confidence: float, seed: int, # See `figures`
+):
+    "Show where it is right and where not, part by part."
+    from IPython.display import display
+    from mlkit.plot import table
+    display(table(self.details(p, y)))
+
 # %% ../../nbs/targets/00_base.ipynb #0e6ca610
 @patch
 def figures(
