@@ -237,7 +237,7 @@ def details(
     said, y = self.said(p), y.astype(np.float64)
     parts = [(by, v[rows], rows) for by, v in zip(BY, (y, said)) for rows in ranges_of(v)]
     found = [{"range_of": by} | range_row((said - y)[rows], v, confidence, seed) for by, v, rows in parts]
-    return pl.DataFrame(found).with_columns(pl.min_horizontal(pl.lit(1.0), pl.col("p") * len(found)))
+    return pl.DataFrame(found).with_columns(p=pl.min_horizontal(pl.lit(1.0), pl.col("p") * len(found)))
 
 # %% ../../nbs/targets/03_value.ipynb #18fae751
 def range_name(
