@@ -194,11 +194,18 @@ def slices(seen: Seen) -> Found:
 # %% ../../nbs/evaluation/21_test_score.ipynb #f22bbb7c
 @item("model", "The model is tested for considerations of inclusion.")
 def inclusion(seen: Seen) -> Found:
-    gaps = [n for n in seen.criteria if "fairness" in n]
-    if not gaps:
+    gaps = [n for n in seen.criteria if "fairness_gap" in n]
+    named = ", ".join(seen.value("evaluate.protected") or ())
+    if not gaps and seen.figure("evaluate.fairness_gap_low") is None:
         return Found(0, "no figure speaks of groups of people",
-                     "name the protected columns, and ask for the gap between their groups")
-    return judged(seen, gaps[0], "the gap between groups of people", "find out where the gap comes from")
+                     "name the columns in `evaluate.protected`, and ask for evaluate.fairness_gap_low in `release.protect`")
+    name = gaps[0] if gaps else "evaluate.fairness_gap_low"
+    notes = seen.figure("evaluate.evidence") or {}
+    if notes.get("fairness_unjudged"):
+        return Found(0.5, f"protected: {named}; {notes['fairness_unjudged']}", "bring in more samples of the small groups")
+    where = notes.get(name.partition(".")[2], "the gap between groups of people")
+    said = f"protected: {named}; {where} (reports/evaluate.html)" if named else where
+    return judged(seen, name, said, "find out where the gap comes from")
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #c1c16646
 @item("infrastructure", "Training is reproducible.")

@@ -24,6 +24,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.evaluation.verdict:model_can_be_named",
+    "mlkit.evaluation.protected:protected_are_columns",
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:components_are_known",
 ]
