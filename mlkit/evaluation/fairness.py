@@ -199,16 +199,17 @@ def with_bounds(pairs: list[dict], confidence: float) -> list[dict]: # of one ga
     return [r | {"low": max(0.0, r["apart"] - z * r["spread"]), "high": r["apart"] + z * r["spread"]} for r in pairs]
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #459cf03a
-def widest(pairs: list[dict]) -> dict: # of one column and one gap; column, gap, value, low, high, text
-    "The gap, and the two groups that prove it, or that are farthest apart."
-    shown = max(pairs, key=lambda r: (r["low"], r["apart"]))
-    ends = {k: float(max(r[k] for r in pairs)) for k in ("low", "high")}
-    return {k: shown[k] for k in ("column", "gap")} | {"value": float(max(r["apart"] for r in pairs))} | ends | {"text": shown["text"]}
+def widest(pairs: list[dict]) -> dict: # of one column and one gap; column, gap, value, low, high, text, proof
+    "The gap with the two groups that are farthest apart, and with those that prove most."
+    far, sure = max(pairs, key=lambda r: r["apart"]), max(pairs, key=lambda r: (r["low"], r["apart"]))
+    ends = {"low": float(sure["low"]), "high": float(max(r["high"] for r in pairs))}
+    return {"column": far["column"], "gap": far["gap"], "value": float(far["apart"])} | ends | {
+        "text": far["text"], "proof": sure["text"]}
 
 def gap_rows(
     f: GroupFigures,
     confidence: float,
-) -> list[dict]: # column, gap, value, low, high, text; a row a column and gap
+) -> list[dict]: # see `widest`; a row a column and gap
     "The largest difference between two groups, of each column and each gap."
     pairs, found = pair_rows(f), []
     for gap in dict.fromkeys(rate.gap for rate in f.rates.values()):
@@ -217,7 +218,7 @@ def gap_rows(
             found.append(widest([r for r in bounded if r["column"] == column]))
     return found
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #cdc9f839
+# %% ../../nbs/evaluation/26_fairness.ipynb #6ea1d8f2
 @dataclass(frozen=True)
 class Fairness:
     "What was found between groups."
@@ -238,7 +239,7 @@ class Fairness:
         names = dict.fromkeys(r["gap"] for r in self.gaps)
         return {n: sorted((r for r in self.gaps if r["gap"] == n), key=lambda r: (-r["low"], -r["value"])) for n in names}
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #1f45702c
+# %% ../../nbs/evaluation/26_fairness.ipynb #a4fffc98
 def between_groups(
     task: Task,
     p: np.ndarray, y: np.ndarray, # (n, k) answers; (n,) what is true
@@ -264,13 +265,16 @@ def figures(self: Fairness) -> dict[str, float]: # empty: no column is named
         found |= {f"{gap}{end}": max(r[k] for r in rows) for end, k in (("", "value"), ("_low", "low"), ("_high", "high"))}
     return found | {"fairness_unjudged": len(self.unjudged)}
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #b8f36e56
+# %% ../../nbs/evaluation/26_fairness.ipynb #24807b9b
 @patch
 def evidence(self: Fairness) -> dict[str, str]: # name of a figure: column and groups
     "What the figures are about."
-    said = {gap: f"{rows[0]['column']}: {rows[0]['text']}" for gap, rows in self.largest.items()}
+    said = {}
+    for gap, rows in self.largest.items():
+        far = max(rows, key=lambda r: r["value"])
+        said |= {gap: f"{far['column']}: {far['text']}", f"{gap}_low": f"{rows[0]['column']}: {rows[0]['proof']}"}
     few = {"fairness_unjudged": f"no two groups of {FEWEST} rows in {', '.join(self.unjudged)}"} if self.unjudged else {}
-    return {f"{gap}{end}": text for gap, text in said.items() for end in ("", "_low")} | few
+    return said | few
 
 @patch
 def undecided(self: Fairness) -> dict[str, str]: # name of a figure: why it decides nothing
@@ -280,7 +284,7 @@ def undecided(self: Fairness) -> dict[str, str]: # name of a figure: why it deci
     few = {"fairness_unjudged": "the groups are too small; more test rows would tell"} if self.unjudged else {}
     return dict.fromkeys(open_gaps, why) | few
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #934811cb
+# %% ../../nbs/evaluation/26_fairness.ipynb #5bfcbbd8
 def gap_name(gap: str, metric: str) -> str: # of a figure
     "What a gap is called on the page."
     return f"{metric} difference" if gap == SCORE else gap.replace("_", " ")
@@ -292,12 +296,12 @@ def lines(self: Fairness) -> list[str]:
         return ["No column is named in evaluate.protected, so no groups of people were compared."]
     metric = next(iter(self.found.rates))
     proven = sorted((r for r in self.gaps if r["low"] > 0), key=lambda r: -r["low"])
-    said = [f"{r['column']}: {gap_name(r['gap'], metric)} {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g}), not chance: {r['text']}"
+    said = [f"{r['column']}: {gap_name(r['gap'], metric)} {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g}), not chance: {r['proof']}"
             for r in proven]
     few = [f"{c}: no two groups of {FEWEST} rows, so nothing can be said" for c in self.unjudged]
     return (said or ["No difference between groups that could not be chance."]) + few
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #56c7653b
+# %% ../../nbs/evaluation/26_fairness.ipynb #9937893f
 def cell(f: GroupFigures, g: int, i: int) -> str: # which group, which rate
     "A rate with its interval, as text."
     if not np.isfinite(f.value[g, i]):
@@ -321,9 +325,9 @@ def gap_table(self: Fairness) -> list[dict]: # column, gap, its interval, the gr
     "A row a column and gap."
     metric = next(iter(self.found.rates)) if self.found else ""
     return [{"column": r["column"], "gap": gap_name(r["gap"], metric), "largest difference": r["value"], "from": r["low"],
-             "to": r["high"], "groups": r["text"]} for r in self.gaps]
+             "to": r["high"], "groups": r["proof"]} for r in self.gaps]
 
-# %% ../../nbs/evaluation/26_fairness.ipynb #0afada44
+# %% ../../nbs/evaluation/26_fairness.ipynb #008632bd
 def plot_rate(
     f: GroupFigures,
     i: int, # which rate
