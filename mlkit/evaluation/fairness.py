@@ -225,7 +225,7 @@ class Fairness:
     columns: list[str] # named protected
     found: GroupFigures | None # None: no column is named
     gaps: list[dict] # see `gap_rows`
-    confidence: float
+    interest: str = "" # the class that the rates are about; empty: none is
 
     @property
     def unjudged(self) -> list[str]:
@@ -250,10 +250,11 @@ def between_groups(
     "Compare the groups of the protected columns."
     groups = [g for values in protected.get_columns() for g in groups_of(values)]
     if not groups:
-        return Fairness([], None, [], confidence)
+        return Fairness([], None, [])
     target = task.target
+    interest = target.classes[class_of_interest(y)] if isinstance(target, Classes) and target.n_outputs == 2 else ""
     found = group_figures(groups, all_rates(target, y, metric, n_bins), target.exact(p), y, confidence, seed)
-    return Fairness(protected.columns, found, gap_rows(found, confidence), confidence)
+    return Fairness(protected.columns, found, gap_rows(found, confidence), interest)
 
 @patch
 def figures(self: Fairness) -> dict[str, float]: # empty: no column is named
@@ -299,7 +300,8 @@ def lines(self: Fairness) -> list[str]:
     said = [f"{r['column']}: {gap_name(r['gap'], metric)} {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g}), not chance: {r['proof']}"
             for r in proven]
     few = [f"{c}: no two groups of {FEWEST} rows, so nothing can be said" for c in self.unjudged]
-    return (said or ["No difference between groups that could not be chance."]) + few
+    about = [f"Selected are those that are given '{self.interest}', the rarer class."] * bool(self.interest)
+    return (said or ["No difference between groups that could not be chance."]) + few + about
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #9937893f
 def cell(f: GroupFigures, g: int, i: int) -> str: # which group, which rate
@@ -341,7 +343,8 @@ def plot_rate(
         ends = [[max(0, v - f.low[g, i])], [max(0, f.high[g, i] - v)]]
         ax.errorbar(v, y, xerr=ends, fmt="o", color=BLUE if f.judged[g, i] else GREY)
     name = list(f.rates)[i]
-    ax.set(title=f"{name} by group", xlabel=name, yticks=at, yticklabels=words(f.groups[g].name for g in there))
+    few = "" if f.judged[there, i].all() else "; grey: too few rows"
+    ax.set(title=f"{name[0].upper()}{name[1:]} by group{few}", xlabel=name, yticks=at, yticklabels=words(f.groups[g].name for g in there))
 
 @patch
 def plot(self: Fairness):
