@@ -2,14 +2,15 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_GROUPS', 'PARITY', 'ODDS', 'SCORE', 'BY_RARE', 'plain_numbers', 'merged', 'groups_of', 'Rate',
-           'share_given', 'class_of_interest', 'mean_rate', 'all_rates', 'GroupFigures', 'of_groups', 'group_figures',
-           'pair_rows', 'with_bounds', 'widest', 'gap_rows', 'Fairness', 'between_groups', 'gap_name', 'cell',
-           'plot_rate']
+           'share_given', 'class_of_interest', 'mean_rate', 'group_rates', 'rates_of_classes', 'rates_of_value',
+           'all_rates', 'GroupFigures', 'of_groups', 'group_figures', 'pair_rows', 'with_bounds', 'widest', 'gap_rows',
+           'Fairness', 'between_groups', 'gap_name', 'cell', 'plot_rate']
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #7b013e6a
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 from itertools import combinations
 
 import numpy as np, polars as pl
@@ -90,28 +91,28 @@ def mean_rate(target: Classes, y: np.ndarray, right: bool): # (n,) int; whether 
 # %% ../../nbs/evaluation/26_fairness.ipynb #41e495bd
 PARITY, ODDS = "demographic_parity_difference", "equalized_odds_difference"
 
-@patch
+@singledispatch
 def group_rates(
-    self: Target,
+    target: Target,
     y: np.ndarray, # (n,) what is true
 ) -> dict[str, Rate]: # name: the rate
     "What is compared between groups, beside the score."
     return {}
 
-@patch
-def group_rates(self: Classes, y: np.ndarray) -> dict[str, Rate]: # (n,) int
-    "See `Target.group_rates`."
+@group_rates.register
+def rates_of_classes(target: Classes, y: np.ndarray) -> dict[str, Rate]: # (n,) int
+    "See `group_rates`."
     every = np.ones(len(y), bool)
-    if self.n_outputs > 2:
-        rates = {"true positive rate": mean_rate(self, y, True), "false positive rate": mean_rate(self, y, False)}
+    if target.n_outputs > 2:
+        rates = {"true positive rate": mean_rate(target, y, True), "false positive rate": mean_rate(target, y, False)}
         return {name: Rate(of, ODDS, every) for name, of in rates.items()}
     k = class_of_interest(y)
     parts = {"selection rate": (PARITY, every), "true positive rate": (ODDS, y == k), "false positive rate": (ODDS, y != k)}
-    return {name: Rate(share_given(self, k, rows), gap, rows) for name, (gap, rows) in parts.items()}
+    return {name: Rate(share_given(target, k, rows), gap, rows) for name, (gap, rows) in parts.items()}
 
-@patch
-def group_rates(self: Value, y: np.ndarray) -> dict[str, Rate]: # (n,) float
-    "See `Target.group_rates`."
+@group_rates.register
+def rates_of_value(target: Value, y: np.ndarray) -> dict[str, Rate]: # (n,) float
+    "See `group_rates`."
     def mean_error(p, y, w):
         return w @ (p[:, 0] - y) / w.sum(1)
     every = np.ones(len(y), bool)
@@ -132,7 +133,7 @@ def all_rates(
     rare = target.n_outputs == 2 and metric in BY_RARE
     among = y == class_of_interest(y) if rare else np.ones(len(y), bool)
     said = {"mae": "mean absolute error"}.get(metric)
-    rest = {name: rate for name, rate in target.group_rates(y).items() if name != said}
+    rest = {name: rate for name, rate in group_rates(target, y).items() if name != said}
     return {metric: Rate(target.scores(n_bins)[metric].of, SCORE, among)} | rest
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #9bc3b986
