@@ -1277,6 +1277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.lead_of': ( 'evaluation/champion.html#lead_of',
                                                                                   'mlkit/evaluation/champion.py'),
+                                           'mlkit.evaluation.champion.level_asked': ( 'evaluation/champion.html#level_asked',
+                                                                                      'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.moved_text': ( 'evaluation/champion.html#moved_text',
                                                                                      'mlkit/evaluation/champion.py'),
                                            'mlkit.evaluation.champion.not_comparable': ( 'evaluation/champion.html#not_comparable',
