@@ -2260,6 +2260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mlkit/flow/environment.py'),
                                         'mlkit.flow.environment.render_environment': ( 'flow/environment.html#render_environment',
                                                                                        'mlkit/flow/environment.py'),
+                                        'mlkit.flow.environment.statements': ( 'flow/environment.html#statements',
+                                                                               'mlkit/flow/environment.py'),
                                         'mlkit.flow.environment.still_right': ( 'flow/environment.html#still_right',
                                                                                 'mlkit/flow/environment.py'),
                                         'mlkit.flow.environment.walk_imports': ( 'flow/environment.html#walk_imports',
