@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np, polars as pl, torch
 from safetensors.numpy import save_file
 
-import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
-from .base import CANDIDATES, TRAIN, VALIDATION, Data, Fitted, fits, is_classes, is_value, outputs_of
+from .base import CANDIDATES, Data, Fitted, TRAIN, VALIDATION, fits, outputs_of
 from .blend import best_weights, blend_of, pays
 from ..component import check_component
 from ..core import ConfigError, nearest, read_json, write_json
 from ..layers import with_answer
-from ..task import Task
-from ..training.model import load_model, save_model
 from ..targets.classes import check_decide, check_decision
 from ..targets.resample import interval, p_values, resampled
+from ..task import Task
+from ..training.model import load_model, save_model
+import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
 
 # %% ../../nbs/candidates/05_choose.ipynb #34876835
 NETWORK = "network"
@@ -130,9 +130,9 @@ def with_blend(contest: Contest) -> Contest:
     "The same with a blend, where held-out answers say that it is better than the best single model."
     task = next(iter(contest.entries.values())).fitted.task
     names = [n for n, e in contest.entries.items() if isinstance(getattr(e.fitted.task.input, "forms", None), tuple)]
-    if len(names) < 2 or not (is_classes(task) or is_value(task)):
+    if len(names) < 2 or not (task.target.says_class or task.target.says_value):
         return contest
-    entries, classes = [contest.entries[n] for n in names], is_classes(task)
+    entries, classes = [contest.entries[n] for n in names], task.target.says_class
     target = task.target
     answers = [e.answers if classes else (e.answers - target.mean) / target.std for e in entries]
     y = contest.y if classes else np.asarray(target.as_learned(contest.y), np.float64)
@@ -260,7 +260,7 @@ def contest_of(
     progress: Callable[[str], None] = print,
 ) -> Contest:
     "Fit all, and judge them on held-out samples."
-    n, classes = sum(len(y) for y in data.y.values()), is_classes(data.task)
+    n, classes = sum(len(y) for y in data.y.values()), data.task.target.says_class
     names = [s["name"] for s in specs]
     crossed = mixed and n <= FEW and n >= 10 * N_FOLDS and len(names) > 1
     y = np.concatenate([data.y[TRAIN], data.y[VALIDATION]]) if crossed else data.y[VALIDATION]
@@ -285,7 +285,7 @@ def check_asked(decide: dict | None, task: Task):
     if decide is None:
         return
     check_decide(decide)
-    if not is_classes(task):
+    if not task.target.says_class:
         raise ConfigError(f"params.yaml: train.decide is for classes, these data have {task.target.task}; leave it out")
     check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"), task.target.classes)
 
