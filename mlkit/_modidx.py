@@ -269,6 +269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mlkit/candidates/choose.py'),
                                          'mlkit.candidates.choose.load_others': ( 'candidates/choose.html#load_others',
                                                                                   'mlkit/candidates/choose.py'),
+                                         'mlkit.candidates.choose.loss_name': ( 'candidates/choose.html#loss_name',
+                                                                                'mlkit/candidates/choose.py'),
                                          'mlkit.candidates.choose.lowest_loss': ( 'candidates/choose.html#lowest_loss',
                                                                                   'mlkit/candidates/choose.py'),
                                          'mlkit.candidates.choose.n_bytes': ( 'candidates/choose.html#n_bytes',

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NETWORK', 'FEW', 'N_FOLDS', 'CHANCE_OF_BLEND', 'COUNTED', 'LEVEL', 'CONTEST', 'HELD_OUT', 'candidate_specs',
            'checked_spec', 'folds', 'held_out', 'Entry', 'Contest', 'as_entry', 'with_blend', 'lowest_loss',
-           'proper_loss', 'all_scores', 'winner', 'n_bytes', 'standings', 'plot_standings', 'answer_times',
+           'loss_name', 'proper_loss', 'all_scores', 'winner', 'n_bytes', 'standings', 'plot_standings', 'answer_times',
            'fit_candidate', 'contest_of', 'check_asked', 'with_decision', 'can_fit_again', 'fit_again', 'decision_line',
            'contest_lines', 'save_contest', 'load_others']
 
@@ -158,13 +158,15 @@ def lowest_loss(contest: Contest, names: list[str]) -> int: # position in `names
     return int(np.argmin([proper_loss(contest, n) for n in names]))
 
 # %% ../../nbs/candidates/05_choose.ipynb #01c51c1d
+def loss_name(contest: Contest) -> str: # 'log_loss', 'rmse'
+    "By which score entries are compared where the metric does not part them."
+    scores = next(iter(contest.entries.values())).fitted.task.target.scores()
+    return next((n for n in ("log_loss", "rmse") if n in scores), contest.metric)
+
 def proper_loss(contest: Contest, name: str) -> float:
     "The mean log loss, or squared error, of an entry."
     e = contest.entries[name]
-    scores = e.fitted.task.target.scores()
-    score = scores.get("log_loss") or scores.get("rmse")
-    if score is None:
-        score = scores[contest.metric]
+    score = e.fitted.task.target.scores()[loss_name(contest)]
     found = float(score.of(e.answers, contest.y, np.ones((1, len(contest.y))))[0])
     return found if not score.higher_is_better else -found
 
@@ -204,13 +206,13 @@ def n_bytes(fitted: Fitted) -> int:
     "Of all tensors."
     return sum(t.numel() * t.element_size() for t in fitted.net.state_dict().values())
 
-def standings(contest: Contest, confidence: float = 0.95) -> pl.DataFrame: # candidate, score and interval, loss, bytes, made of
+def standings(contest: Contest, confidence: float = 0.95) -> pl.DataFrame: # candidate, the loss, the metric and its interval, bytes, made of
     "The entries, the best first."
     (value, drawn), metric = all_scores(contest), contest.metric
     sign = 1 if next(iter(contest.entries.values())).fitted.task.target.scores()[metric].higher_is_better else -1
     ends = sign * np.sort(sign * interval(sign * drawn, confidence), 0)
-    rows = [{"candidate": n, metric: sign * float(value[i]), "low": float(min(ends[:, i])), "high": float(max(ends[:, i])),
-             "loss": proper_loss(contest, n), "bytes": n_bytes(e.fitted), "made of": e.fitted.note}
+    rows = [{"candidate": n, loss_name(contest): proper_loss(contest, n), metric: sign * float(value[i]),
+             "low": float(min(ends[:, i])), "high": float(max(ends[:, i])), "bytes": n_bytes(e.fitted), "made of": e.fitted.note}
             for i, (n, e) in enumerate(contest.entries.items())]
     return pl.DataFrame(rows).sort(metric, descending=sign > 0, maintain_order=True)
 
