@@ -253,7 +253,7 @@ WATCHED = {"binary": "roc_auc", "classes": "log_loss", "regression": "rmse"} # F
 FIXED = {"schedule": {"name": "one_cycle"}, "augment": None, "loss": {}, "batch_size": None, "device": "cpu",
          "precision": "32-true", "n_threads": 1}
 
-def contest(p: Problem, prepared: Path):
+def contest(p: Problem, prepared: Path): # the contest, and the data that it is about
     "What the stage `train` does with the values that `mlkit new` writes."
     from mlkit.candidates.base import prepared_data
     from mlkit.candidates.choose import candidate_specs, contest_of
@@ -267,7 +267,7 @@ def contest(p: Problem, prepared: Path):
     start = time.perf_counter()
     first = network(data, values), time.perf_counter() - start
     return contest_of(candidate_specs(None, task), data, WATCHED[p.table.kind], first,
-                      lambda part: network(part, values), mixed=p.table.group is None)
+                      lambda part: network(part, values), mixed=p.table.group is None), data
 
 def answered(p: Problem, fitted, prepared: Path) -> np.ndarray: # as of `answers`, in the order of the classes
     "What a candidate says of the test rows."
@@ -281,14 +281,15 @@ def answered(p: Problem, fitted, prepared: Path) -> np.ndarray: # as of `answers
 def mlkit(p: Problem) -> np.ndarray:
     "`ingest`, `prepare` and `train`: the candidates, and the one that is chosen on held-out rows."
     import tempfile
-    from mlkit.candidates.choose import proper_loss, winner
+    from mlkit.candidates.choose import fit_again, proper_loss, winner
     time.perf_counter = time.process_time # seconds of a candidate are CPU time
     with tempfile.TemporaryDirectory(prefix="tables-") as folder:
         start = cpu_seconds()
         prepared = ingested(p, Path(folder))
         until = cpu_seconds()
-        found = contest(p, prepared)
+        found, data = contest(p, prepared)
         chosen, why = winner(found)
+        found = fit_again(found, chosen, data)
         said = {name: answered(p, e.fitted, prepared) for name, e in found.entries.items()}
     EXTRA.update(chosen=chosen, why=why, prepare_cpu_s=round(until - start, 2), blend_p=found.blend_p, candidates={
         name: {"seconds": round(e.seconds, 2), "held_out_loss": proper_loss(found, name), "note": e.fitted.note}

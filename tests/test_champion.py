@@ -100,6 +100,29 @@ def test_swapped_they_are_judged_the_other_way(bundles):
     same = compared_on_rows(project.root, challenger, challenger, verdict)
     assert same.outcome == "undecided" and "see no difference" in same.text
 
+def test_who_tries_often_meets_luck(bundles):
+    "Each further model on the same rows has to lead more clearly; a lead that was enough for the second is not for the forty-first."
+    from mlkit.evaluation.champion import ask_both, judge, score_named
+    project, champion, challenger, verdict = bundles
+    first = read_looks(project.root)[0]
+    text = (project / "looks.jsonl").read_text()
+    more = [json.dumps(first | {"bundle": f"{i:064x}"}) for i in range(39)]
+    (project / "looks.jsonl").write_text(text + "\n".join(more) + "\n")
+    try:
+        found = compared_on_rows(project.root, champion, challenger, verdict)
+    finally:
+        (project / "looks.jsonl").write_text(text)
+    assert (found.tried, found.outcome) == (40, "better") and "40 models were tried on these rows, so p < 0.001" in found.text
+    assert compared_on_rows(project.root, champion, challenger, verdict).tried == 1
+    rows = ask_both(project / "data/prepared", champion, challenger)
+    wrong = (rows.mine.argmax(1) != rows.y).nonzero()[0][:4]
+    lucky = rows.mine.copy()
+    lucky[wrong] = lucky[wrong, ::-1] # four more than the champion has right
+    rows, score = type(rows)(rows.task, rows.y, lucky, rows.mine), score_named(rows.task, "evaluate.accuracy", True)
+    assert judge(rows, "accuracy", score, 0.95, tried=1).promoted
+    found = judge(rows, "accuracy", score, 0.95, tried=40)
+    assert found.outcome == "undecided" and not found.promoted and found.wanted > len(rows.y)
+
 @pytest.mark.parametrize("what, says", [
     ("column", "it reads 'years', which the model of today does not have"), ("type", "'age' was int64 and is float64"),
     ("class", "the classes are others: 'maybe', 'yes'"), ("target", "it predicts another target (classification of bought"),

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN', 'VALIDATION', 'CANDIDATES', 'EMPTY', 'Data', 'prepared_data', 'Fitted', 'outputs_of', 'candidate', 'fits',
-           'empty', 'is_classes', 'is_value']
+           'empty']
 
 # %% ../../nbs/candidates/00_base.ipynb #8e2ad398
 from collections.abc import Callable
@@ -121,12 +121,3 @@ def empty(
         EMPTY[name] = f
         return f
     return add
-
-# %% ../../nbs/candidates/00_base.ipynb #92b2cf14
-def is_classes(task: Task) -> bool:
-    "Whether answers are probabilities of classes."
-    return task.target.dtype == "I64" and task.target.n_outputs > 1
-
-def is_value(task: Task) -> bool:
-    "Whether the answer is one number."
-    return task.target.dtype == "F32" and task.target.n_outputs == 1

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np, torch
 from torch import nn
 
-from .base import Fitted, empty, is_classes
+from .base import Fitted, empty
 from ..task import Task
 
 # %% ../../nbs/candidates/03_blend.ipynb #fde06b7e
@@ -54,7 +54,7 @@ def empty_blend(spec: dict, task: Task) -> Blend:
     from mlkit.training.model import empty_module
     specs = spec["members"]
     members = [empty_module(s["spec"], replace(task, input=task.input.in_forms(*s["forms"]))) for s in specs]
-    temperatures = [s["temperature"] for s in specs] if is_classes(task) else None
+    temperatures = [s["temperature"] for s in specs] if task.target.says_class else None
     return Blend(members, spans_of(specs, task), [s["weight"] for s in specs], temperatures)
 
 # %% ../../nbs/candidates/03_blend.ipynb #37baae01
@@ -66,9 +66,9 @@ def mixed(
     specs = [{"spec": f.spec, "forms": list(f.task.input.forms), "weight": w,
               "temperature": getattr(f.task.target, "temperature", 1.0)} for f, w in zip(members, weights)]
     task = members[0].task
-    target = replace(task.target, temperature=1.0) if is_classes(task) else task.target
+    target = replace(task.target, temperature=1.0) if task.target.says_class else task.target
     task = replace(task, input=task.input.in_forms(*forms_of(specs)), target=target)
-    temperatures = [s["temperature"] for s in specs] if is_classes(task) else None
+    temperatures = [s["temperature"] for s in specs] if task.target.says_class else None
     net = Blend([f.net for f in members], spans_of(specs, task), weights, temperatures)
     shown = ", ".join(f"{w:.0%} {f.name}" for w, f in zip(weights, members))
     return Fitted("blend", net.eval(), {"name": "blend", "members": specs}, task, shown)

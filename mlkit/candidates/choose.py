@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NETWORK', 'FEW', 'N_FOLDS', 'CHANCE_OF_BLEND', 'COUNTED', 'LEVEL', 'CONTEST', 'HELD_OUT', 'candidate_specs',
            'checked_spec', 'folds', 'held_out', 'Entry', 'Contest', 'as_entry', 'with_blend', 'lowest_loss',
-           'proper_loss', 'all_scores', 'winner', 'n_bytes', 'standings', 'plot_standings', 'answer_times',
+           'loss_name', 'proper_loss', 'all_scores', 'winner', 'n_bytes', 'standings', 'plot_standings', 'answer_times',
            'fit_candidate', 'contest_of', 'check_asked', 'with_decision', 'can_fit_again', 'fit_again', 'decision_line',
            'contest_lines', 'save_contest', 'load_others']
 
@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np, polars as pl, torch
 from safetensors.numpy import save_file
 
-import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
-from .base import CANDIDATES, TRAIN, VALIDATION, Data, Fitted, fits, is_classes, is_value, outputs_of
+from .base import CANDIDATES, Data, Fitted, TRAIN, VALIDATION, fits, outputs_of
 from .blend import best_weights, blend_of, pays
 from ..component import check_component
 from ..core import ConfigError, nearest, read_json, write_json
 from ..layers import with_answer
-from ..task import Task
-from ..training.model import load_model, save_model
 from ..targets.classes import check_decide, check_decision
 from ..targets.resample import interval, p_values, resampled
+from ..task import Task
+from ..training.model import load_model, save_model
+import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
 
 # %% ../../nbs/candidates/05_choose.ipynb #34876835
 NETWORK = "network"
@@ -130,9 +130,9 @@ def with_blend(contest: Contest) -> Contest:
     "The same with a blend, where held-out answers say that it is better than the best single model."
     task = next(iter(contest.entries.values())).fitted.task
     names = [n for n, e in contest.entries.items() if isinstance(getattr(e.fitted.task.input, "forms", None), tuple)]
-    if len(names) < 2 or not (is_classes(task) or is_value(task)):
+    if len(names) < 2 or not (task.target.says_class or task.target.says_value):
         return contest
-    entries, classes = [contest.entries[n] for n in names], is_classes(task)
+    entries, classes = [contest.entries[n] for n in names], task.target.says_class
     target = task.target
     answers = [e.answers if classes else (e.answers - target.mean) / target.std for e in entries]
     y = contest.y if classes else np.asarray(target.as_learned(contest.y), np.float64)
@@ -158,13 +158,15 @@ def lowest_loss(contest: Contest, names: list[str]) -> int: # position in `names
     return int(np.argmin([proper_loss(contest, n) for n in names]))
 
 # %% ../../nbs/candidates/05_choose.ipynb #01c51c1d
+def loss_name(contest: Contest) -> str: # 'log_loss', 'rmse'
+    "By which score entries are compared where the metric does not part them."
+    scores = next(iter(contest.entries.values())).fitted.task.target.scores()
+    return next((n for n in ("log_loss", "rmse") if n in scores), contest.metric)
+
 def proper_loss(contest: Contest, name: str) -> float:
     "The mean log loss, or squared error, of an entry."
     e = contest.entries[name]
-    scores = e.fitted.task.target.scores()
-    score = scores.get("log_loss") or scores.get("rmse")
-    if score is None:
-        score = scores[contest.metric]
+    score = e.fitted.task.target.scores()[loss_name(contest)]
     found = float(score.of(e.answers, contest.y, np.ones((1, len(contest.y))))[0])
     return found if not score.higher_is_better else -found
 
@@ -204,13 +206,13 @@ def n_bytes(fitted: Fitted) -> int:
     "Of all tensors."
     return sum(t.numel() * t.element_size() for t in fitted.net.state_dict().values())
 
-def standings(contest: Contest, confidence: float = 0.95) -> pl.DataFrame: # candidate, score and interval, loss, bytes, made of
+def standings(contest: Contest, confidence: float = 0.95) -> pl.DataFrame: # candidate, the loss, the metric and its interval, bytes, made of
     "The entries, the best first."
     (value, drawn), metric = all_scores(contest), contest.metric
     sign = 1 if next(iter(contest.entries.values())).fitted.task.target.scores()[metric].higher_is_better else -1
     ends = sign * np.sort(sign * interval(sign * drawn, confidence), 0)
-    rows = [{"candidate": n, metric: sign * float(value[i]), "low": float(min(ends[:, i])), "high": float(max(ends[:, i])),
-             "loss": proper_loss(contest, n), "bytes": n_bytes(e.fitted), "made of": e.fitted.note}
+    rows = [{"candidate": n, loss_name(contest): proper_loss(contest, n), metric: sign * float(value[i]),
+             "low": float(min(ends[:, i])), "high": float(max(ends[:, i])), "bytes": n_bytes(e.fitted), "made of": e.fitted.note}
             for i, (n, e) in enumerate(contest.entries.items())]
     return pl.DataFrame(rows).sort(metric, descending=sign > 0, maintain_order=True)
 
@@ -260,7 +262,7 @@ def contest_of(
     progress: Callable[[str], None] = print,
 ) -> Contest:
     "Fit all, and judge them on held-out samples."
-    n, classes = sum(len(y) for y in data.y.values()), is_classes(data.task)
+    n, classes = sum(len(y) for y in data.y.values()), data.task.target.says_class
     names = [s["name"] for s in specs]
     crossed = mixed and n <= FEW and n >= 10 * N_FOLDS and len(names) > 1
     y = np.concatenate([data.y[TRAIN], data.y[VALIDATION]]) if crossed else data.y[VALIDATION]
@@ -285,7 +287,7 @@ def check_asked(decide: dict | None, task: Task):
     if decide is None:
         return
     check_decide(decide)
-    if not is_classes(task):
+    if not task.target.says_class:
         raise ConfigError(f"params.yaml: train.decide is for classes, these data have {task.target.task}; leave it out")
     check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"), task.target.classes)
 

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
-from .base import TRAIN, VALIDATION, Data, Fitted, candidate, empty, is_classes, is_value
+from .base import Data, Fitted, TRAIN, VALIDATION, candidate, empty
 from ..inputs.rows import Rows
 from ..task import Task
 
@@ -135,16 +135,16 @@ def first_of(data: Data, task: Task) -> Linear:
 def solutions(net: Linear, data: Data, task: Task): # yields weights (e, n_outputs), intercepts (n_outputs,)
     "The weights for each strength of the pull."
     X, y = net.design(data.X(TRAIN, task)[:MAX_ROWS]), np.asarray(task.target.as_learned(data.y[TRAIN]))[:MAX_ROWS]
-    return logistic(X, y, task.target.n_outputs, data.seed) if is_classes(task) else ridge(X, y)
+    return logistic(X, y, task.target.n_outputs, data.seed) if task.target.says_class else ridge(X, y)
 
 # %% ../../nbs/candidates/02_linear.ipynb #588c2cf2
 @candidate(Rows)
 def linear(data: Data) -> Fitted | None:
     "Logistic regression or ridge regression."
-    if not (is_classes(data.task) or is_value(data.task)):
+    if not (data.task.target.says_class or data.task.target.says_value):
         return None
     task = replace(data.task, input=data.task.input.in_forms("plain"))
-    if is_classes(task) and len(np.unique(data.y[TRAIN][:MAX_ROWS])) < 2:
+    if task.target.says_class and len(np.unique(data.y[TRAIN][:MAX_ROWS])) < 2:
         return None
     to_see, truth = (torch.from_numpy(np.asarray(a)) for a in (data.X(VALIDATION, task), task.target.as_learned(data.y[VALIDATION])))
     net, tried = first_of(data, task), []

@@ -7,11 +7,11 @@ __all__ = ['kept_record', 'as_fitted', 'network']
 import numpy as np
 from torch import nn
 
-from .base import TRAIN, VALIDATION, Data, Fitted
+from .base import Data, Fitted, TRAIN, VALIDATION
+from ..task import Task
 from ..training.feed import Memory
 from ..training.fit import fit, make_fabric
 from ..training.model import make_model, n_parameters
-from ..task import Task
 from ..training.run import completed, training_of
 
 # %% ../../nbs/candidates/04_network.ipynb #d7152fe1

@@ -9,15 +9,15 @@ __all__ = ['STEP', 'MAX_TREES', 'PATIENCE', 'MAX_CODES', 'NODE', 'LEAF', 'Trees'
 import json
 from dataclasses import replace
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np, torch
 from annotated_types import Gt, Le
 from fastcore.basics import patch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
-from typing import Annotated
 
-from .base import TRAIN, VALIDATION, Data, Fitted, candidate, empty, is_classes, is_value
+from .base import Data, Fitted, TRAIN, VALIDATION, candidate, empty
 from ..inputs.rows import Rows
 from ..layers import onnx_op, stand_in
 from ..task import Task
@@ -67,7 +67,7 @@ PATIENCE = 50 # Rounds without a lower validation loss
 def objective(task: Task) -> dict:
     "What XGBoost should learn."
     k = task.target.n_outputs
-    if is_value(task):
+    if task.target.says_value:
         return {"objective": "reg:squarederror", "base_score": 0.0}
     if k == 2:
         return {"objective": "binary:logistic"}
@@ -133,7 +133,7 @@ def trees(
     reg_lambda: NonNegativeFloat = 1.0, # Pulls leaves towards 0
 ) -> Fitted | None:
     "Gradient-boosted trees."
-    if not (is_classes(data.task) or is_value(data.task)):
+    if not (data.task.target.says_class or data.task.target.says_value):
         return None
     task = replace(data.task, input=data.task.input.in_forms("plain"))
     k = task.target.n_outputs

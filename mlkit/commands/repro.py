@@ -62,9 +62,11 @@ def inferred_contract(root) -> bytes | None: # None: no run yet
 
 def changed_columns(was: bytes, now: bytes) -> str: # Two contracts as JSON; empty: the same columns
     "How the columns of two contracts differ, in one line."
+    if was == now:
+        return ""
     from mlkit.data.contract import Contract, column_changes
     from mlkit.sources.base import listed
-    return listed(column_changes(*map(Contract.model_validate_json, (was, now)))) if was != now else ""
+    return listed(column_changes(*map(Contract.model_validate_json, (was, now))))
 
 # %% ../../nbs/commands/00_repro.ipynb #f4da5c6b
 CHANGED = "The data are not what they were: {}. To stop the run at that from now on: 'mlkit contract accept'"

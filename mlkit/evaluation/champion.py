@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['DECIDE', 'PROMOTED', 'own_score', 'score_named', 'shape_of', 'differences', 'target_of', 'check_alike', 'Rows',
-           'answers_of', 'ask_both', 'paired_p', 'regressed', 'slice_text', 'Outcome', 'lead_of', 'outcome_of',
-           'moved_text', 'wanted_text', 'said', 'samples_wanted', 'judge', 'not_comparable', 'compare']
+           'answers_of', 'ask_both', 'paired_p', 'regressed', 'slice_text', 'Outcome', 'level_asked', 'lead_of',
+           'outcome_of', 'moved_text', 'wanted_text', 'said', 'samples_wanted', 'judge', 'not_comparable', 'compare']
 
 # %% ../../nbs/evaluation/14_champion.ipynb #28b0f2de
 from dataclasses import asdict, dataclass, field
@@ -185,6 +185,8 @@ class Outcome:
     samples: int = 0
     wanted: int | None = None # test samples that would decide
     slices: tuple[dict, ...] = () # that got worse, see `regressed`
+    tried: int = 1 # models that met a champion on these rows, this one included
+    p_asked: float | None = None # below which a lead is no luck
 
     @property
     def promoted(self) -> bool: # whether the challenger becomes champion
@@ -192,6 +194,14 @@ class Outcome:
 
     def to_dict(self) -> dict: # as JSON has it
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v not in (None, ())}
+
+# %% ../../nbs/evaluation/14_champion.ipynb #ab1fdb10
+def level_asked(
+    confidence: float, # 0.95 say
+    tried: int, # models that met a champion on these rows, this one included
+) -> float:
+    "The p-value below which a lead is no luck."
+    return (1 - confidence) / max(1, tried)
 
 # %% ../../nbs/evaluation/14_champion.ipynb #991ece65
 def lead_of(
@@ -209,10 +219,12 @@ def outcome_of(
     better: float, worse: float, kept: float, # p-values: that it leads, lags, lags by less than the margin, by chance
     confidence: float, margin: float, # see `judge`
     slices: list[dict], # see `regressed`
+    tried: int = 1, # see `judge`
 ) -> str:
     "The outcome in a word, see the table above."
-    level, margin_kept = 1 - confidence, margin > 0 and kept < 1 - confidence
-    if worse < level and not margin_kept:
+    level = level_asked(confidence, tried)
+    margin_kept = margin > 0 and kept < level
+    if worse < 1 - confidence and not margin_kept:
         return "worse"
     if slices:
         return "worse in a part"
@@ -245,8 +257,9 @@ def said(o: dict, higher_is_better: bool, unit: str) -> str: # the fields of an 
     start = f"{o['outcome']} on the same {o['samples']:,} test {unit}s: {figures}"
     ends = {"undecided": f"; {wanted_text(o['lead'], o['samples'], o['wanted'])}",
             "worse in a part": f"; worse in {'; '.join(map(slice_text, o['slices'][:3]))}"}
+    luck = f"; {o['tried']} models were tried on these rows, so p < {o['p_asked']:.2g} is asked" if o["tried"] > 1 else ""
     lower = "" if higher_is_better else f"; lower {o['metric']} is better"
-    return start + ends.get(o["outcome"], "") + lower
+    return start + ends.get(o["outcome"], "") + luck + lower
 
 # %% ../../nbs/evaluation/14_champion.ipynb #baed0dea
 def samples_wanted(
@@ -271,6 +284,7 @@ def judge(
     score: Score, # see `score_named`
     confidence: float, # of the tests and of the interval
     margin: float = 0, # `release.margin`, in units of the score; 0: only a better one becomes champion
+    tried: int = 1, # models that met a champion on these rows, this one included
     seed: int = 0,
 ) -> Outcome:
     "Compare two models on the same rows. Raises `DataError` where the score has no value on them."
@@ -280,10 +294,12 @@ def judge(
     lead = (value - before) * (1 if score.higher_is_better else -1)
     (low, high), (better, worse) = interval(leads, confidence), p_values(leads)
     slices, n = regressed(rows, confidence), len(rows.y)
-    name = outcome_of(better, worse, p_values(leads + margin)[0], confidence, margin, slices)
-    wanted = samples_wanted(abs(lead), low if lead > 0 else -high, min(better, worse), n, confidence) if name == "undecided" else None
+    name = outcome_of(better, worse, p_values(leads + margin)[0], confidence, margin, slices, tried)
+    level = level_asked(confidence, tried)
+    wanted = samples_wanted(abs(lead), low if lead > 0 else -high, min(better, worse), n, 1 - level) if name == "undecided" else None
     found = {"outcome": name, "metric": metric, "value": value, "champion_value": before, "lead": lead, "low": float(low),
-             "high": float(high), "p_better": better, "p_worse": worse, "samples": n, "wanted": wanted, "slices": tuple(slices)}
+             "high": float(high), "p_better": better, "p_worse": worse, "samples": n, "wanted": wanted, "slices": tuple(slices),
+             "tried": tried, "p_asked": level}
     return Outcome(text=said(found, score.higher_is_better, rows.task.input.unit), **found)
 
 # %% ../../nbs/evaluation/14_champion.ipynb #c4aae65f
@@ -298,7 +314,7 @@ def compare(
     theirs: Path, mine: Path, # folders of bundles: the champion's, and the challenger's
     figure: str, # the criterion `release.compare`
     higher_is_better: bool, # as this criterion has it
-    confidence: float, margin: float, n_bins: int, # see `judge`, `score_named`
+    confidence: float, margin: float, n_bins: int, tried: int = 1, # see `judge`, `score_named`
 ) -> Outcome | None: # None: the figure is no score of the test set
     "The challenger against the champion, on the same rows."
     try:
@@ -306,6 +322,6 @@ def compare(
         if score is None:
             return None
         rows = ask_both(prepared, theirs, mine)
-        return judge(rows, figure.partition(".")[2], score, confidence, margin)
+        return judge(rows, figure.partition(".")[2], score, confidence, margin, tried)
     except (DataError, ExportError, RegistryError) as e:
         return not_comparable(str(e))

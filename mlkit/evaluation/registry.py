@@ -508,13 +508,16 @@ def compared_on_rows(
 ): # `champion.Outcome`; None: the criterion is no score of the test set
     "Compare two bundles with the values of `params.yaml`."
     from mlkit.evaluation.champion import compare
+    from mlkit.evaluation.looks import seen
     from mlkit.flow.runner import load_project
     from mlkit.sources.base import import_task
     import_task(root) # it may register metrics and slices
     params, figure = load_project(root)[1], verdict["compare"]
     looked = {"confidence": 0.95, "n_bins": 10} | params.get("evaluate", {})
+    at_it = seen(root, verdict) # models that these rows were asked about: the first champion, and who came after it
+    tried = at_it["models"] - 1 if at_it else 1
     margin, higher = params["release"].get("margin", 0), verdict["criteria"][figure]["higher_is_better"]
-    return compare(root / "data/prepared", champion, folder, figure, higher, looked["confidence"], margin, looked["n_bins"])
+    return compare(root / "data/prepared", champion, folder, figure, higher, looked["confidence"], margin, looked["n_bins"], tried)
 
 # %% ../../nbs/evaluation/08_registry.ipynb #1f603858
 def against_champion(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np, polars as pl
 
-from .baselines import answers, is_class
+from .baselines import answers
 from .evaluate import predict
 from .robustness import FEW, Judge, Samples, constant_answer
 from ..targets.resample import interval, resampled
@@ -212,7 +212,7 @@ def forest(
 ) -> np.ndarray: # (n, k) answers
     "What one can say who sees only these values."
     from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
-    kind = ExtraTreesClassifier if is_class(task) else ExtraTreesRegressor
+    kind = ExtraTreesClassifier if task.target.says_class else ExtraTreesRegressor
     model = kind(50, min_samples_leaf=2, max_features="sqrt", random_state=seed, n_jobs=1)
     return answers(task, model.fit(A, y), B)
 
@@ -271,7 +271,7 @@ def share_that_follows(
     said: list[np.ndarray], donors: list[np.ndarray], # Of each exchange: (n, k) answers, (n,) whose part it was
 ) -> float: # In [0, 1]; NaN: no classes, or only one
     "How many answers are the donor's class, where that is another."
-    if not is_class(task):
+    if not task.target.says_class:
         return float("nan")
     hits = [(task.target.said(p) == y[d])[y[d] != y] for p, d in zip(said, donors)]
     hits = np.concatenate(hits)

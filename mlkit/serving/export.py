@@ -117,9 +117,13 @@ class OnnxChain:
         served = self.signatures.served
         inputs = raw_arrays(served, raw)
         sent = [t.wire(t.check(x)) for t, x in zip(served.inputs, inputs, strict=True)]
-        return np.concatenate([self._run([x[i:i + batch_size] for x in sent], steps) for i in range(0, len(sent[0]), batch_size)])
+        return np.concatenate([self.ask([x[i:i + batch_size] for x in sent], steps) for i in range(0, len(sent[0]), batch_size)])
 
-    def _run(self, values, steps):
+    def ask(self,
+        values: list[np.ndarray], # One array an input, as it is sent
+        steps: int | None = None, # As above
+    ) -> np.ndarray: # (n, k)
+        "One batch, and nothing is checked."
         for s in self.sessions[:steps]:
             values = s.run(None, {i.name: v for i, v in zip(s.get_inputs(), values)})
         return values[0]

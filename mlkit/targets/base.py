@@ -53,6 +53,16 @@ def n_answers(self: Target) -> int:
     "How many numbers the served model gives for a sample."
     return self.n_outputs
 
+@patch(as_prop=True)
+def says_class(self: Target) -> bool:
+    "Whether answers are probabilities of classes."
+    return self.dtype == "I64" and self.n_outputs > 1
+
+@patch(as_prop=True)
+def says_value(self: Target) -> bool:
+    "Whether the answer is one number on a scale."
+    return self.dtype == "F32" and self.n_outputs == 1
+
 # %% ../../nbs/targets/00_base.ipynb #f31728d5
 @patch
 def to_dict(self: Target) -> dict: # name of a field: value
