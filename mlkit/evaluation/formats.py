@@ -5,7 +5,7 @@ __all__ = ['DANGEROUS', 'MAX_TEXT', 'BACKENDS', 'NAMES', 'MAX_HEADER', 'CHECKS',
            'places_in', 'check_config', 'check_safetensors', 'parts_of', 'check_onnx', 'check_parquet', 'check_formats']
 
 # %% ../../nbs/evaluation/13_formats.ipynb #8825961b
-import json
+import json, re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def check_config(path: Path):
     for field in ("backend", "platform"):
         if (asked := config.get(field, BACKENDS[0])) not in BACKENDS:
             refuse(path, f"asks Triton for {field} {asked[:40]!r}, and mlkit knows {', '.join(BACKENDS)}")
-    if any(".." in text or text.startswith(("/", "~", "\\")) for text in places_in(config)):
+    if any(".." in re.split(r"[/\\]", text) or text.startswith(("/", "~", "\\")) for text in places_in(config)):
         refuse(path, "holds a path that leaves its folder")
 
 # %% ../../nbs/evaluation/13_formats.ipynb #e2248bb8
