@@ -45,7 +45,7 @@ NAMES = {
 
 COMMANDS = [("promote", "NAME", "--to", "shadow"), ("promote", "1", "--to", "NAME"), ("promote", "1", "--to", "shadow", "--model", "NAME"),
             ("rollback", "NAME"), ("rollback", "1", "--model", "NAME"), ("compare", "NAME"), ("compare", "1", ".", "--model", "NAME"),
-            ("debug", "NAME"), ("why", "NAME"), ("run", "NAME"), ("reproduce", "NAME"), ("serve", "--alias", "NAME"),
+            ("debug", "NAME"), ("run", "NAME"), ("reproduce", "NAME"), ("serve", "--alias", "NAME"),
             ("history", "--model", "NAME"), ("contract", "show", "NAME"), ("params", "NAME"), ("NAME",)]
 
 
@@ -193,7 +193,7 @@ def test_images(tmp_path):
     "File names and folder names: all are brought in, as text in one line, and lead back to their files."
     made = 0
     for what, name in NAMES.items():
-        if not name.strip(".") or "\0" in name or "/" in name or len(os.fsencode(name)) > 200:
+        if name.startswith(".") or not name or "\0" in name or "/" in name or len(os.fsencode(name)) > 200:
             continue
         for label, file in ((name, "1.png"), (name, "2.png"), ("usual", f"{name}.png")):
             (tmp_path / "pets" / label).mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def test_a_tar_leaves_its_folder_never(tmp_path):
 @pytest.mark.parametrize("what, word", [("star", "several columns"), ("regex", "several columns"), ("of mlkit", "mlkit uses this name itself"), ("NUL", "zero bytes")])
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
 def test_columns_that_cannot_be(tmp_path, what, word, ending):
-    frame = pl.DataFrame({NAMES[what]: range(40), "b": range(40), "y": ["a", "b"] * 20})
+    frame = pl.DataFrame({NAMES[what]: [0.5, 1.5, 3.5] * 20, "b": [1.5, 2.5] * 30, "y": ["a", "b"] * 30})
     path = tmp_path / f"t.{ending}"
     {"csv": frame.write_csv, "parquet": frame.write_parquet, "jsonl": frame.write_ndjson}[ending](path)
     from mlkit.new import choose
@@ -235,3 +235,276 @@ def test_columns_that_cannot_be(tmp_path, what, word, ending):
         made() # a name that these hold
     else:
         says(made, word)
+
+
+# Code in names
+
+SET, OUT = "document.title=1337", "https://example.com/x"
+PAYLOADS = [
+    f'<img src=x onerror="{SET}">', f"<script>{SET}</script>", f'"><script>{SET}</script>', f"'><svg onload={SET}>", f"<svg/onload={SET}>",
+    f"</title><script>{SET}</script>", f"</style><script>{SET}</script>", f"</script><script>{SET}</script>",
+    f"</textarea><img src=x onerror={SET}>", f"--><script>{SET}</script>", f"]]><script>{SET}</script>", f'";{SET};//', f"';{SET};//",
+    f"`${{{SET}}}`", f"</pre></div><img src={OUT}1 onerror={SET}>", f'<iframe srcdoc="<script>parent.{SET}</script>">',
+    f"<details open ontoggle={SET}>x", f"<input autofocus onfocus={SET}>", f"<body onload={SET}>", f"<object data={OUT}2></object>",
+    f'<meta http-equiv="refresh" content="0;url={OUT}3">', "<base href=https://example.com/>", f"<link rel=stylesheet href={OUT}4>",
+    f"<style>@import '{OUT}5';body{{display:none}}</style>",
+    f'<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror={SET}&gt;">', f"[a](javascript:{SET})",
+    f'![a]({OUT}6 "x")', "{{constructor.constructor('" + SET + "')()}}", f"\\u003cimg src=x onerror={SET}\\u003e",
+    f"&lt;img src=x onerror={SET}&gt;", f"<x onmouseover={SET} style=position:fixed;inset:0>", "<script>alert(1337)</script>"]
+COLUMNS, VALUES, LABELS, TARGET = PAYLOADS[2:18], PAYLOADS, PAYLOADS[20:22], PAYLOADS[0]
+
+
+def hostile_table(path, n=300):
+    "Names of columns, categories and labels are code; four columns say something about the label."
+    random, data, score = np.random.default_rng(0), {}, np.zeros(n)
+    for i, name in enumerate([*COLUMNS, "platform", "predicted", "confidence", "{{7*7}}", "../up", "=1+1"]):
+        if i % 2:
+            data[name] = random.normal(size=n).round(3)
+            score += (i < 8) * data[name]
+        else:
+            values = [VALUES[(3 * i + j) % len(VALUES)] for j in range(3)]
+            data[name] = [values[k] for k in random.integers(0, 3, n)]
+    data[TARGET] = np.where(score + random.normal(size=n) / 2 > 0, *LABELS)
+    pl.DataFrame(data).write_csv(path)
+
+
+# What the environment and files of a person hold while the stages run. The bytes are not those of anything else.
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted01+wJalrXUtnFEMI", "AWS_SESSION_TOKEN": "planted02FwoGZXIvYXdz", "HF_TOKEN": "hf_planted03AbCdEfGhIjKlMnOpQrStUvWx",
+    "PGPASSWORD": "planted04-pg", "MLFLOW_TRACKING_PASSWORD": "planted05-mlflow", "MLFLOW_TRACKING_TOKEN": "planted06-mlflow",
+    "GITHUB_TOKEN": "ghp_planted07AbCdEfGhIjKlMnOpQrStUvWxYz", "KAFKA_PASSWORD": "planted08-kafka", "PIP_INDEX_URL": "https://me:planted09@127.0.0.1/simple",
+    "HTTPS_PROXY": "http://me:planted10@127.0.0.1:9", "MLKIT_SIGNING_KEY": ""}
+FILES = {".netrc": "machine example.com login me password planted11-netrc\n", ".pgpass": "*:*:*:me:planted12-pgpass\n",
+         ".aws/credentials": "[default]\naws_secret_access_key = planted13-aws\n", ".config/kcat.conf": "sasl.password=planted14-kcat\n"}
+DOTENV = "DB_PASSWORD=planted15-dotenv\n"
+
+
+class Planted(Made):
+    "A project of a person who has secrets."
+    @property
+    def env(self):
+        home = self.root.parent / "home"
+        key = (home / "key.pem").read_text() if (home / "key.pem").is_file() else ""
+        return super().env | SECRETS | {"HOME": str(home), "MLKIT_SIGNING_KEY": key, "NO_PROXY": "*"}
+
+
+def hostile_shop(folder):
+    "Made and run once: its names are code, and its person has secrets."
+    from mlkit.evaluation.signing import new_keys
+    hostile_table(folder / "t.csv")
+    for name, text in FILES.items():
+        (folder / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "home" / name).write_text(text)
+    made, _ = new(folder / "shop", "--from", folder / "t.csv", "--target", TARGET)
+    project = brief(Planted(made.root))
+    private, public = new_keys()
+    (folder / "home/key.pem").write_bytes(private)
+    (project / "signing.pub").write_bytes(public)
+    (project / ".env").write_text(DOTENV)
+    card = dict(zip(("intended_use", "intended_users", "out_of_scope", "owner", "license", "ethics", "caveats"), PAYLOADS[25:]))
+    project.param(train__experiment=PAYLOADS[0], train__candidates=["linear"], train__n_epochs=1, release__card=card,
+                  release__criteria={"evaluate.accuracy": {"min": 0.1}}, release__compare="evaluate.accuracy",
+                  release__protect={"audit.errors": {"max": 99}, "evaluate.shortfall": {"max": 1}, "evaluate.constant_p_better": {"max": 1}})
+    project.git("add", "-A")
+    project.git("commit", "-qm", PAYLOADS[1])
+    said = [project.mlkit("repro")]
+    project.git("add", "-A")
+    project.git("commit", "-qm", "a run")
+    said.append(project.mlkit("promote", "1", "--to", "shadow", "--why", PAYLOADS[7]))
+    said.append(project.mlkit("debug", "0", "--html"))
+    said.append(project.mlkit("compare", "1", "."))
+    project.said["all"] = "".join(done.stdout + done.stderr for done in said)
+    return project
+
+
+@pytest.fixture(scope="module")
+def shop(shared):
+    return shared("hostile", hostile_shop, Planted)
+
+
+def opened(browser, path, act=lambda page: None):
+    "The text of a page, after it did all that it would: no code ran, no request was tried, nothing opened."
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    asked, said, page = [], [], context.new_page()
+    context.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    page.on("dialog", lambda d: (said.append(d.message), d.dismiss()))
+    page.on("console", lambda m: said.append(m.text))
+    page.on("pageerror", lambda e: said.append(str(e)))
+    page.goto(path.resolve().as_uri(), wait_until="load", timeout=300_000)
+    title = page.title()
+    act(page)
+    page.wait_for_timeout(50)
+    assert (page.title(), page.url, asked, said) == (title, path.resolve().as_uri(), [], []) and title != "1337", path.name
+    odd = "base, embed, iframe, math, object:not(.frame), meta[http-equiv=refresh], link, input[autofocus], body > style, [onerror], [onload], [onfocus], [ontoggle], [onmouseover]"
+    assert page.locator(odd).count() == 0, path.name
+    assert page.locator("a[href^='javascript' i]").count() == 0, path.name
+    text = " ".join(page.evaluate("document.body.innerText").split())
+    context.close()
+    return text
+
+
+def words(text): return " ".join(text.split())
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
+def test_pages_show_code_as_text(shop, browser):
+    "Every page that a run leaves, those of `compare` and `debug`, and the one of the registry."
+    pages = [p for p in sorted((shop / "reports").rglob("*.html")) if not p.name.startswith("drift")]
+    assert {"index", "registry", "compare", "debug", "ingest", "audit", "evaluate", "explain", "release", "monitor"} <= {p.stem for p in pages}
+    shown = {p.stem: opened(browser, p, lambda page: page.get_by_label("show code").check() if page.get_by_label("show code").count() else None) for p in pages}
+    for name in (*COLUMNS[:4], *LABELS):
+        assert words(name) in shown["ingest"], name
+    for label in LABELS:
+        assert words(label) in shown["debug"] and words(label) in shown["evaluate"]
+    assert words(PAYLOADS[7]) in shown["registry"] and words(PAYLOADS[25]) in shown["release"].replace("\\", "")
+
+
+def unfold(page):
+    "Evidently's rows, with their pictures."
+    buttons = page.get_by_label("Detail panel visibility toggle")
+    buttons.first.wait_for()
+    for i in range(buttons.count()):
+        buttons.nth(i).click()
+    page.locator("svg.main-svg").first.wait_for()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
+@pytest.mark.parametrize("half", [0, 1])
+def test_pages_of_evidently_show_code_as_text(tmp_path, browser, half):
+    "Each payload as the name of a column and as a category; the pictures are drawn from them."
+    from mlkit.monitoring.drift import compare_samples
+    random = np.random.default_rng(0)
+    def sample(n):
+        names = PAYLOADS[half::2]
+        classes = {p: [PAYLOADS[(i + j) % len(PAYLOADS)] for j in random.integers(0, 6, n)] for i, p in enumerate(names) if i % 2}
+        return pl.DataFrame({p: classes.get(p, random.normal(size=n)) for p in names})
+    compare_samples(sample(60), sample(60), page=tmp_path / "drift.html")
+    text = opened(browser, tmp_path / "drift.html", unfold)
+    assert sum(words(p) in text for p in PAYLOADS[half::2]) >= 5 # as many as a page of its table has
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
+def test_the_pages_of_evidently_of_a_run(shop, browser):
+    for name in ("drift_calm", "drift_faulty"):
+        opened(browser, shop / f"reports/{name}.html", unfold)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
+def test_pages_from_any_text(browser, tmp_path):
+    "Evidence, reasons, persons, titles and outputs: each payload in each place of the pages that mlkit renders itself."
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+    from mlkit.evaluation.debug import Step, debug_page
+    from mlkit.evaluation.history import event
+    from mlkit.evaluation.side_by_side import Comparison, Side, compare_page
+    from mlkit.flow.index import index_page
+    from mlkit.flow.registry_page import registry_page
+    from mlkit.flow.report import page
+    asked = {p: {"asked": p, "value": 1.0, "met": False, "higher_is_better": True, "why": p, "mend": p} for p in PAYLOADS}
+    write_json(tmp_path / "verdict.json", a_verdict("ab" * 32) | {"released": False, "outcome": "Not released", "criteria": asked, "model": PAYLOADS[0]})
+    changed = PAYLOADS[3:]
+    facts = {"commit": PAYLOADS[1], "changed": changed, "data": {"path": PAYLOADS[2], "md5": PAYLOADS[3]}, "beside": {p: p for p in PAYLOADS}, "moves": PAYLOADS}
+    one = {"version": PAYLOADS[4], "bundle": PAYLOADS[5]}
+    entries = [{"n": i, "when": p, "who": p} | event(what, p, one, p, p, one, against={"text": p}, value=1.0, compare=p, data=p)
+               for i, (p, what) in enumerate((p, what) for p in PAYLOADS for what in ("released", "champion"))]
+    rows = [{"kind": p, "what": p, "a": p, "b": p, "stage": p, "metric": p, "difference": p, "mark": p, "same": False, "criterion": p} for p in PAYLOADS]
+    both = Comparison(Side(PAYLOADS[0], PAYLOADS[1]), Side(PAYLOADS[2], PAYLOADS[3]), rows, rows, rows, PAYLOADS[4], [], PAYLOADS, PAYLOADS)
+    outputs = [new_output("stream", name="stdout", text="\n".join(PAYLOADS))]
+    for p in PAYLOADS:
+        outputs += [new_output("display_data", data={"text/html": p, "text/plain": p}), new_output("display_data", data={"text/plain": p}),
+                    new_output("display_data", data={"image/png": "cG5n"}, metadata={"image/png": {"alt": p}}),
+                    new_output("error", ename=p, evalue=p, traceback=[p])]
+    notebook = new_notebook(cells=[new_markdown_cell("# t"), new_code_cell("'" + PAYLOADS[7] + "'", outputs=outputs)])
+    made = {"index": index_page({}, {"release": [tmp_path / "verdict.json"]}, facts), "registry": registry_page(entries),
+            "broken": registry_page([], "; ".join(PAYLOADS)), "compare": compare_page(both), "report": page(notebook, PAYLOADS[5]),
+            "debug": debug_page(PAYLOADS[5], [Step(p, [p], [{p: p, "contract": p}]) for p in PAYLOADS])}
+    for name, html in made.items():
+        (tmp_path / f"{name}.html").write_text(html, encoding="utf-8")
+        text = opened(browser, tmp_path / f"{name}.html")
+        assert [p for p in PAYLOADS if words(p) not in text] == [], name
+
+
+# Secrets
+
+PLANTED = {k: re.search(r"planted\d\d[\w+-]*", v)[0] for k, v in (SECRETS | FILES | {".env": DOTENV}).items() if "planted" in v}
+
+
+def bytes_of(project):
+    "Everything that lies in a project, git's objects unpacked; not what its person has written there."
+    for f in sorted(project.root.rglob("*")):
+        if f.is_file() and f.name != ".env":
+            yield f.relative_to(project.root).as_posix(), f.read_bytes()
+    packed = subprocess.run(["git", "cat-file", "--batch", "--batch-all-objects"], cwd=project.root, capture_output=True, check=True)
+    yield ".git", packed.stdout
+
+
+def test_secrets_are_in_no_artifact(shop):
+    "Reports, models, bundle, registry, database, lock and logs, and what was said on the way."
+    key = [line for line in (shop.root.parent / "home/key.pem").read_text().splitlines() if not line.startswith("-")]
+    wanted = [*PLANTED.values(), *key]
+    assert len(PLANTED) == 14 and len({w[:9] for w in PLANTED.values()}) == 14 and len(key) > 1
+    found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(shop)}
+    assert len(found) > 100 and {name: w for name, w in found.items() if w} == {}
+    assert [w for w in wanted if w in shop.said["all"]] == []
+
+
+REFUSED = ["postgres://me:s3cr3t@host/db", "postgresql://me:p@s3cr3t@host/db", "postgresql://host/db?table=t&password=s3cr3t", "mysql://me:s3cr3t/x@host/db",
+           "s3://key:s3cr3t@bucket/x.csv", "https://me:s3cr3t@example.com/x.csv", "https://s3cr3t0123456789abcdef@example.com/x.csv",
+           "https://example.com/x.csv?X-Amz-Signature=s3cr3t", "https://x.blob.core.windows.net/c/x.csv?sv=1&sig=s3cr3t", "ftp://:s3cr3t@host/x.csv",
+           "kafka://me:s3cr3t@host/topic", "kafka://host/topic?sasl.password=s3cr3t", "sqlite:///x.db?key=1&token=s3cr3t",
+           "postgresql://host/db?sslpassword=s3cr3t", "gs://bucket/x.csv?access_token=s3cr3t"]
+
+@pytest.mark.parametrize("source", REFUSED)
+def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
+    "By `mlkit new`, before anything is written, and in params.yaml, before the first stage; nobody repeats it."
+    from mlkit.flow.config import check_secrets
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["new", "shop", "--from", source, "--target", "y"])
+    assert done.exit_code == 1 and "s3cr3t" not in done.output and not list(tmp_path.iterdir()), done.output
+    for values in ({"source": source}, {"own": {"urls": [source]}}):
+        with pytest.raises(ConfigError, match="holds a password, a token or a key") as e:
+            check_secrets("ingest", values, "params.yaml")
+        assert "s3cr3t" not in str(e.value)
+    assert "s3cr3t" not in masked(f"no answer from '{source}'")
+
+
+@pytest.mark.parametrize("values", [{"password": "s3cr3t"}, {"db": {"api_key": "s3cr3t"}}, {"auth_token": "s3cr3t"}, {"x": "host=h user=me password=s3cr3t"},
+                                    {"x": "-----BEGIN PRIVATE KEY-----\ns3cr3t\n"}, {"x": "AKIA0123456789ABCDEF"}, {"x": ["ghp_" + "s3cr3t" * 6]}])
+def test_a_secret_in_params_goes_no_further(shop, tmp_path, values):
+    "It is the user's own, in params.yaml; no command copies it or says it."
+    project = shop.clone(tmp_path / "shop")
+    project.param(train__mine=values)
+    secret = next(s for s in ("s3cr3t", "AKIA0123456789ABCDEF") if s in str(values))
+    before = {name: data.count(secret.encode()) for name, data in bytes_of(project)}
+    with chdir(project.root):
+        for command in (["repro"], ["run", "train"], ["why", "train"], ["compare", "1", "."], ["params"]):
+            done = CliRunner().invoke(main, command)
+            assert secret not in done.output and secret not in str(done.exception), command
+            assert command[0] not in ("repro", "run") or "holds a password, a token or a key" in done.stderr
+    after = {name: data.count(secret.encode()) for name, data in bytes_of(project)}
+    assert {name for name, n in after.items() if n > before.get(name, 0)} == set()
+
+
+@pytest.mark.parametrize("address", [
+    "http://me:s3cr3t@127.0.0.1:9", "https://s3cr3t@127.0.0.1:9", "me:s3cr3t@127.0.0.1:9", "postgresql://me:s3cr3t@127.0.0.1:9/db",
+    "mysql+pymysql://me:s3@cr3t@127.0.0.1:9/db", "http://127.0.0.1:9/?token=s3cr3t", "http://me:s3cr3t@", "http://me:s3cr3t@host:port",
+    "file://me:s3cr3t@host/runs", "sqlite://me:s3cr3t@host", "databricks://s3cr3t@profile", "nonsense://me:s3cr3t@host"])
+def test_an_address_of_mlflow_keeps_its_password(tmp_path, monkeypatch, address):
+    from mlkit.evaluation.registry import fetch
+    from mlkit.training.track import Run
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlkit.training.store.WAIT", 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    for act in (lambda: Run("digits", {}).__enter__(), lambda: fetch("digits", "1", tmp_path / "got")):
+        with pytest.raises(RegistryError) as e:
+            act()
+        assert not re.search("s3.?cr3t|cr3t", str(e.value)) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", ["-----BEGIN PRIVATE KEY-----\\ns3cr3t\\n-----END PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----s3cr3t", "-----BEGIN s3cr3t"])
+def test_a_key_that_is_none_is_not_repeated(monkeypatch, key):
+    from mlkit.evaluation.signing import signing_key
+    monkeypatch.setenv("MLKIT_SIGNING_KEY", key)
+    with pytest.raises(MlkitError) as e:
+        signing_key()
+    assert "s3cr3t" not in str(e.value)

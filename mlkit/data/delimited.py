@@ -4,8 +4,8 @@
 __all__ = ['BLOCK', 'MAX_FIELD', 'HEAD', 'MAGIC', 'DELIMITERS', 'MAX_PREAMBLE', 'SAVE_AS_UTF8', 'open_stream', 'read_head',
            'head_text', 'Row', 'split_rows', 'is_number', 'trailing', 'same_width', 'agreement', 'usual_width',
            'is_header', 'is_data', 'skip_preamble', 'begins_table', 'comments', 'commented_header', 'Layout',
-           'Candidate', 'read_by', 'used_columns', 'check_patterns', 'name_columns', 'told_delimiter', 'sniff',
-           'too_large', 'wrong_field', 'wrong_width', 'first_fault', 'locate', 'regroup', 'arrow_frames', 'check_sizes',
+           'Candidate', 'read_by', 'used_columns', 'name_columns', 'told_delimiter', 'sniff', 'too_large',
+           'wrong_field', 'wrong_width', 'first_fault', 'locate', 'regroup', 'arrow_frames', 'check_sizes',
            'drop_empty', 'broken_rows', 'open_named', 'layout_of', 'read_delimited']
 
 # %% ../../nbs/data/03_delimited.ipynb #e6c6950b
@@ -20,6 +20,7 @@ from typing import BinaryIO, Iterator
 import polars as pl
 
 from ..core import DataError
+from .columns.plain import check_patterns
 
 # %% ../../nbs/data/03_delimited.ipynb #f8647e1a
 BLOCK = 1 << 24 # bytes that are read at once: the longest row
@@ -226,14 +227,6 @@ def used_columns(r: Candidate) -> tuple[int, int]: # Columns; empty fields behin
     return used, max(0, width - used)
 
 # %% ../../nbs/data/03_delimited.ipynb #8b21e61a
-def check_patterns(
-    names, # of columns
-    where: str, # for the message
-):
-    "Raises `DataError` where Polars would take the name of a column for a pattern of names."
-    if found := [n for n in names if n == "*" or n.startswith("^") and n.endswith("$")]:
-        raise DataError(f"{where}: column '{found[0]}': Polars takes such a name for several columns; rename it")
-
 def name_columns(fields: list[str], name: str) -> list[str]:
     "The columns' names; nameless ones are numbered. Raises `DataError` where one is there twice."
     nameless, names = 0, []

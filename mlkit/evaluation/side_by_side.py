@@ -204,7 +204,7 @@ def side(
         return run_at(root, commit, name, name if name.startswith(short) else f"{name} ({short})")
     if name not in ROLES and not name.isdigit():
         raise MlkitError(UNKNOWN.format(name=name))
-    return version_side(root, model or last_model(root), name)
+    return version_side(root, last_model(root) if model is None else model, name)
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #8db1031f
 def last_model(root: Path) -> str: # in the registry

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core import DataError
 from ..data.columns.plain import flat
-from ..data.delimited import check_patterns, read_delimited
+from ..data.delimited import read_delimited
 from .base import Source, listed, reading
 from .folders import PACKED
 from .locator import printable
@@ -39,7 +39,6 @@ def common_schema(
     "Columns and types that hold all of these. Raises `DataError` that names what differs, and where."
     out, (first, *_) = {}, schemas
     for where, schema in schemas.items():
-        check_patterns(schema, printable(where))
         if not missing and (diff := set(schema) ^ set(schemas[first])):
             raise DataError(f"{printable(where)}: columns differ from those of {printable(first)}: "
                             f"{listed(sorted(diff))} only in one of them; make them the same, or name one file")
