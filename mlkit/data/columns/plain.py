@@ -6,7 +6,7 @@ __all__ = ['plain', 'check_patterns', 'flat']
 # %% ../../../nbs/data/columns/06_plain.ipynb #71d7b5a6
 import polars as pl
 
-from ...core import DataError
+from ...core import DataError, harmless
 
 # %% ../../../nbs/data/columns/06_plain.ipynb #446906ee
 def plain(
@@ -29,9 +29,9 @@ def check_patterns(
     names, # of columns
     where: str, # for the message
 ):
-    "Raises `DataError` where Polars would take the name of a column for a pattern of names."
-    if found := [n for n in names if n == "*" or n.startswith("^") and n.endswith("$")]:
-        raise DataError(f"{where}: column '{found[0]}': Polars takes such a name for several columns; rename it")
+    "Raises `DataError` where Polars would take the name of a column for a pattern of names, or end at a zero byte in it."
+    if found := [n for n in names if n == "*" or n.startswith("^") and n.endswith("$") or "\0" in n]:
+        raise DataError(f"{where}: column '{harmless(found[0])}': Polars takes such a name for several columns, or ends; rename it")
 
 def flat(
     frame: pl.LazyFrame,
