@@ -2446,6 +2446,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mlkit.flow.report.frame_of': ('flow/report.html#frame_of', 'mlkit/flow/report.py'),
                                    'mlkit.flow.report.heading_of': ('flow/report.html#heading_of', 'mlkit/flow/report.py'),
                                    'mlkit.flow.report.highlight_css': ('flow/report.html#highlight_css', 'mlkit/flow/report.py'),
+                                   'mlkit.flow.report.keep_inside': ('flow/report.html#keep_inside', 'mlkit/flow/report.py'),
                                    'mlkit.flow.report.last_heading': ('flow/report.html#last_heading', 'mlkit/flow/report.py'),
                                    'mlkit.flow.report.name_pictures': ('flow/report.html#name_pictures', 'mlkit/flow/report.py'),
                                    'mlkit.flow.report.page': ('flow/report.html#page', 'mlkit/flow/report.py'),

