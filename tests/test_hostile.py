@@ -437,7 +437,7 @@ def test_secrets_are_in_no_artifact(shop):
     "Reports, models, bundle, registry, database, lock and logs, and what was said on the way."
     key = [line for line in (shop.root.parent / "home/key.pem").read_text().splitlines() if not line.startswith("-")]
     wanted = [*PLANTED.values(), *key]
-    assert len(PLANTED) == 14 and len({w[:9] for w in PLANTED.values()}) == 14 and len(key) > 1
+    assert len(PLANTED) == len({w[:9] for w in PLANTED.values()}) == 15 and len(key) > 1
     found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(shop)}
     assert len(found) > 100 and {name: w for name, w in found.items() if w} == {}
     assert [w for w in wanted if w in shop.said["all"]] == []
@@ -463,21 +463,21 @@ def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
     assert "s3cr3t" not in masked(f"no answer from '{source}'")
 
 
-@pytest.mark.parametrize("values", [{"password": "s3cr3t"}, {"db": {"api_key": "s3cr3t"}}, {"auth_token": "s3cr3t"}, {"x": "host=h user=me password=s3cr3t"},
-                                    {"x": "-----BEGIN PRIVATE KEY-----\ns3cr3t\n"}, {"x": "AKIA0123456789ABCDEF"}, {"x": ["ghp_" + "s3cr3t" * 6]}])
-def test_a_secret_in_params_goes_no_further(shop, tmp_path, values):
+IN_PARAMS = [{"password": "s3cr3t"}, {"db": {"api_key": "s3cr3t"}}, {"auth_token": "s3cr3t"}, {"x": "host=h user=me password=s3cr3t"},
+             {"x": "-----BEGIN PRIVATE KEY-----\ns3cr3t\n"}, {"x": "AKIA0123456789ABCDEF"}, {"x": ["ghp_" + "s3cr3t" * 6]}]
+
+def test_a_secret_in_params_goes_no_further(shop, tmp_path):
     "It is the user's own, in params.yaml; no command copies it or says it."
     project = shop.clone(tmp_path / "shop")
-    project.param(train__mine=values)
-    secret = next(s for s in ("s3cr3t", "AKIA0123456789ABCDEF") if s in str(values))
-    before = {name: data.count(secret.encode()) for name, data in bytes_of(project)}
     with chdir(project.root):
-        for command in (["repro"], ["run", "train"], ["why", "train"], ["compare", "1", "."], ["params"]):
-            done = CliRunner().invoke(main, command)
-            assert secret not in done.output and secret not in str(done.exception), command
-            assert command[0] not in ("repro", "run") or "holds a password, a token or a key" in done.stderr
-    after = {name: data.count(secret.encode()) for name, data in bytes_of(project)}
-    assert {name for name, n in after.items() if n > before.get(name, 0)} == set()
+        for values in IN_PARAMS:
+            project.param(train__mine=values)
+            for command in (["repro"], ["run", "train"], ["why", "train"], ["params"], *([["compare", "1", "."]] if values == IN_PARAMS[0] else [])):
+                done = CliRunner().invoke(main, command)
+                assert not re.search("s3cr3t|AKIA01234", done.output + str(done.exception)), (command, values)
+                assert command[0] not in ("repro", "run") or "holds a password, a token or a key" in done.stderr
+    (project / "params.yaml").unlink()
+    assert [name for name, data in bytes_of(project) if re.search(b"s3cr3t|AKIA01234", data)] == []
 
 
 @pytest.mark.parametrize("address", [
