@@ -117,7 +117,7 @@ def project_root(
 # %% ../nbs/00_core.ipynb #ce37ec87
 def write_atomic(
     path: str | Path, # Where the file appears
-    content: str | bytes, # All of it; text is written as UTF-8
+    content: str | bytes, # All of it; text is written as UTF-8, with escapes for what is not
 ) -> Path: # `path`
     "Write `content` so that `path` holds all of it or is not touched. Raises `OSError` (disk full, no permission)."
     path = Path(path)
@@ -125,7 +125,7 @@ def write_atomic(
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            f.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
