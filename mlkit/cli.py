@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .core import MlkitError
+from .core import MlkitError, harmless, masked
 
 # %% ../nbs/10_cli.ipynb #0dd35061
 def command_names() -> list[str]: # 'merge-lock', ...
@@ -30,9 +30,9 @@ def load_command(name: str) -> click.Command | None:
 DISK_FULL = "no space left on the disk; free some, then run again: what is finished is kept"
 INTERRUPTED = "interrupted; nothing is half-written, the next run goes on from the last finished stage"
 
-def message(error: Exception) -> str: # One line
+def message(error: Exception) -> str: # One line, without secrets
     "What a failure says."
-    return DISK_FULL if getattr(error, "errno", None) == errno.ENOSPC else str(error)
+    return DISK_FULL if getattr(error, "errno", None) == errno.ENOSPC else harmless(masked(str(error)))
 
 # %% ../nbs/10_cli.ipynb #75b62d67
 class Cli(click.Group):
@@ -47,6 +47,9 @@ class Cli(click.Group):
         from mlkit.flow.runner import Interrupted
         try:
             return super().invoke(ctx)
+        except click.UsageError as e:
+            e.message = harmless(e.message)
+            raise
         except (MlkitError, OSError) as e:
             if ctx.params.get("debug"):
                 raise
@@ -72,4 +75,7 @@ def path_with(
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def main(debug):
     "From a notebook to a production server, reproducibly. Start with 'mlkit doctor', then 'mlkit repro'."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): # a name that is not UTF-8 is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     os.environ["PATH"] = path_with(str(Path(sys.executable).parent), os.environ.get("PATH", ""))

@@ -6,7 +6,7 @@ __all__ = ['compare']
 # %% ../../nbs/commands/24_compare.ipynb #24ebcc5d
 import click
 
-from ..core import project_root
+from ..core import harmless, project_root
 
 # %% ../../nbs/commands/24_compare.ipynb #9eae026d
 @click.command()
@@ -22,5 +22,5 @@ def compare(a, b, model):
     root = project_root()
     found = compared(root, side(root, a, model), side(root, b, model))
     for line in lines(found):
-        click.echo(line)
+        click.echo(harmless(line))
     click.echo(f"Page: {write_comparison(root, found)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root, write_atomic
+from ..core import MlkitError, harmless, project_root, write_atomic
 from ..data.contract import Contract, contract_rows, differences, load_contract, owned_contract, save_contract
 from ..data.judge import Breach
 
@@ -92,7 +92,7 @@ def print_rows(
     from rich.text import Text
     table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
     for r in rows:
-        table.add_row(*(Text(str(v)) for v in r.values()))
+        table.add_row(*(Text(harmless(v)) for v in r.values()))
     Console(highlight=False).print(table)
 
 # %% ../../nbs/commands/13_contract.ipynb #616e96af
@@ -122,7 +122,7 @@ TARGET = click.option("--target", help="Of a data file: the column to predict.")
 def show(path, target):
     "The contract in PATH (contract.json, or a data file, whose contract is inferred); default: the one of this project."
     found, where = find_contract(path, target)
-    click.echo("\n".join(headlines(found, where)))
+    click.echo("\n".join(map(harmless, headlines(found, where))))
     print_rows(contract_rows(found))
 
 # %% ../../nbs/commands/13_contract.ipynb #15c3da5d
@@ -144,7 +144,7 @@ def diff(path, target):
     if not lines:
         click.echo(f"{where} says what {owned.name} says")
         return
-    click.echo("\n".join([f"{where} against {owned.name}:", *lines]))
+    click.echo("\n".join(map(harmless, [f"{where} against {owned.name}:", *lines])))
     sys.exit(1)
 
 # %% ../../nbs/commands/13_contract.ipynb #ad0fd03f
@@ -179,7 +179,7 @@ def accept(path, target):
     was = load_contract(owned) if owned and owned.is_file() else None
     found, _ = find_contract(path or str(root / INFERRED), target or (was and was.target.name))
     for line in differences(was, found) if was else []:
-        click.echo(line)
+        click.echo(harmless(line))
     file = owned or root / "contract.json"
     save_contract(found, file)
     if not owned:
@@ -192,7 +192,7 @@ SEVERITIES = ("stop", "warn", "note") # the worst first
 def print_breaches(found: list[Breach]):
     "A line a breach; those that stop go to stderr."
     for breach in sorted(found, key=lambda b: SEVERITIES.index(b.severity)):
-        click.echo(f"{breach.severity}: {breach}", err=breach.severity == "stop")
+        click.echo(harmless(f"{breach.severity}: {breach}"), err=breach.severity == "stop")
 
 # %% ../../nbs/commands/13_contract.ipynb #93a929de
 def counted(n: int, what: str) -> str:
@@ -208,7 +208,7 @@ def conclude(
     n_stops, n_warns = (sum(b.severity == s for b in found) for s in ("stop", "warn"))
     if n_stops:
         raise MlkitError(f"{data}: breaks {what} in {counted(n_stops, 'place')}; mend the data, or change the contract")
-    click.echo(f"{data}: keeps {what}" + (f", with {counted(n_warns, 'warning')}" if n_warns else ""))
+    click.echo(f"{harmless(data)}: keeps {what}" + (f", with {counted(n_warns, 'warning')}" if n_warns else ""))
 
 # %% ../../nbs/commands/13_contract.ipynb #357556cf
 def project_contract() -> str | None: # Path; None: this is no project, or one without a contract

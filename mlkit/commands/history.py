@@ -8,7 +8,7 @@ import json
 
 import click
 
-from ..core import project_root
+from ..core import harmless, project_root
 
 # %% ../../nbs/commands/18_history.ipynb #4f17cef8
 def place(
@@ -39,6 +39,6 @@ def history(model, as_json):
     from mlkit.evaluation.registry import checked_history
     entries = [e for e in checked_history(project_root()) if model in (None, e["model"])]
     for entry in entries:
-        click.echo(json.dumps(entry, ensure_ascii=False) if as_json else history_line(entry))
+        click.echo(json.dumps(entry) if as_json else harmless(history_line(entry)))
     if not entries:
         click.echo("Nothing was released yet", err=True)

@@ -4,9 +4,12 @@
 __all__ = ['shown', 'padded', 'reasons', 'new']
 
 # %% ../../nbs/commands/09_new.ipynb #00b11253
+import shlex
 from pathlib import Path
 
 import click
+
+from ..core import harmless
 
 # %% ../../nbs/commands/09_new.ipynb #190c63b8
 def shown(value) -> str: # Empty: too long for a line
@@ -41,5 +44,6 @@ def new(folder, data, target, group, time, split):
     from mlkit.project.roles import Roles
     sections, seen, said = new_project(folder, data, target, Roles(group, time, split))
     for line in [*seen, *reasons(sections), *said]:
-        click.echo(line)
-    click.secho(f"Made {folder}. Next: cd {folder} && mlkit repro", fg="green", bold=True)
+        click.echo(harmless(line))
+    place = harmless(shlex.quote(str(folder)))
+    click.secho(f"Made {harmless(folder)}. Next: cd {place} && mlkit repro", fg="green", bold=True)

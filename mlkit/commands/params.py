@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..core import ConfigError, nearest, project_root
+from ..core import ConfigError, harmless, masked, nearest, project_root
 
 # %% ../../nbs/commands/15_params.ipynb #70337a3d
 def meanings(
@@ -47,5 +47,5 @@ def params(stage):
     from rich.text import Text
     table = Table("parameter", "value", "", "meaning", box=None, header_style="bold", pad_edge=False)
     for row in param_rows(project_root(), stage):
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(harmless(masked(text, row[0]))) for text in row))
     Console(highlight=False).print(table)

@@ -48,5 +48,5 @@ def promote(version, role, why, model):
     (see 'mlkit history'), and MLflow's alias and champion.json follow. Commit history.jsonl and champion.json."""
     from mlkit.evaluation.promotion import promote as give
     root = project_root()
-    say_promotion(give(root, model or last_model(root), version, role, why))
+    say_promotion(give(root, last_model(root) if model is None else model, version, role, why))
     after_promotion(root)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root, write_json
+from ..core import MlkitError, harmless, project_root, write_json
 from ..evaluation.bundle import BUNDLE
 from ..evaluation.verdict import VERDICT
 
@@ -29,7 +29,7 @@ def say_comparison(
 ):
     "Say how the release stood to the champion, on the same rows."
     if against:
-        click.secho(f"Registry: {against['text']}", fg="green" if against["promoted"] else "yellow")
+        click.secho(f"Registry: {harmless(against['text'])}", fg="green" if against["promoted"] else "yellow")
 
 # %% ../../nbs/commands/06_release.ipynb #9b778b68
 EXIT_CODES = {"Not released": 1, "Undecided": 3} # 2 is a wrong command line
@@ -49,10 +49,10 @@ def conclude(
     from mlkit.evaluation.verdict import headline, reason_lines, verdict_line
     verdict = verdict_of_today(root)
     outcome = headline(verdict)
-    click.secho(verdict_line(verdict), fg=COLORS.get(outcome, "yellow"), bold=True)
+    click.secho(harmless(verdict_line(verdict)), fg=COLORS.get(outcome, "yellow"), bold=True)
     looked, against = look(root, verdict), None
     for line in reason_lines(verdict) + (look_lines(looked, verdict["compare"]) if looked else []):
-        click.echo(f"  {line}")
+        click.echo(f"  {harmless(line)}")
     if verdict["released"]:
         publication = publish(root, root / BUNDLE, verdict, ask=ask)
         say_publication(publication, read_champion(root)["bundle"])

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from ..core import project_root
+from ..core import harmless, project_root
 
 # %% ../../nbs/commands/00_repro.ipynb #f6dc5ca8
 @click.command()
@@ -47,7 +47,7 @@ def put_in_order(root):
     from mlkit.flow.pipeline import export_stale, render
     from mlkit.project.stages import connect_task
     for line in heal(root):
-        click.echo(f"healed: {line}")
+        click.echo(f"healed: {harmless(line)}")
     export_stale(root)
     for stage in connect_task(root):
         click.echo(f"nbs/stages/{stage}.ipynb imports task from now on, since nbs/task.ipynb adds to what it uses")

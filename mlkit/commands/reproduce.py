@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root, read_json
+from ..core import MlkitError, harmless, project_root, read_json
 from ..evaluation.bundle import BUNDLE, MANIFEST
 from ..evaluation.verdict import VERDICT
 
@@ -53,7 +53,7 @@ def say_result(
 ):
     "Say whether the bundle is the same. Raises `MlkitError` where it is not."
     for line in lines:
-        click.echo(f"not the same: {line}", err=True)
+        click.echo(f"not the same: {harmless(line)}", err=True)
     if lines:
         because = because or "; packages, interpreter and CPU are the same"
         raise MlkitError(f"{name}: {len(lines)} of {n_files} files are not the same bytes{because}")
@@ -77,7 +77,7 @@ def reproduce(version, model, into):
     click.echo(f"{model} {version}: commit {made['commit'][:12]}, checked out in {project}")
     other = changed_environment(made)
     for line in other:
-        click.secho(f"differs: {line}", fg="yellow")
+        click.secho(f"differs: {harmless(line)}", fg="yellow")
     because = f"; what differs: {', '.join(line.partition(':')[0] for line in other)}" if other else ""
     run_again(project, because)
     lines = changed_files(was, read_json(project / BUNDLE / MANIFEST))

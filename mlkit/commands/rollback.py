@@ -21,5 +21,5 @@ def rollback(version, why, model):
     It is checked first, as if it were served. A server that runs keeps its files: start 'mlkit serve --alias champion' anew."""
     from mlkit.evaluation.promotion import rollback as back
     root = project_root()
-    say_promotion(back(root, model or last_model(root), version, why))
+    say_promotion(back(root, last_model(root) if model is None else model, version, why))
     after_promotion(root)

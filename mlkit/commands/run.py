@@ -6,7 +6,7 @@ __all__ = ['run']
 # %% ../../nbs/commands/01_run.ipynb #da7b9499
 import click
 
-from ..core import project_root
+from ..core import harmless, project_root
 
 # %% ../../nbs/commands/01_run.ipynb #e3deec8d
 @click.command()
@@ -14,6 +14,6 @@ from ..core import project_root
 def run(stage):
     "Run one STAGE with the values of params.yaml. DVC calls this; for the cache use 'mlkit repro STAGE'."
     from mlkit.flow.runner import run_stage
-    click.echo(f"▸ {stage}")
+    click.echo(f"▸ {harmless(stage)}")
     seconds = run_stage(project_root(), stage)
     click.echo(f"✓ {stage} {seconds:.1f} s")

@@ -22,7 +22,7 @@ def bundle_to_serve(
     if not (root / VERDICT).is_file():
         raise MlkitError(f"{VERDICT} is missing; run 'mlkit repro' first")
     verdict = read_json(root / VERDICT)
-    if alias:
+    if alias is not None:
         return fetch(verdict["model"], alias, root / ".mlkit/fetched", root=root)
     if verdict.get("released") is not True:
         raise MlkitError("the last run is not released, so it is not served; --alias champion serves the best that was")

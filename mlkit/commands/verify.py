@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root
+from ..core import MlkitError, harmless, project_root
 
 # %% ../../nbs/commands/03_verify.ipynb #823605a2
 def fault_line(
@@ -37,7 +37,7 @@ def verify(ctx, repair):
     root = project_root()
     faults, n = hash_all(root)
     for fault in faults:
-        click.echo(fault_line(fault, root), err=True)
+        click.echo(harmless(fault_line(fault, root)), err=True)
     if not faults:
         click.echo(f"All {n} files are what dvc.lock says.")
     elif not repair:

@@ -6,7 +6,7 @@ __all__ = ['why']
 # %% ../../nbs/commands/02_why.ipynb #0794e194
 import click
 
-from ..core import project_root
+from ..core import harmless, project_root
 
 # %% ../../nbs/commands/02_why.ipynb #decde6af
 @click.command()
@@ -18,4 +18,4 @@ def why(stage):
     root = project_root()
     export_stale(root)
     render(root)
-    click.echo("\n".join(changes(root, stage)) or f"{stage} is up to date")
+    click.echo("\n".join(map(harmless, changes(root, stage))) or f"{stage} is up to date")

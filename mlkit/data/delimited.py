@@ -20,6 +20,7 @@ from typing import BinaryIO, Iterator
 import polars as pl
 
 from ..core import DataError
+from .columns.plain import check_patterns
 
 # %% ../../nbs/data/03_delimited.ipynb #f8647e1a
 BLOCK = 1 << 24 # bytes that are read at once: the longest row
@@ -235,6 +236,7 @@ def name_columns(fields: list[str], name: str) -> list[str]:
     if twice := next((n for n, k in Counter(names).items() if k > 1), None):
         first, last = names.index(twice) + 1, len(names) - names[::-1].index(twice)
         raise DataError(f"{name}: column '{twice}' is there twice: columns {first} and {last}; rename one")
+    check_patterns(names, name)
     return names
 
 # %% ../../nbs/data/03_delimited.ipynb #d07922a0

@@ -19,7 +19,7 @@ from .columns.base import Guess, Survey, count_values, written
 from .columns.registry import as_target, column_types, guess, guess_text, keep_aside, parse
 from .columns.words import categories_among, mostly_numbers
 from .contract import Contract, Feature, type_of
-from .delimited import BLOCK
+from .delimited import BLOCK, check_patterns
 from .hashing import hash_column, in_unit, mix, row_hash
 from .infer import LAST, MAX_CLASSES, choose_content, choose_target, choose_task, infer_table
 from .judge import Breach, Seen, SeenColumn, TABLE_CHECKS, judge
@@ -144,6 +144,7 @@ def make_plan(
     goal, why_target = choose_target(raw.columns, target)
     if taken := [n for n in raw.columns if n in NAMES]:
         raise DataError(f"column '{taken[0]}': mlkit uses this name itself; rename it")
+    check_patterns(raw.columns, "the table")
     found = {s.name: planned(s, s.name == goal and why_target != LAST, known) for s in raw}
     features = {n: f for n, (f, _) in found.items()}
     task, why_task = planned_task(features[goal], raw[goal], known)

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['NO_SAMPLE', 'NOT_READ', 'ABSENT', 'SHOWN', 'MOST_CLASSES', 'N_NEAREST', 'MOST_TRAINING', 'TYPICAL', 'USUAL',
            'NO_SERVER', 'SHADES', 'DEBUG', 'DEBUG_PAGE', 'DEBUG_CSS', 'Sample', 'label_of', 'in_split', 'position',
-           'read_row', 'read_image', 'numbered', 'find_sample', 'given_sample', 'read_value', 'plain_order', 'allowed',
-           'judged_row', 'shown', 'judged_image', 'typed_frame', 'stored', 'seen', 'feature_rows', 'score_rows',
-           'distances', 'Nearest', 'nearest_training', 'usual_distance', 'alone', 'attributed', 'part_rows', 'Said',
-           'asked_chain', 'sent', 'listens', 'asked_server', 'first_difference', 'answer_of', 'answer_text', 'beside',
-           'Step', 'Run', 'last_run', 'raw_step', 'contract_step', 'attribution_step', 'nearest_step', 'compared_step',
-           'way', 'drawn', 'say', 'as_png', 'is_fault', 'debug_page', 'write_debug']
+           'read_row', 'read_image', 'numbered', 'is_file', 'find_sample', 'given_sample', 'read_value', 'plain_order',
+           'allowed', 'judged_row', 'shown', 'judged_image', 'typed_frame', 'stored', 'seen', 'feature_rows',
+           'score_rows', 'distances', 'Nearest', 'nearest_training', 'usual_distance', 'alone', 'attributed',
+           'part_rows', 'Said', 'asked_chain', 'sent', 'listens', 'asked_server', 'first_difference', 'answer_of',
+           'answer_text', 'beside', 'Step', 'Run', 'last_run', 'raw_step', 'contract_step', 'attribution_step',
+           'nearest_step', 'compared_step', 'way', 'drawn', 'say', 'as_png', 'is_fault', 'debug_page', 'write_debug']
 
 # %% ../../nbs/evaluation/23_debug.ipynb #e96b9f1f
 import json, socket, tempfile
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np, polars as pl, torch
 from safetensors.numpy import save_file
 
-from ..core import DataError, MlkitError, ServeError, nearest, write_atomic
+from ..core import DataError, MlkitError, ServeError, harmless, nearest, write_atomic
 from ..data.contract import Contract, Feature, load_contract, owned_contract, type_of
 from ..data.prepared import load_split
 from ..data.split import SPLITS
@@ -120,6 +120,13 @@ def numbered(task: Task, prepared: Path, at: int) -> Sample: # position in the t
     return in_split(task, prepared, "test", at)
 
 # %% ../../nbs/evaluation/23_debug.ipynb #256bc27f
+def is_file(name: str) -> bool:
+    "Whether a name is that of a file; a name that no file can have is not."
+    try:
+        return Path(name).is_file()
+    except OSError: # too long
+        return False
+
 def find_sample(
     task: Task,
     prepared: Path, # folder of `prepare`
@@ -135,7 +142,7 @@ def find_sample(
     named = [("_row", int(key))] if asked != key and key.isdecimal() else [("name", asked), ("key", asked)]
     if found := next((at for column, value in named if (at := position(prepared, column, value))), None):
         return in_split(task, prepared, *found)
-    if Path(asked).is_file():
+    if is_file(asked):
         return read_image(task, Path(asked))
     raise DataError(NO_SAMPLE.format(asked=asked))
 
@@ -647,19 +654,20 @@ def say(console, step: Step, number: int): # rich's console
     from rich.text import Text
     console.print(Text(f"\n{number}. {step.title}", style="bold"))
     for line in step.lines:
-        console.print(Text(f"   {line}"))
+        console.print(Text(f"   {harmless(line)}"))
     if step.rows:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in step.rows[0]:
-            table.add_column(Text(f"   {name}" if name == next(iter(step.rows[0])) else name), style=None,
+            head = harmless(name)
+            table.add_column(Text(f"   {head}" if name == next(iter(step.rows[0])) else head), style=None,
                              overflow="fold")
         for row in step.rows:
-            cells = [Text(str(v)) for v in row.values()]
+            cells = [Text(harmless(v)) for v in row.values()]
             cells[0] = Text(f"   {cells[0]}")
             table.add_row(*cells)
         console.print(table)
     for title, picture in step.pictures[:1]:
-        name = title if picture.ndim == 3 else "how much each pixel counts" # a terminal shows no sign
+        name = harmless(title) if picture.ndim == 3 else "how much each pixel counts" # a terminal shows no sign
         console.print(Text("\n".join([f"   {name}", *(f"   {line}" for line in drawn(picture))])))
 
 # %% ../../nbs/evaluation/23_debug.ipynb #5c6b6987

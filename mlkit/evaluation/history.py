@@ -118,7 +118,8 @@ def append(
     for e in events:
         previous = digest(lines[-1]) if lines else START
         entries.append({"n": len(lines) + 1, "when": now, "who": person} | e | {"previous": previous})
-        lines.append(json.dumps(entries[-1], ensure_ascii=False, allow_nan=False))
+        line = json.dumps(entries[-1], ensure_ascii=False, allow_nan=False)
+        lines.append(line.encode(errors="backslashreplace").decode()) # of what is not UTF-8 an escape of JSON
     write_atomic(root / HISTORY, "".join(f"{line}\n" for line in lines))
     return entries
 

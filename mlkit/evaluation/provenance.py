@@ -24,6 +24,8 @@ def git(
         done = subprocess.run(["git", *args], cwd=root, env=os.environ | env, capture_output=True)
     except FileNotFoundError as e:
         raise RegistryError(f"git cannot run in {root} ({e}); install it") from None
+    except ValueError as e: # an argument that no command can get
+        raise RegistryError(f"'git {args[0]}' cannot be asked in {root}: {e}") from None
     if done.returncode:
         reason = os.fsdecode(done.stderr).strip().rpartition("\n")[2]
         raise RegistryError(f"'git {args[0]}' failed in {root}: {reason}")

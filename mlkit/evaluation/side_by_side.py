@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, MlkitError, read_json, write_atomic
+from ..core import DataError, MlkitError, masked, read_json, write_atomic
 from .history import ROLES
 from .provenance import git_says, machine, packages
 from .verdict import VERDICT, headline
@@ -204,7 +204,7 @@ def side(
         return run_at(root, commit, name, name if name.startswith(short) else f"{name} ({short})")
     if name not in ROLES and not name.isdigit():
         raise MlkitError(UNKNOWN.format(name=name))
-    return version_side(root, model or last_model(root), name)
+    return version_side(root, last_model(root) if model is None else model, name)
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #8db1031f
 def last_model(root: Path) -> str: # in the registry
@@ -574,7 +574,7 @@ def compared(root: Path, a: Side, b: Side) -> Comparison:
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #ed91bd36
 def short(v, n: int = 60) -> str: # letters
     "A value for a person; a dash where there is none."
-    text = "–" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+    text = masked("–" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
     return text if len(text) <= n else text[:n - 1] + "…"
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #fcbe4ced

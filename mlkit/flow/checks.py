@@ -25,6 +25,8 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.evaluation.verdict:model_can_be_named",
     "mlkit.evaluation.protected:protected_are_columns",
+    "mlkit.serving.repository:server_can_name_it",
+    "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:components_are_known",
 ]

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 
 import click
 
+from ..core import harmless
+
 # %% ../../nbs/flow/13_progress.ipynb #6bdde193
 class Progress:
     "Says what runs. Its text is asked for by rich, four times a second."
@@ -58,7 +60,7 @@ class Lines:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             name = f"{self.stage:>{WIDTH}} │ "
-            self.console.print(Text.assemble((name, "dim"), line.rpartition("\r")[2]))
+            self.console.print(Text.assemble((name, "dim"), harmless(click.unstyle(line.rpartition("\r")[2]))))
 
     def flush(self):
         "Nothing is held back but a line that has no end yet."

@@ -10,7 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Iterator
 
-from ..core import StageError, nearest
+from ..core import StageError, masked, nearest
 from .pipeline import read_lock
 from .verify import md5
 
@@ -23,14 +23,14 @@ def changed_values(
     "Where two nested structures differ."
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
-            yield f"{name}: was {old!r}, is {new!r}"
+            yield f"{name}: was {masked(repr(old), name)}, is {masked(repr(new), name)}"
         return
     for key in dict.fromkeys([*old, *new]):
         path = f"{name}.{key}".lstrip(".")
         if key not in new:
-            yield f"{path}: was {old[key]!r}, is gone"
+            yield f"{path}: was {masked(repr(old[key]), path)}, is gone"
         elif key not in old:
-            yield f"{path}: is new, {new[key]!r}"
+            yield f"{path}: is new, {masked(repr(new[key]), path)}"
         else:
             yield from changed_values(old[key], new[key], path)
 

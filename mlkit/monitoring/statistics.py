@@ -12,7 +12,7 @@ from functools import singledispatch
 import numpy as np, polars as pl
 
 from ..core import DataError
-from ..inputs.columns import DATE_PARTS, Category, Column, Date, Number, seconds
+from ..inputs.columns import Category, Column, DATE_PARTS, Date, Number, seconds
 from ..targets.base import Target
 from ..task import Task
 
@@ -135,7 +135,10 @@ def row_statistics(
         if column.name not in frame.columns:
             raise DataError(f"table: no column '{column.name}'; it has {', '.join(frame.columns)}")
         shown = compared(column, frame[column.name], n_values)
-        found |= {f"{name}_" if name in PREDICTION else name: s for name, s in shown.items()}
+        for name, s in shown.items():
+            while name in PREDICTION or name in found:
+                name += "_"
+            found[name] = s
     return pl.DataFrame({name: s.alias(name) for name, s in found.items()})
 
 # %% ../../nbs/monitoring/00_statistics.ipynb #e481e59f

@@ -9,7 +9,7 @@ import os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import ConfigError
+from ..core import ConfigError, harmless
 from .pin import pin
 from .repository import NO_GIT, has_git, in_repository, init_dvc, join_git
 from .stages import connect_task, stage_notebooks
@@ -76,6 +76,8 @@ IGNORED = """\
 /.dvc/config.local
 /mlflow.db*
 /mlartifacts/
+/.env
+*.pem
 __pycache__/
 .ipynb_checkpoints/
 *.tmp
@@ -163,7 +165,7 @@ def write_project(
     out.parent.mkdir(parents=True, exist_ok=True)
     git = has_git()
     own = git and not in_repository(out)
-    message, readme = f"{out.name}: made by 'mlkit new'", README.format(name=out.name, source=source)
+    message, readme = f"{out.name}: made by 'mlkit new'", README.format(name=harmless(out.name), source=harmless(source))
     with appearing(out) as aside:
         write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED} | files)
         init_dvc(aside)

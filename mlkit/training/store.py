@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from ..core import RegistryError, project_root, write_atomic
+from ..core import RegistryError, masked, project_root, write_atomic
 
 # %% ../../nbs/training/07_store.ipynb #aa76fe69
 def tracking_root() -> Path:
@@ -29,7 +29,7 @@ def without_password(
     text: str, # 'postgresql://me:secret@host/runs'
 ) -> str: # 'postgresql://…@host/runs'
     "An address, or a text with addresses, that may be shown."
-    return re.sub(r"://[^\s'\"]*@", "://…@", text)
+    return masked(re.sub(r"(?:(?<=://)|(?<=['\" ])|^)(?!\w+://)[^\s'\"]*@", "…@", text))
 
 # %% ../../nbs/training/07_store.ipynb #3bf9a714
 def host_and_port(
@@ -62,7 +62,7 @@ def sqlite_uri(
     plain, _, options = given.partition("?")
     path = unquote(plain.removeprefix("sqlite:///"))
     if not plain.startswith("sqlite:///") or path in ("", ":memory:"):
-        raise RegistryError(f"MLflow's address '{given}' names no file; write 'sqlite:///mlflow.db', or "
+        raise RegistryError(f"MLflow's address '{without_password(given)}' names no file; write 'sqlite:///mlflow.db', or "
                             "'sqlite:////' and an absolute path")
     uri = f"sqlite:///{quote(str((root / Path(path).expanduser()).resolve()))}"
     return f"{uri}?{options}" if options else uri
@@ -75,7 +75,8 @@ def folder_uri(
     "The address of a folder, absolute. Raises `RegistryError` where a host stands in it."
     parts = urlsplit(given)
     if parts.scheme and parts.netloc not in ("", "localhost"):
-        raise RegistryError(f"MLflow's address '{given}' names the host '{parts.netloc}'; write 'file:{parts.netloc}{parts.path}'"
+        shown, place = without_password(given), without_password(parts.netloc)
+        raise RegistryError(f"MLflow's address '{shown}' names the host '{place}'; write 'file:{place}{parts.path}'"
                             " for a folder of the project")
     path = unquote(parts.path) if parts.scheme else given
     return (root / Path(path).expanduser()).resolve().as_uri()
