@@ -560,7 +560,7 @@ def main():
         return fit_one(name, a.state, int(seed), key)
     if not a.report:
         fit_all(a.state.absolute(), a.only, a.models, a.seeds)
-    print(report(a.state.absolute(), a.only, a.models, a.seeds))
+    print(report(a.state.absolute(), a.only, list(MODELS), a.seeds))
 
 if __name__ == "__main__":
     main()
