@@ -24,7 +24,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.evaluation.verdict:model_can_be_named",
-    "mlkit.evaluation.protected:protected_are_columns",
+    "mlkit.evaluation.protected_check:protected_are_columns",
     "mlkit.serving.repository:server_can_name_it",
     "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
