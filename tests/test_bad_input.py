@@ -241,10 +241,8 @@ def serving(project, p): return any("tritonserver" in q.name() for q in project.
 @pytest.mark.parametrize("stage, when, signum", [
     ("ingest", begun, signal.SIGINT),
     ("train", training, signal.SIGINT),
-    ("train", training, signal.SIGTERM),
-    ("serve", serving, signal.SIGINT),
     ("serve", serving, signal.SIGTERM),
-], ids=["ingest-INT", "train-INT", "train-TERM", "serve-INT", "serve-TERM"])
+], ids=["ingest-INT", "train-INT", "serve-TERM"])
 def test_interrupted(stopped, stage, when, signum):
     before = stopped.outputs()
     done = stop(stopped, stage, when, to_group(signum))

@@ -9,7 +9,7 @@ def test_ten_kills(fresh, uninterrupted, tmp_path):
     project, moment, seen = quick(fresh.clone(tmp_path / "project")), random.Random(0), set()
     for i in range(10):
         with project.started("mlkit", "repro") as p:
-            time.sleep(moment.uniform(0.1, 0.3) * uninterrupted.seconds)
+            time.sleep(moment.uniform(0.08, 0.2) * uninterrupted.seconds)
             seen |= {l.split()[1] for l in p.out.read_text().splitlines() if l.startswith("▸ ")}
             assert p.is_running(), p.err.read_text()
             os.killpg(p.pid, signal.SIGKILL)

@@ -151,7 +151,6 @@ def test_messy_table(tmp_path):
 def test_a_value(tmp_path):
     "Regression, on a bundled table."
     project, _ = new(tmp_path / "dia", "--from", "diabetes")
-    brief(project).commit()
     v = verdict(project)
     drive(project, tmp_path)
     apart = project.dvc("exp", "run", "--temp", "-S", "train.n_epochs=1", "evaluate") # in another folder, by DVC's own copy of git's settings

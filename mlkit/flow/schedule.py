@@ -277,7 +277,7 @@ def wait_a_moment(run: Run):
         run.ahead.prepare([run.stages[s.addressing] for s in run.waiting if s.addressing in run.stages], run.slots)
     if run.running:
         wait([*starting, *(w.job for w in run.running.values())], timeout=LOOK, return_when=FIRST_COMPLETED)
-    run.record.write(every=1)
+    run.record.write(every=20) # to write takes DVC half a second; what a crash loses here, its cache of runs still knows
 
 # %% ../../nbs/flow/12_schedule.ipynb #9a4298c9
 def collect(run: Run):
