@@ -159,7 +159,6 @@ def checkout(root):
     for name in ("champion.json", "history.jsonl", "looks.jsonl"): (root / name).unlink(missing_ok=True) # nobody to beat
     project = Project(root)
     project.replace("params.yaml", "serve.p99_ms: {max: 50}", "serve.p99_ms: {max: 5000}") # no test hangs on the speed of a machine
-    project.replace("params.yaml", "  concurrency: [1, 4]\n", "  concurrency: [1, 4]\n  measure_s: 0.3\n")
     project.git("init", "-q")
     project.commit()
     return project
