@@ -1,6 +1,7 @@
 "What a project meets outside: notebooks of other editors, other locales, other tools on the PATH, git; and values that are wrong."
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -337,7 +338,12 @@ def test_a_notebook_saved_in_jupyterlab_leaves_the_status_clean(repository, tmp_
     with repository.started("env", *(f"{k}={v}" for k, v in settings.items()), "jupyter", "server", "--no-browser", "--allow-root", "--ip=127.0.0.1",
                             "--ServerApp.port=0", "--IdentityProvider.token=t") as p:
         info = wait_for(lambda: next(runtime.glob("jpserver-*.json"), None), "the server")
-        url = json.loads(info.read_text())["url"] + "api/contents/nbs/stages/fit.ipynb"
+        wait_for(lambda: info.read_text().endswith("}"), "all of its file")
+        told = json.loads(info.read_text())
+        def listens():
+            with socket.socket() as s: return s.connect_ex(("127.0.0.1", told["port"])) == 0
+        wait_for(listens, "that it listens, which it does after it has written its file")
+        url = told["url"] + "api/contents/nbs/stages/fit.ipynb"
         for source, status in (("", ""), ("edited = 1", " M nbs/stages/fit.ipynb\n")):
             content["cells"][-1]["source"] = source or content["cells"][-1]["source"]
             body = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
