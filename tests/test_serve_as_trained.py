@@ -306,18 +306,20 @@ def test_answers_carry_the_names_of_the_classes(live):
 
 
 def ask(server, kind, size=3.0, **parameters): # as a client in another language does: nothing is read before it is sent
-    tensors = [{"name": "kind", "datatype": "BYTES", "shape": [1, 1], "data": [kind]}, {"name": "size", "datatype": "FP64", "shape": [1, 1], "data": [size]}]
+    tensors = [{"name": "texts", "datatype": "BYTES", "shape": [1, 1], "data": [kind]}, {"name": "numbers", "datatype": "FP64", "shape": [1, 1], "data": [size]}]
     outputs = {"outputs": [{"name": "probabilities", "parameters": parameters}]} if parameters else {}
     body = json.dumps({"inputs": tensors} | outputs).encode()
     with urllib.request.urlopen(f"http://{server.url}/v2/models/{server.name}/infer", body, timeout=30) as r:
-        return json.loads(r.read())["outputs"][0]["data"]
+        return {t["name"]: t["data"] for t in json.loads(r.read())["outputs"]}
 
 
 def test_tensors_that_nobody_has_read(live):
     "What the documentation says of clients without `arrays`: text that is not as the contract lists it is unknown. Names come with `classification`."
     _, server = live
-    known, dirty, unknown = (ask(server, kind) for kind in ("A", "A ", "unheard of"))
+    said, *others = (ask(server, kind) for kind in ("A", "A ", "unheard of"))
+    known, (dirty, unknown) = said["probabilities"], (o["probabilities"] for o in others)
+    assert said["answer"] == [("no", "yes")[np.argmax(known)]]
     assert np.allclose(dirty, unknown) and not np.allclose(known, unknown)
     assert np.allclose(server.client.predict_rows([{"kind": "A ", "size": "3.0"}])[0], known, atol=1e-5)
-    best, other = ask(server, "A", classification=2)
+    best, other = ask(server, "A", classification=2)["probabilities"]
     assert {best.split(":")[2], other.split(":")[2]} == {"no", "yes"} and float(best.split(":")[0]) == pytest.approx(max(known), abs=1e-5)

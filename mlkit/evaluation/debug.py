@@ -439,7 +439,7 @@ def asked_server(
                     f"{repository} is missing, so the model's name is not known; run 'mlkit repro serve'")
     signatures = Signatures.load(found[0])
     address = (url or USUAL).removeprefix("http://").rstrip("/")
-    client = Client(address, found[0].parts[-3], signatures.served, 64, 5.0, signatures.classes)
+    client = Client(address, found[0].parts[-3], signatures, 64, 5.0)
     try:
         inputs = sent(signatures, sample, task)
         return Said("server", client.predict(*(inputs.values() if isinstance(inputs, dict) else (inputs,))))
