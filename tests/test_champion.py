@@ -145,7 +145,7 @@ def test_a_champion_of_another_time(bundles, what, says):
     elif what == "gone":
         shutil.rmtree(champion)
     elif what == "damaged":
-        (champion / "onnx/model.onnx").write_bytes(b"no ONNX")
+        (champion / "onnx/fused.onnx").write_bytes(b"no ONNX")
     else:
         signatures.write_text("{}")
     found = compared_on_rows(project.root, champion, challenger, verdict)

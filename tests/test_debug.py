@@ -6,6 +6,7 @@ from conftest import EVIL, brief, one_line
 from onnx import numpy_helper
 from test_new import new
 from mlkit.serving.triton import Triton
+from mlkit.serving.fuse import write_fused
 
 STEPS = ["As it stands", "What the contract says", "What the model sees", "Scores and answer", "Why this answer",
          "The nearest training samples", "The same elsewhere"]
@@ -63,6 +64,7 @@ def scaled(path, by):
 @pytest.mark.parametrize("step, by, early", [("model", 0.5, False), ("preprocess", 1.5, True)])
 def test_an_export_that_differs_is_named(project, step, by, early):
     scaled(project / f"models/export/{step}.onnx", by)
+    write_fused(project / "models/export")
     said = project.mlkit("debug", "3").stdout
     assert "ONNX differs from the notebook." in said and "differs by" in said
     assert ("Already before the model: value" in said) == early

@@ -72,8 +72,9 @@ def test_raw_rows_give_the_answers_of_python(served):
     assert len(np.unique(answers[:, 0])) > 150 # the inputs matter
 
 def good_request(server, row): # KServe v2, as any client in any language sends it
-    return {"inputs": [{"name": t.name, "shape": [1, 1], "datatype": d, "data": t.wire(a).ravel().tolist()}
-                       for t, a, d in zip(server.client.signature.inputs, arrays(server.client.signature, [row]), ("FP64", "BYTES", "INT64", "FP64", "BYTES"))]}
+    sent = server.client.signature.pack(arrays(server.client.signature, [row]))
+    return {"inputs": [{"name": t.name, "shape": list(a.shape), "datatype": d, "data": a.ravel().tolist()}
+                       for t, a, d in zip(server.signatures.wire.inputs, sent, ("FP64", "BYTES", "INT64"))]}
 
 def post(server, request):
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
@@ -86,19 +87,19 @@ ROW = {NAMES["age"]: 30, NAMES["city"]: "Köln", NAMES["seen"]: "2020-02-29T12:0
 def bad_requests(server):
     "name: (a request that only its sender pays for, words of the answer)"
     def change(i, **kw): r = good_request(server, ROW); r["inputs"][i] |= kw; return r
-    yield "text for a number", change(0, datatype="BYTES", data=["thirty"]), "age in years"
-    yield "text under the name of a number", change(0, data=["thirty"]), "number"
-    yield "a number for text", change(1, data=[3]), "string"
-    yield "float32 for float64", change(0, datatype="FP32"), "age in years"
-    yield "null", change(0, data=[None]), "number"
-    yield "another column", change(0, name="aeg"), "aeg"
-    yield "two values for one", change(0, shape=[2, 1], data=[1, 2]), "batch"
-    yield "too many rows", {"inputs": [i | {"shape": [17, 1], "data": i["data"] * 17} for i in good_request(server, ROW)["inputs"]]}, "16"
+    yield "text for a number", change(0, datatype="BYTES", data=["thirty", "1"]), "numbers"
+    yield "text under the name of a number", change(0, data=["thirty", 1]), "number"
+    yield "a number for text", change(1, data=[3, "a"]), "string"
+    yield "float32 for float64", change(0, datatype="FP32"), "numbers"
+    yield "null", change(0, data=[None, 1]), "number"
+    yield "another tensor", change(0, name="nubmers"), "nubmers"
+    yield "two values for one", change(0, shape=[2, 2], data=[1, 2, 3, 4]), "batch"
+    yield "too many rows", {"inputs": [i | {"shape": [17, *i["shape"][1:]], "data": i["data"] * 17} for i in good_request(server, ROW)["inputs"]]}, "16"
     yield "a flat shape", {"inputs": [i | {"shape": [1]} for i in good_request(server, ROW)["inputs"]]}, "shape"
     missing = good_request(server, ROW); missing["inputs"].pop()
-    yield "a missing column", missing, "expected 5 inputs but got 4"
+    yield "a missing tensor", missing, "expected 3 inputs but got 2"
     extra = good_request(server, ROW); extra["inputs"].append(extra["inputs"][0] | {"name": "more"})
-    yield "a column too many", extra, "expected 5 inputs but got 6"
+    yield "a tensor too many", extra, "expected 3 inputs but got 4"
     yield "no JSON", b"{nonsense", "parse"
 
 def test_a_bad_request_costs_only_its_sender(served):
@@ -120,15 +121,15 @@ def test_text_of_any_kind_is_an_answer(served):
     unknown = server.client.predict_rows([ROW | {NAMES["city"]: None}])
     assert [bool(np.allclose(a, unknown[0])) for a in answers] == [t not in CITIES for t in texts]
     raw = good_request(server, ROW) # bytes that are no UTF-8
-    raw["inputs"][1] = {"name": NAMES["city"], "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": 6}}
+    raw["inputs"][1] = {"name": "texts", "shape": [1, 2], "datatype": "BYTES", "parameters": {"binary_data_size": 11}}
     head = json.dumps(raw).encode()
-    request = urllib.request.Request(f"http://{server.url}/v2/models/{server.name}/infer", head + (2).to_bytes(4, "little") + b"\xff\xfe", {"Inference-Header-Content-Length": str(len(head))})
+    request = urllib.request.Request(f"http://{server.url}/v2/models/{server.name}/infer", head + b"\2\0\0\0\xff\xfe" + b"\1\0\0\0a", {"Inference-Header-Content-Length": str(len(head))})
     with urllib.request.urlopen(request, timeout=30) as r: assert np.allclose(json.loads(r.read())["outputs"][0]["data"], unknown[0], atol=1e-5)
 
 def test_what_is_missing_in_json(served):
     server = served[0]
     request = good_request(server, ROW | dict.fromkeys([NAMES["age"], NAMES["city"], NAMES["seen"]]))
-    assert [i["data"] for i in request["inputs"][1:3]] == [[""], [-2**63]] and '"data": [NaN]' in json.dumps(request)
+    assert [i["data"] for i in request["inputs"][1:3]] == [["", "a"], [-2**63]] and '"data": [NaN, 1.0]' in json.dumps(request)
     assert np.allclose(post(server, request), server.client.predict_rows([ROW | dict.fromkeys([NAMES["age"], NAMES["city"], NAMES["seen"]])])[0], atol=1e-5)
 
 @pytest.mark.parametrize("change, words", [({NAMES["age"]: "thirty"}, ["row 2", "age in years", "'thirty'"]), ({NAMES["city"]: [3]}, ["row 2", "city $ name", "text"]),
