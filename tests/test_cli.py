@@ -7,16 +7,28 @@ def test_serve_answers_and_ends(project):
     "`mlkit serve` serves the released bundle, as its own example asks, until it is told to end."
     with project.started("mlkit", "serve", "--port", "0", "--metrics-port", "0") as p:
         line = wait_for(lambda: next((l for l in p.out.read_text().splitlines() if l.startswith("Try: ")), None), "the server")
-        url, body = line.split()[3], line.split("@")[1]
-        with urllib.request.urlopen(urllib.request.Request(url, open(body, "rb").read())) as answer: outputs = json.load(answer)["outputs"]
-        assert outputs[0]["name"] == "probabilities" and abs(sum(outputs[0]["data"][:10]) - 1) < 1e-4
+        *_, file, url = line.split()
+        with urllib.request.urlopen(urllib.request.Request(url, open(file.removeprefix("@"), "rb").read())) as answer: said = json.load(answer)
+        assert said["answer"] in said["probabilities"] and abs(sum(said["probabilities"].values()) - 1) < 1e-4
         p.send_signal(signal.SIGINT)
+        assert p.wait(300) == 0 and "stopped" in p.out.read_text()
+    assert not project.wait_idle()
+
+def test_serve_by_triton(project):
+    "The bundle's repository by Triton itself, as its own example asks."
+    with project.started("mlkit", "serve", "--engine", "triton", "--port", "0", "--metrics-port", "0") as p:
+        line = wait_for(lambda: next((l for l in p.out.read_text().splitlines() if l.startswith("Try: ")), None), "the server")
+        url, body = line.split()[3], line.split("@")[1]
+        with urllib.request.urlopen(urllib.request.Request(url, open(body, "rb").read())) as answer: outputs = {o["name"]: o["data"] for o in json.load(answer)["outputs"]}
+        assert abs(sum(outputs["probabilities"]) - 1) < 1e-4 and outputs["answer"][0] in "0123456789"
+        p.send_signal(signal.SIGTERM)
         assert p.wait(300) == 0 and "stopped" in p.out.read_text()
     assert not project.wait_idle()
 
 def test_serve_refuses(project):
     "Another address, a changed file, a model that is not released."
     one_line(project.mlkit("serve", "--host", "0.0.0.0", rc=1), "0.0.0.0")
+    one_line(project.mlkit("serve", "--workers", "1", rc=1), "takes 2 or more")
     model = project / "models/bundle/onnx/model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     one_line(project.mlkit("serve", rc=1), "SHA-256", "model.onnx")

@@ -95,7 +95,7 @@ def served(bundled: Bundled, queue: Queue) -> Served:
     signatures = Signatures.load(bundled.model.with_name("signatures.json"))
     enforcer = Enforcer(load_contract(bundled.file("contract.json")), signatures.served)
     told = json_format.MessageToDict(config, preserving_proto_field_name=True)
-    return Served(bundled.name, bundled.version, signatures, enforcer, queue, told, image_reader(bundled, signatures))
+    return Served(bundled.name, "1", bundled.version, signatures, enforcer, queue, told, image_reader(bundled, signatures))
 
 def image_reader(bundled: Bundled, signatures: Signatures): # See `Served.image`
     "Reads a file as `prepare` does; None where the model takes rows."
