@@ -183,7 +183,7 @@ def main():
           f"{args.repeats} repeats of {args.seconds} s, load average {os.getloadavg()[1]:.1f}\n")
     print("| at a time | | requests/s | p50 ms | p99 ms | CPU ms a request |\n|---|---|---|---|---|---|")
     print(f"| 1 | ONNX Runtime alone, no server | {figures(alone)} |")
-    for (c, who), rows in found.items():
+    for (c, who), rows in sorted(found.items(), key=lambda item: item[0][0]):
         print(f"| {c} | {who} | {figures(rows)} |")
 
 
