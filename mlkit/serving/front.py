@@ -237,7 +237,8 @@ class Front:
         self.process, self.sockets = None, []
         try:
             self.bundled = private_copy(bundle, listed, version, Path(self.folder.name))
-            self.sockets = [listen(host, port), listen(host, metrics_port)]
+            for wanted in (port, metrics_port):
+                self.sockets.append(listen(host, wanted))
         except BaseException:
             self.stop()
             raise
