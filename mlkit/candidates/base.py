@@ -17,6 +17,7 @@ from ..component import Registry
 from ..data.prepared import load_split
 from ..inputs.base import Input
 from ..task import Task
+from ..training.class_weight import class_weights, sample_weights
 
 # %% ../../nbs/candidates/00_base.ipynb #ef71163c
 TRAIN, VALIDATION = "train", "validation"
@@ -30,9 +31,10 @@ class Data:
         seed: int = 0,
         n_threads: int = 1, # Part of what makes a model the same bytes
         device: str = "cpu", # Or 'cuda': where a candidate that can is fitted
+        class_weights: tuple[float, ...] | None = None, # A weight a class; None: all count alike
     ):
         self.task, self.samples, self.y, self.seed = task, samples, y, seed
-        self.n_threads, self.device = n_threads, device
+        self.n_threads, self.device, self.class_weights = n_threads, device, class_weights
         self.kept = {}
 
     def X(self, split: str, task: Task | None = None) -> np.ndarray: # (n, …)
@@ -43,14 +45,20 @@ class Data:
             self.kept[key] = self.samples(task, split)
         return self.kept[key]
 
+    def weights(self, split: str) -> np.ndarray | None: # (n,); None: all count alike
+        "How much each sample of a split counts."
+        return sample_weights(self.class_weights, self.y[split])
+
 def prepared_data(
     task: Task,
     prepared: Path, # Folder of `prepare`
     seed: int, n_threads: int, device: str = "cpu", # See `Data`
+    class_weight: str | dict | None = None, # `train.class_weight`
 ) -> Data:
-    "What `prepare` has written."
+    "What `prepare` has written. Raises `ConfigError` on weights that the target cannot have."
     y = {s: np.asarray(load_split(prepared / f"{s}.safetensors")[1]) for s in (TRAIN, VALIDATION)}
-    return Data(task, lambda t, split: t.input.stored(prepared, split), y, seed, n_threads, device)
+    weights = class_weights(class_weight, task.target, y[TRAIN])
+    return Data(task, lambda t, split: t.input.stored(prepared, split), y, seed, n_threads, device, weights)
 
 # %% ../../nbs/candidates/00_base.ipynb #fffc0317
 @patch
@@ -63,7 +71,7 @@ def part(self: Data,
         return np.concatenate([self.X(s, task) for s in (TRAIN, VALIDATION)])
     y = np.concatenate([self.y[s] for s in (TRAIN, VALIDATION)])
     return Data(self.task, lambda task, split: both(task)[rows[split]], {s: y[r] for s, r in rows.items()},
-                self.seed, self.n_threads, self.device)
+                self.seed, self.n_threads, self.device, self.class_weights)
 
 @patch
 def whole(self: Data) -> Data:

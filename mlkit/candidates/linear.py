@@ -16,6 +16,7 @@ from torch import nn
 from .base import Data, Fitted, TRAIN, VALIDATION, candidate, empty
 from ..inputs.rows import Rows
 from ..task import Task
+from ..training.fit import batch_loss
 
 # %% ../../nbs/candidates/02_linear.ipynb #5ded5806
 class Linear(nn.Module):
@@ -100,7 +101,7 @@ def two_columns(w: np.ndarray) -> np.ndarray: # (…, 1): of two classes; (…, 
     return np.concatenate([np.zeros_like(w), w], -1)
 
 # %% ../../nbs/candidates/02_linear.ipynb #6fc31c3c
-def logistic(X, y, k: int, seed: int): # yields weights (e, k), intercepts (k,)
+def logistic(X, y, k: int, seed: int, counts=None): # counts: (n,) of each sample; yields weights (e, k), intercepts (k,)
     "Logistic regression, from the strongest pull to the weakest, each beginning where the one before has ended."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -108,7 +109,7 @@ def logistic(X, y, k: int, seed: int): # yields weights (e, k), intercepts (k,)
     for strength in STRENGTHS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning) # more steps change an answer hardly
-            model.set_params(C=strength).fit(X, y)
+            model.set_params(C=strength).fit(X, y, counts)
         coef, bias = model.coef_.T, model.intercept_
         if k == 2:
             yield two_columns(coef), two_columns(bias)
@@ -135,7 +136,10 @@ def first_of(data: Data, task: Task) -> Linear:
 def solutions(net: Linear, data: Data, task: Task): # yields weights (e, n_outputs), intercepts (n_outputs,)
     "The weights for each strength of the pull."
     X, y = net.design(data.X(TRAIN, task)[:MAX_ROWS]), np.asarray(task.target.as_learned(data.y[TRAIN]))[:MAX_ROWS]
-    return logistic(X, y, task.target.n_outputs, data.seed) if task.target.says_class else ridge(X, y)
+    if not task.target.says_class:
+        return ridge(X, y)
+    counts = data.weights(TRAIN)
+    return logistic(X, y, task.target.n_outputs, data.seed, None if counts is None else counts[:MAX_ROWS])
 
 # %% ../../nbs/candidates/02_linear.ipynb #588c2cf2
 @candidate(Rows)
@@ -150,7 +154,7 @@ def linear(data: Data) -> Fitted | None:
     net, tried = first_of(data, task), []
     for weights in solutions(net, data, task):
         net.take(*weights)
-        tried.append((task.target.loss(net(to_see), truth).item(), weights))
+        tried.append((batch_loss(task.target, net(to_see), truth, data.class_weights).item(), weights))
     best = int(np.argmin([loss for loss, _ in tried]))
     net.take(*tried[best][1])
     def again(more):

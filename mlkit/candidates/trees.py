@@ -89,11 +89,11 @@ def device_of(data: Data) -> str: # 'cpu' or 'cuda'
 MAX_CODES = 22 # With more, the codes of a column are numbers
 
 def bins_of(data: Data, task: Task, split: str, of=None): # of: the training split's, by which numbers are binned
-    "A split as XGBoost takes it."
+    "A split as XGBoost takes it, with the weights of the samples."
     import xgboost
     codes = task.input.codes
     types = ["c" if codes.get(j, MAX_CODES) < MAX_CODES else "q" for j in range(len(task.input.features))]
-    return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), feature_types=types,
+    return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), weight=data.weights(split), feature_types=types,
                                    enable_categorical=True, nthread=data.n_threads, ref=of)
 
 # %% ../../nbs/candidates/01_trees.ipynb #8e112eba

@@ -7,6 +7,7 @@ __all__ = ['COMPONENTS', 'LOOP', 'completed', 'training_of', 'Run', 'train_recor
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from fastcore.basics import patch
 
 from ..component import check_component
@@ -15,8 +16,9 @@ from ..jobs import choose
 from ..task import Task
 from .augment import AUGMENTATIONS
 from .checkpoint import Checkpoint
+from .class_weight import class_weights
 from .feed import Clock, feeds
-from .fit import Training, batch_size_for, fit, make_fabric
+from .fit import Training, batch_size_for, fit, make_fabric, make_watch
 from .model import MODELS, make_model
 from .optimize import OPTIMIZERS, SCHEDULES
 
@@ -38,10 +40,12 @@ LOOP = "n_epochs", "optimizer", "schedule", "augment", "loss", "keep", "seed" # 
 def training_of(
     values: dict, # the section `train`, completed
     n: int, # training samples
+    class_weights: tuple[float, ...] | None = None, # see `class_weight`
 ) -> Training:
-    "The values of the loop."
-    batch_size = values["batch_size"] or batch_size_for(n)
-    return Training(batch_size=batch_size, **{k: values[k] for k in LOOP})
+    "The values of the loop. `metric`, which tells the best epoch, is the caller's; without it the loss does."
+    batch_size, best = values["batch_size"] or batch_size_for(n), values["keep"] == "best"
+    metric = values.get("metric") if best else None
+    return Training(batch_size=batch_size, metric=metric, class_weights=class_weights, **{k: values[k] for k in LOOP})
 
 # %% ../../nbs/training/09_run.ipynb #4ebae0ba
 class Run:
@@ -58,8 +62,11 @@ class Run:
         self.fabric = make_fabric(self.decision.engine, precision, train["n_threads"], train["seed"])
         self.model = self.values["model"]
         self.net = make_model(self.model, task)
-        self.n_samples = len(load_split(prepared / "train.safetensors")[1])
-        self.training = training_of(self.values, self.n_samples)
+        y, held = (np.asarray(load_split(prepared / f"{s}.safetensors")[1]) for s in ("train", "validation"))
+        self.n_samples = len(y)
+        weights = class_weights(self.values.get("class_weight"), task.target, y)
+        self.training = training_of(self.values, self.n_samples, weights)
+        self.watch = make_watch(task, self.training.metric, held)
         self.feed, self.feeds = feeds(task, prepared, shards, train["feed"], self.fabric.device,
                                       self.training.batch_size, train["n_threads"])
         self.clock = Clock()
@@ -78,7 +85,7 @@ def train_records(
     run: Run,
 ) -> Iterator[dict]: # see `fit`
     "Train. Afterwards `run.net` has the weights that are kept."
-    yield from fit(run.fabric, run.net, run.task, run.feeds, run.training, run.checkpoint, run.clock)
+    yield from fit(run.fabric, run.net, run.task, run.feeds, run.training, run.checkpoint, run.clock, run.watch)
 
 # %% ../../nbs/training/09_run.ipynb #c80c1598
 @patch(as_prop=True)
@@ -86,7 +93,8 @@ def logged(self: Run) -> dict: # 'optimizer.lr': 0.01, …
     "Values for a tracker."
     flat = {}
     for k, v in self.values.items():
-        flat |= {f"{k}.{name}": x for name, x in v.items()} if isinstance(v, dict) else {k: v}
+        parts = isinstance(v, dict) and k != "class_weight" # a class may have any name, a parameter may not
+        flat |= {f"{k}.{name}": x for name, x in v.items()} if parts else {k: v}
     return flat | {"batch_size": self.training.batch_size, "device": self.decision.engine}
 
 # %% ../../nbs/training/09_run.ipynb #57542af1
