@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'GAPS', 'SECTIONS', 'HOW', 'PACKAGES', 'CARD', 'Facts', 'plain', 'grid',
-           'stated', 'listed', 'component', 'header_of', 'answer_rule', 'details', 'intended', 'factors', 'protected',
-           'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses', 'between_groups',
-           'ethics', 'caveats', 'card', 'data_version', 'environment_of', 'add_card']
+           'stated', 'listed', 'component', 'header_of', 'answer_rule', 'weights_text', 'details', 'intended',
+           'factors', 'protected', 'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses',
+           'between_groups', 'ethics', 'caveats', 'card', 'data_version', 'environment_of', 'add_card']
 
 # %% ../../nbs/evaluation/20_card.ipynb #98f8f43f
 import hashlib, json, re
@@ -84,6 +84,10 @@ def answer_rule(header: dict) -> dict: # what: how
             "Rule for the answer": f"probabilities count {', '.join(f'{c:g}' for c in decision)} times" if decision else None}
 
 # %% ../../nbs/evaluation/20_card.ipynb #0d6428f8
+def weights_text(asked: str | dict | None) -> str | None: # `train.class_weight`
+    "Weights of classes as a person gave them."
+    return ", ".join(f"{name} {w:g}" for name, w in asked.items()) if isinstance(asked, dict) else asked
+
 def details(f: Facts) -> list[str]:
     "Model details."
     t, target, train = f.metrics.get("train", {}), f.task.target, f.values.get("train", {})
@@ -93,7 +97,7 @@ def details(f: Facts) -> list[str]:
     network = {"Parameters": figure(t.get("parameters")),
                "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
     kind = listed({"Kind": component(f.header.get("model", {})), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
-                   "Seed": train.get("seed")})
+                   "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight"))})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
     return [*made, *kind, *listed({"Format": f.format, "Environment": packages}),

@@ -28,6 +28,7 @@ CHECKS = [ # quick ones first
     "mlkit.serving.repository:server_can_name_it",
     "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
+    "mlkit.training.check:weights_are_known",
     "mlkit.training.check:components_are_known",
 ]
 GROUP = "mlkit.values" # of entry points
