@@ -33,6 +33,8 @@ def test_whoever_wins_is_exported_served_and_released(blended):
     assert all(figures["r2"] >= figures[f"{name}_r2"] - 0.002 for name in ("network", "linear", "trees"))
     page = (project / "reports/train.html").read_text()
     assert "chosen: blend, since it has the best r2 on held-out samples" in page and "trees" in page
+    kept = project.json("reports/metrics/train.json")["kept_epoch"]
+    assert f"kept: epoch {kept} of 8, the best by r2, and where it hardly differs the loss, on the validation split" in page
 
 def test_it_is_the_same_bytes_the_next_time(blended):
     project, _ = blended
@@ -58,11 +60,12 @@ def test_each_alone_too(blended):
 
 @pytest.mark.parametrize("asked, says", [
     (["tres"], "did you mean 'trees'"), ([{"name": "trees", "max_dept": 3}], "did you mean 'max_depth'"),
-    ([{"name": "trees", "max_depth": 0}], "max_depth"), ([{"depth": 3}], "train.candidates")])
+    ([{"name": "trees", "max_depth": 0}], "max_depth"), ([{"depth": 3}], "train.candidates"),
+    ("balanced", "train.class_weight is for classes, these data have regression")])
 def test_a_slip_is_found_before_the_first_stage(blended, asked, says):
     project, _ = blended
     before = (project / "params.yaml").read_text()
-    project.param(train__candidates=asked)
+    project.param(**{"train__candidates": asked} if isinstance(asked, list) else {"train__class_weight": asked})
     done = project.mlkit("repro", rc=1)
     (project / "params.yaml").write_text(before)
     assert says in done.stderr and "▸" not in done.stdout and "Traceback" not in done.stderr
