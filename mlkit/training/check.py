@@ -46,13 +46,14 @@ def known_contract(
 ): # `contract.Contract`, or None: not known yet
     "What the data are, as far as it is known before the first stage. Raises `DataError` on a contract that cannot be read."
     from mlkit.data.contract import load_contract
+    from mlkit.flow.config import read_params
     from mlkit.flow.pipeline import last_run
-    ingest, made = params.get("ingest", {}), root / "data/contract.json"
-    named = ingest.get("contract")
+    named, made = params.get("ingest", {}).get("contract"), root / "data/contract.json"
     if named:
         return load_contract(root / named) if (root / named).is_file() else None
     before = last_run(root).get("ingest", {}).get("params", {}).get("params.yaml", {}).get("ingest")
-    return load_contract(made) if before == ingest and made.is_file() else None
+    same = before is not None and before == read_params(root).get("ingest") # as they are written
+    return load_contract(made) if same and made.is_file() else None
 
 def weights_are_known(
     params: dict[str, dict], # stage: its checked section
