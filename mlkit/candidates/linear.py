@@ -101,7 +101,10 @@ def two_columns(w: np.ndarray) -> np.ndarray: # (…, 1): of two classes; (…, 
     return np.concatenate([np.zeros_like(w), w], -1)
 
 # %% ../../nbs/candidates/02_linear.ipynb #6fc31c3c
-def logistic(X, y, k: int, seed: int, counts=None): # counts: (n,) of each sample; yields weights (e, k), intercepts (k,)
+def logistic(
+    X, y, k: int, seed: int, # (n, e), (n,) int
+    counts: np.ndarray | None = None, # (n,): how much each sample counts
+): # yields weights (e, k), intercepts (k,)
     "Logistic regression, from the strongest pull to the weakest, each beginning where the one before has ended."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -93,8 +93,8 @@ def bins_of(data: Data, task: Task, split: str, of=None): # of: the training spl
     import xgboost
     codes = task.input.codes
     types = ["c" if codes.get(j, MAX_CODES) < MAX_CODES else "q" for j in range(len(task.input.features))]
-    return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), weight=data.weights(split), feature_types=types,
-                                   enable_categorical=True, nthread=data.n_threads, ref=of)
+    return xgboost.QuantileDMatrix(data.X(split, task), labels(data, split), weight=data.weights(split),
+                                   feature_types=types, enable_categorical=True, nthread=data.n_threads, ref=of)
 
 # %% ../../nbs/candidates/01_trees.ipynb #8e112eba
 def boosted(

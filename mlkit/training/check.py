@@ -55,6 +55,7 @@ def known_contract(
     same = before is not None and before == read_params(root).get("ingest") # as they are written
     return load_contract(made) if same and made.is_file() else None
 
+# %% ../../nbs/training/10_check.ipynb #3de04e43
 def weights_are_known(
     params: dict[str, dict], # stage: its checked section
     root: Path, # the project

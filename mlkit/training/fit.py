@@ -121,8 +121,9 @@ def kept_line(
     figures = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in kept.items() if k.startswith("validation_"))
     if keep == "last":
         return f"{begin}, the last; {figures}"
-    by = f"{watch.name.replace('_', ' ')}, and where it hardly differs the loss," if watch.plateau else watch.name or "loss"
-    return f"{begin}, the best by {by.replace('_', ' ')} on the validation split; {figures}"
+    by = (watch.name or "loss").replace("_", " ")
+    then = ", and where it hardly differs the loss," if watch.plateau else ""
+    return f"{begin}, the best by {by}{then} on the validation split; {figures}"
 
 # %% ../../nbs/training/05_fit.ipynb #291d4a30
 class State:
