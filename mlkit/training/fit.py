@@ -372,7 +372,7 @@ def fit(
 # %% ../../nbs/training/05_fit.ipynb #a469c073
 def plot_history(
     history: list[dict], # the records of `fit`
-    score_name: str, # 'accuracy'
+    score_name: str, # 'accuracy': a key 'validation_accuracy' of the records
 ):
     "Loss and score over the epochs."
     from mlkit.plot import BLUE, GREEN, axes
@@ -383,4 +383,4 @@ def plot_history(
     left.set(title="Loss", xlabel="epoch", yscale="log")
     left.legend()
     right.plot(epoch, [h[key] for h in history], color=BLUE)
-    right.set(title=f"Validation {score_name}, {history[-1][key]:.3f} at the end", xlabel="epoch")
+    right.set(title=f"Validation {score_name.replace('_', ' ')}, {history[-1][key]:.3f} at the end", xlabel="epoch")
