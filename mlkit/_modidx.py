@@ -4086,6 +4086,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mlkit/training/class_weight.py'),
                                              'mlkit.training.class_weight.class_weights': ( 'training/class_weight.html#class_weights',
                                                                                             'mlkit/training/class_weight.py'),
+                                             'mlkit.training.class_weight.loss_by_class': ( 'training/class_weight.html#loss_by_class',
+                                                                                            'mlkit/training/class_weight.py'),
                                              'mlkit.training.class_weight.sample_weights': ( 'training/class_weight.html#sample_weights',
                                                                                              'mlkit/training/class_weight.py'),
                                              'mlkit.training.class_weight.weighted_loss': ( 'training/class_weight.html#weighted_loss',

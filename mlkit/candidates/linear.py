@@ -16,7 +16,7 @@ from torch import nn
 from .base import Data, Fitted, TRAIN, VALIDATION, candidate, empty
 from ..inputs.rows import Rows
 from ..task import Task
-from ..training.fit import batch_loss
+from ..training.class_weight import loss_by_class
 
 # %% ../../nbs/candidates/02_linear.ipynb #5ded5806
 class Linear(nn.Module):
@@ -157,7 +157,7 @@ def linear(data: Data) -> Fitted | None:
     net, tried = first_of(data, task), []
     for weights in solutions(net, data, task):
         net.take(*weights)
-        tried.append((batch_loss(task.target, net(to_see), truth, data.class_weights).item(), weights))
+        tried.append((loss_by_class(task.target, net(to_see), truth, data.class_weights).item(), weights))
     best = int(np.argmin([loss for loss, _ in tried]))
     net.take(*tried[best][1])
     def again(more):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'BALANCED', 'SHOWN', 'ONCE', 'class_name', 'check_weights', 'check_for_target', 'balanced', 'class_weights',
-           'sample_weights', 'weights_line', 'weighted_loss']
+           'sample_weights', 'weights_line', 'weighted_loss', 'loss_by_class']
 
 # %% ../../nbs/training/11_class_weight.ipynb #279b4815
 import math
@@ -112,3 +112,16 @@ def weighted_loss(
     of_each = torch.vmap(of_one)(output, y)
     w = weights.to(of_each)[y]
     return (w * of_each).sum() / w.sum()
+
+# %% ../../nbs/training/11_class_weight.ipynb #fe85c82c
+def loss_by_class(
+    target: Target,
+    output, # (n, n_outputs), a tensor
+    y, # (n,) as the target learns it, a tensor
+    weights: tuple[float, ...] | None, # see `class_weights`
+    **parameters, # of the target's loss
+): # a tensor
+    "The mean loss, with weights where there are some."
+    if weights is None:
+        return target.loss(output, y, **parameters)
+    return weighted_loss(target.loss, output, y, torch.tensor(weights), **parameters)

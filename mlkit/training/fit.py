@@ -22,7 +22,7 @@ from ..targets.base import Target
 from ..task import Task
 from .augment import make_augmentation
 from .checkpoint import Checkpoint, fingerprint, sources
-from .class_weight import weighted_loss
+from .class_weight import loss_by_class
 from .feed import Clock
 from .optimize import make_optimizer, make_schedule
 
@@ -289,7 +289,7 @@ def describe(
     precision = str(fabric.strategy.precision.precision)
     cpu = torch.backends.cpu.get_cpu_capability()
     machine = torch.__version__, str(fabric.device), cpu, torch.get_num_threads(), precision
-    code = sources(fit, batch_loss, fingerprint, augment, task.target, *feeds, *net.modules(), *front.modules())
+    code = sources(fit, batch_loss, loss_by_class, fingerprint, augment, task.target, *feeds, *net.modules(), *front.modules())
     modules = [x for m in (net, front) for x in (m, *m.state_dict().values())]
     data = [f.fingerprint() for f in feeds]
     return fingerprint(machine, code, asdict(training), task.to_dict(), *data, torch.get_rng_state(), *modules)
@@ -305,9 +305,7 @@ def batch_loss(
     "What one step makes small: the mean over samples and members."
     if output.dim() == 3:
         output, y = output.flatten(0, 1), y.repeat_interleave(output.shape[1])
-    if class_weights is None:
-        return target.loss(output, y, **parameters)
-    return weighted_loss(target.loss, output, y, torch.tensor(class_weights), **parameters)
+    return loss_by_class(target, output, y, class_weights, **parameters)
 
 # %% ../../nbs/training/05_fit.ipynb #8a2f05ef
 @torch.no_grad()
