@@ -171,8 +171,9 @@ MADE_FROM = "ingest", "prepare", "audit", "tune", "train" # these stages say not
 def analyses(f: Facts) -> list[str]:
     "Quantitative analyses."
     rows = [row for stage, figures in f.metrics.items() if stage not in MADE_FROM for row in figure_rows(stage, figures)]
-    weak = f.metrics.get("evaluate", {}).get("evidence", {}).get("weak_slices") or "none"
-    return [*grid(rows), f"Weak slices: {plain(weak)}.", ""]
+    said = f.metrics.get("evaluate", {}).get("evidence", {})
+    rows_of_each = [f"Models beside it: {plain(said['shortfall'])}", ""] if said.get("shortfall") else []
+    return [*grid(rows), *rows_of_each, f"Weak slices: {plain(said.get('weak_slices') or 'none')}.", ""]
 
 # %% ../../nbs/evaluation/20_card.ipynb #fb7d8d5a
 GAPS = {"fairness_gap": "Score", "demographic_parity_difference": "Demographic parity",

@@ -201,12 +201,12 @@ LOOKS = {"Released": "good", "Not released": "bad"} # class of the page's first 
 
 def judged(verdict: dict | None, champion: dict | None) -> dict: # What the template takes
     "The verdict in words, what failed and why, and what the champion has."
-    from mlkit.evaluation.verdict import MEANINGS, headline, missed, reason_lines
+    from mlkit.evaluation.verdict import headline, meanings_of, missed, reason_lines
     if not verdict:
         return {"word": "Pipeline", "look": ""}
     word, failed, warned = headline(verdict), missed(verdict, "criteria"), missed(verdict, "warnings")
     return {"word": word, "verdict": verdict, "look": LOOKS.get(word, "warned"), "failed": list(failed), "warned": list(warned),
-            "reasons": reason_lines(verdict), "meanings": MEANINGS, "champion": champion_figures(verdict, champion)}
+            "reasons": reason_lines(verdict), "meanings": meanings_of(verdict), "champion": champion_figures(verdict, champion)}
 
 # %% ../../nbs/flow/19_index.ipynb #fef35fdb
 def index_page(
