@@ -73,7 +73,8 @@ def harmless(
 WORDS = r"(?:password|passwd|pwd|secret|token|signature|credential|(?:api|access|account|shared)_?key)"
 SHORT = r"(?:sig|sas|auth|pass|pw)" # whole names only: others begin like them
 SECRETS = [re.compile(pattern, re.I) for pattern in ( # each keeps its first group
-    r"(://)[^\s/?#'\"@]*:(?!\d+(?:[/?#]|$))[^\s'\"]*(?=@)", # user:password@host
+    r"(://)[^\s/?#'\"]*:" # user:password@host
+    r"(?!\d+(?:[/?#][^\s'\"@]*)?['\"](?:[\s,;:)\]}>]|$))\S*(?=@)", # not a port in quotes
     r"(https?://)[^\s/?#'\"@:]{16,}(?=@)", # a token in the place of a user
     rf"([?&;](?:[\w.-]*{WORDS}[\w.-]*|{SHORT})=)(?!…)[^\s&;'\"]+", # ?token=…
     r"((?<![\w?&;-])(?:password|passwd|pwd)\s*=\s*)(?!…)[^\s&;'\"]+", # host=db password=…

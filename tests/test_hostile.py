@@ -448,7 +448,9 @@ REFUSED = ["postgres://me:s3cr3t@host/db", "postgresql://me:p@s3cr3t@host/db", "
            "s3://key:s3cr3t@bucket/x.csv", "https://me:s3cr3t@example.com/x.csv", "https://s3cr3t0123456789abcdef@example.com/x.csv",
            "https://example.com/x.csv?X-Amz-Signature=s3cr3t", "https://x.blob.core.windows.net/c/x.csv?sv=1&sig=s3cr3t", "ftp://:s3cr3t@host/x.csv",
            "kafka://me:s3cr3t@host/topic", "kafka://host/topic?sasl.password=s3cr3t", "sqlite:///x.db?key=1&token=s3cr3t",
-           "postgresql://host/db?sslpassword=s3cr3t", "gs://bucket/x.csv?access_token=s3cr3t"]
+           "postgresql://host/db?sslpassword=s3cr3t", "gs://bucket/x.csv?access_token=s3cr3t",
+           *(f"postgresql://me:{p}@host:5432/db?table=t" for p in ("1234/s3cr3t", "1234?s3cr3t", "1234#s3cr3t", "1234@s3cr3t", "1234:s3cr3t", "/s3cr3t", "?s3cr3t", "#s3cr3t", "@s3cr3t", "1'2\"s3cr3t")),
+           "https://me:99/s3cr3t@example.com/x.csv", "kafka://me@server:12/s3cr3t@host:9092/topic"]
 
 @pytest.mark.parametrize("source", REFUSED)
 def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
@@ -457,6 +459,7 @@ def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["new", "shop", "--from", source, "--target", "y"])
     assert done.exit_code == 1 and "s3cr3t" not in done.output and not list(tmp_path.iterdir()), done.output
+    assert "take it out" in done.output, done.output
     for values in ({"source": source}, {"own": {"urls": [source]}}):
         with pytest.raises(ConfigError, match="holds a password, a token or a key") as e:
             check_secrets("ingest", values, "params.yaml")
