@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from .core import DataError, harmless
+from .core import DataError, SPARE, check_length, harmless
 from .inputs.base import find_input
 from .project.roles import OWN_CONTRACT, Roles, own_contract, with_roles
 
@@ -271,6 +271,7 @@ def new_project(
     "Look at the data and write the project. Raises `DataError`, `ConfigError`; then nothing is left."
     from mlkit.project.write import check_free, source_as_given, source_from, write_project
     from mlkit.sources.registry import open_source
+    check_length(out.absolute(), "the project's folder", SPARE)
     check_free(out)
     out = out.absolute()
     source = source_from(out, data)

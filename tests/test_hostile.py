@@ -167,6 +167,20 @@ def test_params_say_what_was_chosen(what):
     assert {stage: values or {} for stage, values in got.items()} == wanted
 
 
+@pytest.mark.parametrize("place", ["ingest.source", "ingest.contract", "prepare.golden", "train.candidates", "release.model_name", "serve.name", "train.experiment"])
+def test_a_name_that_is_too_long_for_a_file(place):
+    "Of whatever letters: refused by its place before the first stage, and not in the words of the operating system."
+    from mlkit.flow.checks import names_fit_files
+    from mlkit.evaluation.verdict import model_can_be_named
+    section, key = place.split(".")
+    for name in ("n" * 256, "n" * 5000, "é" * 128, "モ" * 90, "𝒜" * 64):
+        values = {section: {key: [name] if key == "candidates" else name}}
+        with pytest.raises(ConfigError) as e:
+            for check in (names_fit_files, model_can_be_named, server_can_name_it, experiment_can_be_named):
+                check(values, Path("nowhere"))
+        assert str(e.value).startswith(f"params.yaml: {place}") and "Errno" not in str(e.value) and len(str(e.value)) < 400
+
+
 FOLDERS = ["line", "shell", "option"]
 
 def test_a_project_of_a_hostile_name(tmp_path, monkeypatch):
@@ -178,6 +192,9 @@ def test_a_project_of_a_hostile_name(tmp_path, monkeypatch):
         done = CliRunner().invoke(main, ["new", "--from", "t.csv", "--", NAMES[what]], color=True)
         assert done.exit_code == 0 and faults_of(done) == [], (what, done.output[-500:], done.exception)
         YAML(typ="safe").load(tmp_path / NAMES[what] / "params.yaml")
+    for name in (NAMES["long"], NAMES["long and wide"], "n" * 230, f"a/{'é' * 128}", "a" + "/b" * 3000):
+        done = CliRunner().invoke(main, ["new", "--from", "t.csv", "--", name], color=True)
+        assert done.exit_code == 1 and faults_of(done) == [] and "the project's folder: the " in done.stderr and "use a shorter one" in done.stderr
     for what in ("long", "parent", "above"):
         inner = tmp_path / "inner"
         inner.mkdir(exist_ok=True)

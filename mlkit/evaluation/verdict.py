@@ -11,11 +11,11 @@ __all__ = ['MAX_NAME', 'NAME_RULE', 'PARTS', 'VERDICT', 'AGES', 'UNLIKE', 'FARES
 import unicodedata
 from pathlib import Path
 
-from ..core import ConfigError, nearest, read_json
+from ..core import ConfigError, SPARE, check_length, nearest, read_json
 from ..flow.stage import MEASUREMENTS
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #985a62e2
-MAX_NAME = 80 # characters; as UTF-8 still a file name
+MAX_NAME = 80 # characters
 NAME_RULE = (f"a name has at most {MAX_NAME} letters, digits, blanks, '.', '-' and '_', and starts and ends with "
              "a letter, a digit or '_'")
 
@@ -33,6 +33,7 @@ def check_model_name(
     if not fine or not is_word_character(name[0]) or not is_word_character(name[-1]):
         shown = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
         raise ConfigError(f"{where}: {shown!r} cannot name a model: {NAME_RULE}")
+    check_length(name, where, SPARE)
     return name
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #0e7fd1cc
