@@ -22,7 +22,7 @@ from .history import ROLES
 from .provenance import git_says, machine, packages
 from .verdict import VERDICT, headline
 from ..flow.environment import ENVIRONMENT
-from ..flow.report import CSS, figure
+from ..flow.report import CSS, PAGE_HEAD, figure
 from ..flow.verify import cached, listed
 from ..task import load_task
 
@@ -594,8 +594,7 @@ def lines(c: Comparison) -> list[str]:
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #37f7d462
 COMPARE = "reports/compare.html"
-COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>{{ c.a.shown }} and {{ c.b.shown }} · mlkit</title><style>{{ css|safe }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav></header><main>
 <h1>Side by side</h1><blockquote><p>A is {{ c.a.shown }}, B is {{ c.b.shown }}.</p></blockquote>
@@ -649,7 +648,7 @@ def compare_page(c: Comparison) -> str: # HTML, complete
     from mlkit.flow.index import breakable
     differ, alike = (by_stage([r for r in c.figures if r["same"] == same]) for same in (False, True))
     page = Environment(autoescape=True, trim_blocks=True).from_string(COMPARE_PAGE)
-    return page.render(c=c, differ=differ, alike=alike, css=CSS + COMPARE_CSS, outcome=outcome, short=short,
+    return page.render(c=c, differ=differ, alike=alike, head=PAGE_HEAD, css=CSS + COMPARE_CSS, outcome=outcome, short=short,
                        breakable=breakable)
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #89824d34

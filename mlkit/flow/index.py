@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import StageError, read_json, write_atomic, write_json
 from .pipeline import INDEX, last_run, load_stages
-from .report import CSS, figure
+from .report import CSS, PAGE_HEAD, figure
 from .stage import MEASUREMENTS
 
 # %% ../../nbs/flow/19_index.ipynb #21d66a30
@@ -134,8 +134,7 @@ def key_figures(
     return [(k.replace("_", " "), figure(v)) for k, v in metrics.items() if isinstance(v, (bool, int, float))][:n]
 
 # %% ../../nbs/flow/19_index.ipynb #8c2a8b5e
-INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>{{ word }}{{ ' · ' ~ verdict.model if verdict }} · mlkit</title><style>{{ css|safe }}</style></head><body><main>
 <section class="verdict {{ look }}" aria-labelledby="verdict">
 <div><h1 id="verdict">{{ word }}</h1>
@@ -223,7 +222,7 @@ def index_page(
              for stage, notebook in reports.items()]
     written = written or datetime.now(timezone.utc)
     return Environment(autoescape=True).from_string(INDEX_PAGE).render(
-        judged(verdict, facts.get("champion")), css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
+        judged(verdict, facts.get("champion")), head=PAGE_HEAD, css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
         written=written, date=f"{written:%-d %B %Y, %H:%M} UTC", figure=figure, beside=beside,
         breakable=breakable)
 
