@@ -414,6 +414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mlkit.commands.merge_lock': { 'mlkit.commands.merge_lock.merge_lock': ( 'commands/merge_lock.html#merge_lock',
                                                                                      'mlkit/commands/merge_lock.py')},
             'mlkit.commands.new': { 'mlkit.commands.new.new': ('commands/new.html#new', 'mlkit/commands/new.py'),
+                                    'mlkit.commands.new.of_table': ('commands/new.html#of_table', 'mlkit/commands/new.py'),
                                     'mlkit.commands.new.padded': ('commands/new.html#padded', 'mlkit/commands/new.py'),
                                     'mlkit.commands.new.reasons': ('commands/new.html#reasons', 'mlkit/commands/new.py'),
                                     'mlkit.commands.new.shown': ('commands/new.html#shown', 'mlkit/commands/new.py')},

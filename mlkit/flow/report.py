@@ -45,7 +45,8 @@ td { white-space: nowrap } td.long { white-space: normal; min-width: 8rem }
 # %% ../../nbs/flow/06_report.ipynb #505023d1
 PAGE = """
 {%- extends 'basic/index.html.j2' -%}
-{%- block header -%}<!doctype html><html lang="en"><head>{{ resources.mlkit.head }}<title>{{ resources.mlkit.title | e }} · mlkit</title><style>{{ resources.mlkit.css }}</style></head><body>
+{%- block header -%}<!doctype html><html lang="en"><head>{{ resources.mlkit.head }}
+<title>{{ resources.mlkit.title | e }} · mlkit</title><style>{{ resources.mlkit.css }}</style></head><body>
 {%- if not resources.mlkit.framed %}
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav>
 <label><input type="checkbox" id="code"> show code</label></header>{% endif %}<main>{%- endblock header -%}
