@@ -451,14 +451,39 @@ def bytes_of(project):
     yield ".git", packed.stdout
 
 
+def leaks(project, wanted):
+    "path: which of the secrets are in it."
+    found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(project)}
+    assert len(found) > 100
+    return {name: secrets for name, secrets in found.items() if secrets}
+
+
 def test_secrets_are_in_no_artifact(shop):
     "Reports, models, bundle, registry, database, lock and logs, and what was said on the way."
     key = [line for line in (shop.root.parent / "home/key.pem").read_text().splitlines() if not line.startswith("-")]
     wanted = [*PLANTED.values(), *key]
     assert len(PLANTED) == len({w[:9] for w in PLANTED.values()}) == 15 and len(key) > 1
-    found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(shop)}
-    assert len(found) > 100 and {name: w for name, w in found.items() if w} == {}
+    assert leaks(shop, wanted) == {}
     assert [w for w in wanted if w in shop.said["all"]] == []
+
+
+def test_a_leak_would_be_seen(shop, tmp_path):
+    "A control: each secret, written where a careless line of code would write it."
+    project = shop.clone(tmp_path / "shop")
+    places = ["reports/train.html", "reports/metrics/train.json", "models/bundle/card.md", "params.yaml", "mlflow.db", "history.jsonl", ".mlkit/note"]
+    planted = {}
+    for i, secret in enumerate(PLANTED.values()):
+        place = places[i % len(places)]
+        (project / place).parent.mkdir(parents=True, exist_ok=True)
+        with open(project / place, "ab") as f:
+            f.write(f"\nurl: postgres://me:{secret}@host/db\n".encode())
+        planted.setdefault(place, []).append(secret)
+    assert leaks(project, PLANTED.values()) == planted
+    project.git("add", "-f", "params.yaml") # what was committed once stays in git, also when the file is mended
+    project.git("commit", "-qm", "a slip")
+    for place in places:
+        (project / place).unlink()
+    assert leaks(project, PLANTED.values()) == {".git": planted["params.yaml"]}
 
 
 REFUSED = ["postgres://me:s3cr3t@host/db", "postgresql://me:p@s3cr3t@host/db", "postgresql://host/db?table=t&password=s3cr3t", "mysql://me:s3cr3t/x@host/db",
