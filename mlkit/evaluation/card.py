@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'GAPS', 'SECTIONS', 'HOW', 'PACKAGES', 'CARD', 'Facts', 'plain', 'grid',
            'stated', 'listed', 'component', 'header_of', 'answer_rule', 'details', 'intended', 'factors', 'protected',
-           'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses', 'between_groups',
-           'ethics', 'caveats', 'card', 'data_version', 'environment_of', 'add_card']
+           'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses', 'gap_lines', 'ethics',
+           'caveats', 'card', 'data_version', 'environment_of', 'add_card']
 
 # %% ../../nbs/evaluation/20_card.ipynb #98f8f43f
 import hashlib, json, re
@@ -179,7 +179,7 @@ def analyses(f: Facts) -> list[str]:
 GAPS = {"fairness_gap": "Score", "demographic_parity_difference": "Demographic parity",
         "equalized_odds_difference": "Equalized odds"}
 
-def between_groups(f: Facts) -> list[str]:
+def gap_lines(f: Facts) -> list[str]:
     "The largest differences between groups of people, with the groups."
     figures = f.metrics.get("evaluate", {})
     said = figures.get("evidence", {})
@@ -191,7 +191,7 @@ def between_groups(f: Facts) -> list[str]:
 
 def ethics(f: Facts) -> list[str]:
     "Ethical considerations."
-    return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *between_groups(f)]
+    return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *gap_lines(f)]
 
 # %% ../../nbs/evaluation/20_card.ipynb #487961e1
 def caveats(f: Facts) -> list[str]:

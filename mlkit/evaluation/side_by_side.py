@@ -6,9 +6,9 @@ __all__ = ['NO_METRICS', 'WORKING', 'UNKNOWN', 'CODE', 'DATA', 'ENDS', 'WITHIN',
            'judged_figures', 'version_metrics', 'version_side', 'commit_of', 'side', 'last_model', 'leaves',
            'used_values', 'values_of', 'unused_values', 'differing', 'hashes', 'changes', 'is_number', 'fine',
            'with_ends', 'directions', 'signed', 'mark_of', 'figures_beside', 'said_of', 'verdicts_beside', 'digest_of',
-           'parts_in', 'brought', 'not_paired', 'modality_at', 'answers_of', 'metric_of', 'Paired', 'paired', 'lead_of',
-           'n_different', 'report_at', 'pictures_beside', 'Comparison', 'notes_on', 'compared', 'short', 'outcome',
-           'lines', 'by_stage', 'compare_page', 'write_comparison']
+           'parts_in', 'brought', 'not_paired', 'modality_at', 'answers_of', 'metric_of', 'Paired', 'paired',
+           'scored_by', 'n_different', 'report_at', 'pictures_beside', 'Comparison', 'notes_on', 'compared', 'short',
+           'outcome', 'lines', 'by_stage', 'compare_page', 'write_comparison']
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #48edef67
 import json, shutil
@@ -476,7 +476,7 @@ def paired(
 ) -> Paired | str: # or why there is none
     "Run both models on the same test rows."
     from mlkit.task import chosen_score
-    from mlkit.targets.resample import interval, p_values, resampled
+    from mlkit.targets.resample import interval, p_values, paired_lead, resampled
     if why := not_paired(root, a, b):
         return why
     try:
@@ -486,27 +486,18 @@ def paired(
     if (task.target.name, p.shape, getattr(task.target, "classes", ())) != (other.target.name, q.shape, getattr(other.target, "classes", ())):
         return "the targets differ"
     metric = chosen_score(task, metric_of(task.target.scores(), a, b))
-    lead_on = lead_of((other, q), (task, p), y, metric)
+    lead_on = paired_lead(scored_by(other, q, metric), scored_by(task, p, metric), y)
     lead, whole = resampled(lead_on, len(y), seed, q.size), float(lead_on(np.ones((1, len(y))))[0])
     (low, high), tests = interval(lead, confidence), p_values(lead)
     return Paired(metric, whole, float(low), float(high), min(1.0, 2 * min(tests)), len(y),
                   n_different((other, q), (task, p)))
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #8924dfea
-def lead_of(
-    b: tuple, a: tuple, # task and answers (n, k) of the second model, and of the first
-    y: np.ndarray, # (n,) the truth
-    metric: str, # of both targets
-): # a function of weights (r, n): (r,)
-    "By how much the second model is better. Each is scored by its own rule, see `Classes.decided`."
-    def scored(task, answers):
-        score, exact = task.target.scores(10)[metric], task.target.exact(answers)
-        sign = 1 if score.higher_is_better else -1
-        return lambda w: sign * score.of(exact, y, w)
-    of_b, of_a = scored(*b), scored(*a)
-    return lambda w: of_b(w) - of_a(w)
+def scored_by(task, answers: np.ndarray, metric: str) -> tuple: # answers (n, k); for `resample.paired_lead`
+    "How a model is scored, by its own rule (see `Classes.decided`), and its exact answers."
+    return task.target.scores(10)[metric], task.target.exact(answers)
 
-def n_different(b: tuple, a: tuple) -> int: # as of `lead_of`
+def n_different(b: tuple, a: tuple) -> int: # task and answers (n, k) of the second model, and of the first
     "How many samples get another answer, each by its own rule."
     (task_b, q), (task_a, p) = b, a
     if getattr(task_a.target, "classes", ()):
@@ -593,7 +584,7 @@ def lines(c: Comparison) -> list[str]:
     return [*said, f"{len(c.figures) - len(differ)} of {len(c.figures)} figures are the same", *c.notes, c.paired]
 
 # %% ../../nbs/evaluation/22_side_by_side.ipynb #37f7d462
-COMPARE = "reports/compare.html"
+COMPARE = "reports/compare.html" # in the project
 COMPARE_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>{{ c.a.shown }} and {{ c.b.shown }} · mlkit</title><style>{{ css|safe }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav></header><main>

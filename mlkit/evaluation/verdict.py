@@ -186,8 +186,9 @@ def meanings_of(
     return MEANINGS | {n: f"{MEANINGS[n]}. {text}" for n, text in told.items()}
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #2713ed46
-OUTCOMES = {"released": "Released", "released with warnings": "Released with warnings", "refused": "Not released",
-            "undecided": "Undecided"} # and how they are called in a headline
+OUTCOMES = { # outcome: what it is called in a headline
+    "released": "Released", "released with warnings": "Released with warnings",
+    "refused": "Not released", "undecided": "Undecided"}
 
 def outcome_of(
     criteria: dict[str, dict], warnings: dict[str, dict], # name: as in `verdict`
