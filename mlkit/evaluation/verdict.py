@@ -4,8 +4,8 @@
 __all__ = ['MAX_NAME', 'NAME_RULE', 'PARTS', 'VERDICT', 'AGES', 'UNLIKE', 'FARES_WORSE', 'BIASED', 'MENDS', 'MEANINGS',
            'TOLD_ALWAYS', 'OUTCOMES', 'MEASURED_VERDICT', 'is_word_character', 'check_model_name', 'model_can_be_named',
            'figures_of', 'check_criteria', 'judge', 'left_open', 'notes_of', 'audit_evidence', 'mend_of', 'meanings_of',
-           'outcome_of', 'verdict', 'apart', 'together', 'read_verdict', 'headline', 'missed', 'verdict_line',
-           'reason_lines', 'plot_verdict']
+           'outcome_of', 'judge_known', 'told', 'verdict', 'apart', 'together', 'read_verdict', 'headline', 'missed',
+           'verdict_line', 'reason_lines', 'plot_verdict']
 
 # %% ../../nbs/evaluation/07_verdict.ipynb #d18fc548
 import unicodedata
@@ -121,6 +121,8 @@ UNLIKE = "the model that would be served is not the one that was judged; reports
 FARES_WORSE = ("bring in more samples of the group that fares worse, or columns that say more of it; "
                "reports/evaluate.html shows all groups")
 BIASED = "bring in more samples with such values, or columns that tell them apart; reports/evaluate.html shows the bias of each range"
+
+# %% ../../nbs/evaluation/07_verdict.ipynb #a79489d6
 MENDS = {
     "audit.errors": "reports/audit.html shows each; mend the data, or split them so that the test set is new to the model",
     "audit.warnings": "reports/audit.html shows each; what you know to be harmless can be allowed in release.warn",
@@ -199,6 +201,25 @@ def outcome_of(
         return "undecided" if all(j["undecided"] for j in missed) else "refused"
     return "released" if all(w["met"] for w in warnings.values()) else "released with warnings"
 
+# %% ../../nbs/evaluation/07_verdict.ipynb #486865ac
+def judge_known(
+    name: str, bounds: dict[str, float], # 'stage.metric'; {'min': …, 'max': …}
+    known: dict[str, float], # all figures
+    anew, # names of those that each run measures anew
+) -> dict: # as `judge` gives it, and measured
+    "Hold a figure against what is asked, unless it is known only later."
+    value = left_open(bounds) if name in AGES else judge(bounds, known[name])
+    return value | {"measured": name in anew or name in AGES}
+
+def told(
+    name: str, j: dict, # see `judge_known`
+    undecided: dict[str, str], evidence: dict[str, str], # see `notes_of`
+) -> dict: # evidence, undecided and mend more
+    "What a reader must know of it."
+    doubt, mend = ("", "") if j["met"] else (undecided.get(name, ""), mend_of(name))
+    return j | {"evidence": evidence.get(name, ""), "undecided": doubt, "mend": mend}
+
+# %% ../../nbs/evaluation/07_verdict.ipynb #c179da7e
 def verdict(
     criteria: dict[str, dict[str, float]], # 'stage.metric': {'min': …, 'max': …}
     metrics: dict[str, dict], # stage: its metrics
@@ -215,14 +236,9 @@ def verdict(
     check_criteria(criteria, known, compare, {"protect": protect, "warn": warn})
     undecided = notes_of(metrics, "undecided") | notes_of(measured, "undecided")
     evidence = audit_evidence(metrics) | notes_of(metrics, "evidence")
-    def judged(asked):
-        found = {}
-        for name, bounds in asked.items():
-            value = left_open(bounds) if name in AGES else judge(bounds, known[name])
-            found[name] = value | {"measured": name in anew or name in AGES, "evidence": evidence.get(name, "")}
-            met = found[name]["met"]
-            found[name] |= {"undecided": "" if met else undecided.get(name, ""), "mend": "" if met else mend_of(name)}
-        return found
+    def judged(bounds_of):
+        found = {name: judge_known(name, bounds, known, anew) for name, bounds in bounds_of.items()}
+        return {name: told(name, j, undecided, evidence) for name, j in found.items()}
     asked, warnings = judged(criteria | {k: v for k, v in protect.items() if k not in criteria}), judged(warn)
     met, outcome = sum(j["met"] for j in asked.values()), outcome_of(asked, warnings)
     return {
