@@ -104,7 +104,8 @@ def test_the_verdict_refuses_a_proven_bias_of_a_range(shift):
         criteria = {"evaluate.r2": {"min": 0.1}}
         v = verdict(criteria, {"evaluate": figures}, "pay", "ab" * 32, "evaluate.r2", protect={f"evaluate.{k}": b for k, b in asked.items()})
         return v["outcome"], v["criteria"][f"evaluate.{next(iter(asked))}"]
-    biased = np.where(said >= np.quantile(said, 0.9), said + shift, said)
+    end = said >= np.quantile(said, 0.9) if shift > 0 else said <= np.quantile(said, 0.1)
+    biased = np.where(end, said + shift, said)
     outcome, why = judged_as(biased, range_bias_low={"max": 0.2})
     assert outcome == "refused" and f"too {'high' if shift > 0 else 'low'} on average" in why["evidence"] and "reports/evaluate.html" in why["mend"]
     assert judged_as(said, range_bias_low={"max": 0.2})[0] == "released"
