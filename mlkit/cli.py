@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .core import MlkitError, harmless, masked
+from .core import MlkitError, harmless, masked, name_fault
 
 # %% ../nbs/10_cli.ipynb #0dd35061
 def command_names() -> list[str]: # 'merge-lock', ...
@@ -32,7 +32,11 @@ INTERRUPTED = "interrupted; nothing is half-written, the next run goes on from t
 
 def message(error: Exception) -> str: # One line, without secrets
     "What a failure says."
-    return DISK_FULL if getattr(error, "errno", None) == errno.ENOSPC else harmless(masked(str(error)))
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number == errno.ENOSPC:
+        return DISK_FULL
+    fault = name_fault(path) if number == errno.ENAMETOOLONG and path else ""
+    return harmless(masked(fault or str(error)))
 
 # %% ../nbs/10_cli.ipynb #75b62d67
 class Cli(click.Group):

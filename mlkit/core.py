@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['DISTRIBUTION', 'WHEEL_NAME', 'VENDOR', 'NO_TELEMETRY', 'OBEYED', 'LONGEST', 'WORDS', 'SHORT', 'SECRETS',
-           'SECRET_NAME', 'MlkitError', 'ConfigError', 'DataError', 'StageError', 'ExportError', 'ServeError',
-           'SetupError', 'RegistryError', 'nearest', 'harmless', 'holds_secret', 'is_secret_name', 'masked',
-           'project_root', 'write_atomic', 'write_json', 'read_json', 'sha256']
+           'SECRET_NAME', 'MAX_PART', 'MAX_PATH', 'SPARE', 'MlkitError', 'ConfigError', 'DataError', 'StageError',
+           'ExportError', 'ServeError', 'SetupError', 'RegistryError', 'nearest', 'harmless', 'holds_secret',
+           'is_secret_name', 'masked', 'project_root', 'write_atomic', 'n_bytes', 'name_fault', 'check_length',
+           'write_json', 'read_json', 'sha256']
 
 # %% ../nbs/00_core.ipynb #7baa21b1
 import hashlib, json, os, re
@@ -73,7 +74,8 @@ def harmless(
 WORDS = r"(?:password|passwd|pwd|secret|token|signature|credential|(?:api|access|account|shared)_?key)"
 SHORT = r"(?:sig|sas|auth|pass|pw)" # whole names only: others begin like them
 SECRETS = [re.compile(pattern, re.I) for pattern in ( # each keeps its first group
-    r"(://)[^\s/?#'\"@]*:(?!\d+(?:[/?#]|$))[^\s'\"]*(?=@)", # user:password@host
+    r"(://)[^\s/?#'\"]*:" # user:password@host
+    r"(?!\d+(?:[/?#][^\s'\"@]*)?['\"](?:[\s,;:)\]}>]|$))\S*(?=@)", # not a port in quotes
     r"(https?://)[^\s/?#'\"@:]{16,}(?=@)", # a token in the place of a user
     rf"([?&;](?:[\w.-]*{WORDS}[\w.-]*|{SHORT})=)(?!…)[^\s&;'\"]+", # ?token=…
     r"((?<![\w?&;-])(?:password|passwd|pwd)\s*=\s*)(?!…)[^\s&;'\"]+", # host=db password=…
@@ -132,6 +134,37 @@ def write_atomic(
     finally:
         aside.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #17e06550
+MAX_PART, MAX_PATH = 255, 4095 # bytes of a name, and of a path
+SPARE = 35 # bytes: for what is written aside, and for endings
+
+def n_bytes(name: str) -> int:
+    "How long a name is on disk. A byte that is not UTF-8 is one lone surrogate in Python."
+    return len(re.sub("[\ud800-\udfff]", "?", name).encode())
+
+def name_fault(
+    path: str | Path,
+    spare: int = 0, # bytes that must be left
+) -> str: # empty: it is not
+    "Why no file can have this name, in words."
+    parts = {part: n_bytes(part) for part in Path(path).parts}
+    part = max(parts, key=parts.get, default="")
+    if parts.get(part, 0) > MAX_PART - spare:
+        return f"the name '{harmless(part[:40])}…' has {parts[part]:,} bytes, and {MAX_PART - spare} are the most; use a shorter one"
+    whole = n_bytes(str(path))
+    if whole > MAX_PATH - MAX_PART:
+        return f"the path '{harmless(str(path)[:40])}…' has {whole:,} bytes, and {MAX_PATH - MAX_PART:,} are the most; use a shorter one"
+    return ""
+
+def check_length(
+    path: str | Path,
+    where: str, # it was said: 'params.yaml: ingest.contract'
+    spare: int = 0, # as in `name_fault`
+):
+    "Raises `ConfigError` where no file can have this name."
+    if fault := name_fault(path, spare):
+        raise ConfigError(f"{where}: {fault}")
 
 # %% ../nbs/00_core.ipynb #6ea9dafc
 def write_json(path: str | Path, value) -> Path:

@@ -90,3 +90,23 @@ def test_the_bias_is_named_by_range():
     assert low[0].startswith("The 10 % largest values are answered ") and "too low on average" in low[0]
     high = bias_lines(VALUE.details(np.where(said >= edge, said + 12.3, said)[:, None], y), 0.95)
     assert high[1].startswith("The 10 % largest answers are 12") and "too high on average" in high[1]
+
+@pytest.mark.parametrize("shift", [12.3, -12.3])
+def test_the_verdict_refuses_a_proven_bias_of_a_range(shift):
+    "Where answers of one range are wrong on average; what chance explains is undecided, and an honest model passes."
+    r = np.random.default_rng(0)
+    said = r.normal(50, 10, 600)
+    y = said + r.normal(0, 2, 600)
+    def judged_as(answers, **asked):
+        p = answers[:, None]
+        evidence, undecided = VALUE.notes(p, y, 0.95)
+        figures = VALUE.figures(p, y) | {"evidence": evidence, "undecided": undecided}
+        criteria = {"evaluate.r2": {"min": 0.1}}
+        v = verdict(criteria, {"evaluate": figures}, "pay", "ab" * 32, "evaluate.r2", protect={f"evaluate.{k}": b for k, b in asked.items()})
+        return v["outcome"], v["criteria"][f"evaluate.{next(iter(asked))}"]
+    end = said >= np.quantile(said, 0.9) if shift > 0 else said <= np.quantile(said, 0.1)
+    biased = np.where(end, said + shift, said)
+    outcome, why = judged_as(biased, range_bias_low={"max": 0.2})
+    assert outcome == "refused" and f"too {'high' if shift > 0 else 'low'} on average" in why["evidence"] and "reports/evaluate.html" in why["mend"]
+    assert judged_as(said, range_bias_low={"max": 0.2})[0] == "released"
+    assert judged_as(said, range_bias={"max": 0.001})[0] == "undecided"

@@ -167,6 +167,20 @@ def test_params_say_what_was_chosen(what):
     assert {stage: values or {} for stage, values in got.items()} == wanted
 
 
+@pytest.mark.parametrize("place", ["ingest.source", "ingest.contract", "prepare.golden", "train.candidates", "release.model_name", "serve.name", "train.experiment"])
+def test_a_name_that_is_too_long_for_a_file(place):
+    "Of whatever letters: refused by its place before the first stage, and not in the words of the operating system."
+    from mlkit.flow.checks import names_fit_files
+    from mlkit.evaluation.verdict import model_can_be_named
+    section, key = place.split(".")
+    for name in ("n" * 256, "n" * 5000, "é" * 128, "モ" * 90, "𝒜" * 64):
+        values = {section: {key: [name] if key == "candidates" else name}}
+        with pytest.raises(ConfigError) as e:
+            for check in (names_fit_files, model_can_be_named, server_can_name_it, experiment_can_be_named):
+                check(values, Path("nowhere"))
+        assert str(e.value).startswith(f"params.yaml: {place}") and "Errno" not in str(e.value) and len(str(e.value)) < 400
+
+
 FOLDERS = ["line", "shell", "option"]
 
 def test_a_project_of_a_hostile_name(tmp_path, monkeypatch):
@@ -178,6 +192,9 @@ def test_a_project_of_a_hostile_name(tmp_path, monkeypatch):
         done = CliRunner().invoke(main, ["new", "--from", "t.csv", "--", NAMES[what]], color=True)
         assert done.exit_code == 0 and faults_of(done) == [], (what, done.output[-500:], done.exception)
         YAML(typ="safe").load(tmp_path / NAMES[what] / "params.yaml")
+    for name in (NAMES["long"], NAMES["long and wide"], "n" * 230, f"a/{'é' * 128}", "a" + "/b" * 3000):
+        done = CliRunner().invoke(main, ["new", "--from", "t.csv", "--", name], color=True)
+        assert done.exit_code == 1 and faults_of(done) == [] and "the project's folder: the " in done.stderr and "use a shorter one" in done.stderr
     for what in ("long", "parent", "above"):
         inner = tmp_path / "inner"
         inner.mkdir(exist_ok=True)
@@ -434,21 +451,48 @@ def bytes_of(project):
     yield ".git", packed.stdout
 
 
+def leaks(project, wanted):
+    "path: which of the secrets are in it."
+    found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(project)}
+    assert len(found) > 100
+    return {name: secrets for name, secrets in found.items() if secrets}
+
+
 def test_secrets_are_in_no_artifact(shop):
     "Reports, models, bundle, registry, database, lock and logs, and what was said on the way."
     key = [line for line in (shop.root.parent / "home/key.pem").read_text().splitlines() if not line.startswith("-")]
     wanted = [*PLANTED.values(), *key]
     assert len(PLANTED) == len({w[:9] for w in PLANTED.values()}) == 15 and len(key) > 1
-    found = {name: [w for w in wanted if w.encode() in data] for name, data in bytes_of(shop)}
-    assert len(found) > 100 and {name: w for name, w in found.items() if w} == {}
+    assert leaks(shop, wanted) == {}
     assert [w for w in wanted if w in shop.said["all"]] == []
+
+
+def test_a_leak_would_be_seen(shop, tmp_path):
+    "A control: each secret, written where a careless line of code would write it."
+    project = shop.clone(tmp_path / "shop")
+    places = ["reports/train.html", "reports/metrics/train.json", "models/bundle/card.md", "params.yaml", "mlflow.db", "history.jsonl", ".mlkit/note"]
+    planted = {}
+    for i, secret in enumerate(PLANTED.values()):
+        place = places[i % len(places)]
+        (project / place).parent.mkdir(parents=True, exist_ok=True)
+        with open(project / place, "ab") as f:
+            f.write(f"\nurl: postgres://me:{secret}@host/db\n".encode())
+        planted.setdefault(place, []).append(secret)
+    assert leaks(project, PLANTED.values()) == planted
+    project.git("add", "-f", "params.yaml") # what was committed once stays in git, also when the file is mended
+    project.git("commit", "-qm", "a slip")
+    for place in places:
+        (project / place).unlink()
+    assert leaks(project, PLANTED.values()) == {".git": planted["params.yaml"]}
 
 
 REFUSED = ["postgres://me:s3cr3t@host/db", "postgresql://me:p@s3cr3t@host/db", "postgresql://host/db?table=t&password=s3cr3t", "mysql://me:s3cr3t/x@host/db",
            "s3://key:s3cr3t@bucket/x.csv", "https://me:s3cr3t@example.com/x.csv", "https://s3cr3t0123456789abcdef@example.com/x.csv",
            "https://example.com/x.csv?X-Amz-Signature=s3cr3t", "https://x.blob.core.windows.net/c/x.csv?sv=1&sig=s3cr3t", "ftp://:s3cr3t@host/x.csv",
            "kafka://me:s3cr3t@host/topic", "kafka://host/topic?sasl.password=s3cr3t", "sqlite:///x.db?key=1&token=s3cr3t",
-           "postgresql://host/db?sslpassword=s3cr3t", "gs://bucket/x.csv?access_token=s3cr3t"]
+           "postgresql://host/db?sslpassword=s3cr3t", "gs://bucket/x.csv?access_token=s3cr3t",
+           *(f"postgresql://me:{p}@host:5432/db?table=t" for p in ("1234/s3cr3t", "1234?s3cr3t", "1234#s3cr3t", "1234@s3cr3t", "1234:s3cr3t", "/s3cr3t", "?s3cr3t", "#s3cr3t", "@s3cr3t", "1'2\"s3cr3t")),
+           "https://me:99/s3cr3t@example.com/x.csv", "kafka://me@server:12/s3cr3t@host:9092/topic"]
 
 @pytest.mark.parametrize("source", REFUSED)
 def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
@@ -457,6 +501,7 @@ def test_a_source_with_a_secret_is_refused(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["new", "shop", "--from", source, "--target", "y"])
     assert done.exit_code == 1 and "s3cr3t" not in done.output and not list(tmp_path.iterdir()), done.output
+    assert "take it out" in done.output, done.output
     for values in ({"source": source}, {"own": {"urls": [source]}}):
         with pytest.raises(ConfigError, match="holds a password, a token or a key") as e:
             check_secrets("ingest", values, "params.yaml")

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from mlkit.core import write_json
 from mlkit.flow.index import index_page
+from mlkit.flow.report import PAGE_POLICY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-background-networking",
@@ -30,10 +31,11 @@ def browser():
         started.close()
 
 class Seen:
-    "An open page, what its console said, the addresses that it asked for."
+    "An open page, what its console said, the addresses that it asked for, those that its policy refused."
     def __init__(self, context, path):
-        self.console, self.asked = [], set()
+        self.console, self.asked, self.refused = [], set(), set()
         context.on("request", lambda r: self.asked.add(r.url) if r.url.startswith(("http", "ws", "ftp")) else None)
+        context.on("requestfailed", lambda r: self.refused.add(r.url) if r.failure == "csp" else None) # they never left the browser
         self.page = context.new_page()
         self.page.on("console", lambda m: None if m.text.startswith("Failed to load resource") else self.console.append(m.text))
         self.page.on("pageerror", lambda e: self.console.append(str(e)))
@@ -234,6 +236,36 @@ def test_a_label_is_text_and_no_code(browse, pictures, tmp_path):
         words = text(dom.replace("&lt;", "\0").replace("&gt;", "\1")).replace("\0", "<").replace("\1", ">")
         shown |= {page} if EVIL in words else set()
     assert shown >= {"ingest", "prepare"} # in the contract, and in the shares of the splits
+
+def drawn(page):
+    "What every picture of a page and of its frames weighs: 0 for one that was not drawn."
+    return [w for frame in page.frames for w in frame.evaluate("[...document.images].map(e => e.naturalWidth)")]
+
+def test_each_page_keeps_to_its_policy(browse, finished):
+    "It stands before all else; pictures and frames are there under it, and the browser has refused nothing."
+    pages = [p for p in sorted((finished / "reports").rglob("*.html")) if not p.name.startswith("drift")] # Evidently's has its own
+    assert {p.stem for p in pages} >= {*STAGES, "index", "registry"}
+    framed = set()
+    for path in pages:
+        html = path.read_text(encoding="utf-8")
+        assert html.count(PAGE_POLICY) == 1 and html.index(PAGE_POLICY) < html.index("<style"), path.name
+        seen = browse(path)
+        assert seen.console == [] and seen.asked == set() and all(drawn(seen.page)), (path.name, seen.console)
+        assert len(seen.page.frames) == 1 + html.count("<object "), path.name
+        framed |= {path.stem} if len(seen.page.frames) > 1 else set()
+    assert framed >= {"train", "serve"}
+
+BROKEN_IN = ["<script>document.title = 1337</script>", '<img src="https://example.com/x.png">', '<iframe src="https://example.com"></iframe>',
+             '<object data="https://example.com/x"></object>', '<link rel="stylesheet" href="https://example.com/x.css">',
+             '<style>body { background: url(https://example.com/b.png) }</style>', '<svg onload="document.title = 1337"></svg>']
+
+@pytest.mark.parametrize("evil", BROKEN_IN, ids=lambda e: e[1:e.find(" ")] if " " in e else e[1:7])
+def test_the_policy_holds_where_something_gets_through(browse, finished, tmp_path, evil):
+    "As if nothing had been made safe before."
+    html = (finished / "reports/evaluate.html").read_text(encoding="utf-8")
+    (tmp_path / "p.html").write_text(html.replace("<main>", f"<main>{evil}", 1), encoding="utf-8")
+    seen = browse(tmp_path / "p.html")
+    assert "Content Security Policy" in seen.console[0] and seen.asked <= seen.refused and seen.page.title() != "1337"
 
 def test_an_output_cannot_run_code(browse, finished, tmp_path):
     "A report is made safe where it becomes a page: not even a stage that displays HTML gets a script into it."

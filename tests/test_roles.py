@@ -44,6 +44,8 @@ def test_a_split_by_time(wages, tmp_path):
     (("--time", "askd"), "--time: no column is called 'askd'; did you mean 'asked'?"),
     (("--time", "school"), "--time: 'school' holds no dates; dates are in asked"),
     (("--group", "wage"), "--group: 'wage' is the target"),
+    (("--protected", "persn"), "--protected: no column is called 'persn'; did you mean 'person'?"),
+    (("--protected", "school", "--protected", "wage"), "--protected: 'wage' is the target"),
     (("--split", "grup"), "--split: 'grup' is none of random, stratified, group, time; did you mean 'group'?"),
     (("--split", "group"), "--split group: needs --group COLUMN"),
     (("--split", "stratified"), "'wage' is a number")])

@@ -3,6 +3,7 @@ import numpy as np, polars as pl
 import pytest
 from conftest import brief
 from test_new import Made, new, releases_of_a_shop
+from test_report import text
 
 @pytest.fixture(scope="module")
 def shop(shared): return shared("shop", releases_of_a_shop, Made)
@@ -23,6 +24,14 @@ def test_a_model_that_learned_nothing_is_refused(shop):
     assert "evaluate.shortfall: a simple model beside it is clearly better" in said and "Not released: shop" in said
     assert "a simple model beside it is clearly better" in shop.said["nothing.index"]
     assert [line for line in shop.said["lenient"].splitlines() if line.startswith("Released")] # who wants it all the same writes that down
+
+def test_it_is_said_who_had_more_rows(shop):
+    "A table's model is fitted again to both splits, the others are not. Where nothing beats it, the verdict and the card say so."
+    said = "was fitted again to the training and the validation rows (train.refit), the others to the training rows alone"
+    assert said in text((shop / "reports/evaluate.html").read_text())
+    for run, told in (("honest", True), ("nothing", False)): # a model that is beaten although it had more rows needs no excuse
+        verdict = shop.said[f"{run}.metrics"]["verdict"]["criteria"]["evaluate.shortfall"]
+        assert (said in verdict["evidence"]) == told == verdict["met"], run
 
 def test_few_rows_are_cross_validated(shop):
     contest = shop.json("models/candidates/contest.json")

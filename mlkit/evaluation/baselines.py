@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'MAX_VALUES', 'MAX_IMAGES', 'baseline', 'baselines', 'answers', 'constant', 'small_copies',
-           'linear_on_pixels', 'as_baseline', 'trees', 'linear']
+           'linear_on_pixels', 'as_baseline', 'trees', 'linear', 'refitted', 'fitted_line']
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #34219dff
 import warnings
@@ -116,3 +116,25 @@ def linear(task: Task, prepared: Path, seed: int) -> np.ndarray | None:
     "Logistic regression or ridge regression."
     import mlkit.candidates.linear # noqa: F401, registers it
     return as_baseline(task, prepared, seed, "linear")
+
+# %% ../../nbs/evaluation/01_baselines.ipynb #add811ec
+def refitted(
+    task: Task,
+    refit: bool, # `train.refit`
+) -> bool:
+    "Whether the chosen candidate was fitted again, as `candidates.choose.can_fit_again` decides it."
+    from mlkit.candidates.base import CANDIDATES, fits
+    import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
+    return refit and any(fits(name, task) for name in CANDIDATES)
+
+def fitted_line(
+    task: Task,
+    chosen: str, # name of the candidate that was chosen
+    refit: bool, # `train.refit`
+) -> str:
+    "To which samples the compared models were fitted, in a sentence."
+    many = f"{task.input.unit}s"
+    if not refitted(task, refit):
+        return f"All of them were fitted to the training {many}."
+    return (f"{chosen} was fitted again to the training and the validation {many} (train.refit), the others to the training {many} "
+            f"alone: a part of its lead may come from the additional {many}.")

@@ -19,7 +19,7 @@ from .evaluate import METRICS, measured, p_text, samples_to_decide
 from .slices import Slice, slices_of, with_own
 from ..serving.export import OnnxChain, raw_arrays
 from ..serving.signature import Signatures
-from ..targets.resample import Score, interval, p_values, resampled
+from ..targets.resample import Score, interval, p_values, paired_lead, resampled
 from ..task import Task, load_task
 
 # %% ../../nbs/evaluation/14_champion.ipynb #c9f4bfab
@@ -209,10 +209,9 @@ def lead_of(
 ) -> tuple[float, float, np.ndarray]: # the score of the challenger; of the champion; (resamples,) by how much the challenger leads
     "The paired bootstrap of one score."
     mine, theirs = (rows.task.target.exact(p) for p in (rows.mine, rows.theirs))
-    sign, once = 1 if score.higher_is_better else -1, np.ones((1, len(rows.y)))
-    def lead(w):
-        return sign * (score.of(mine, rows.y, w) - score.of(theirs, rows.y, w))
+    once = np.ones((1, len(rows.y)))
     values = [float(score.of(p, rows.y, once)[0]) for p in (mine, theirs)]
+    lead = paired_lead((score, mine), (score, theirs), rows.y)
     return *values, resampled(lead, len(rows.y), seed, mine.size)
 
 def outcome_of(

@@ -25,7 +25,7 @@ from ..core import DataError, MlkitError, ServeError, harmless, nearest, write_a
 from ..data.contract import Contract, Feature, load_contract, owned_contract, type_of
 from ..data.prepared import load_split
 from ..data.split import SPLITS
-from ..flow.report import CSS, figure
+from ..flow.report import CSS, PAGE_HEAD, figure
 from ..serving.signature import Signatures, arrays, named_answers
 from ..task import Task, load_task
 
@@ -686,8 +686,7 @@ def as_png(
 
 # %% ../../nbs/evaluation/23_debug.ipynb #3f0a0068
 DEBUG = "reports/debug.html"
-DEBUG_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+DEBUG_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>Debug: {{ asked }} · mlkit</title><style>{{ css|safe }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav></header><main>
 <h1>One sample's way</h1><blockquote><p>{{ where }}</p></blockquote>
@@ -726,7 +725,7 @@ def debug_page(asked: str, steps: list[Step]) -> str: # HTML, complete
     from jinja2 import Environment
     page = Environment(autoescape=True, trim_blocks=True).from_string(DEBUG_PAGE)
     where = steps[0].lines[0]
-    return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, css=CSS + DEBUG_CSS,
+    return page.render(asked=asked, where=f"{where[:1].upper()}{where[1:]}.", steps=steps, head=PAGE_HEAD, css=CSS + DEBUG_CSS,
                        png=as_png, fault=is_fault)
 
 # %% ../../nbs/evaluation/23_debug.ipynb #f4eb061b

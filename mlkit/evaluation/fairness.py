@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_GROUPS', 'PARITY', 'ODDS', 'SCORE', 'BY_RARE', 'plain_numbers', 'merged', 'groups_of', 'Rate',
-           'share_given', 'class_of_interest', 'mean_rate', 'group_rates', 'rates_of_classes', 'rates_of_value',
-           'all_rates', 'GroupFigures', 'of_groups', 'group_figures', 'pair_rows', 'with_bounds', 'widest', 'gap_rows',
-           'Fairness', 'between_groups', 'gap_name', 'cell', 'plot_rate']
+           'share_given', 'mean_rate', 'group_rates', 'rates_of_classes', 'rates_of_value', 'all_rates', 'GroupFigures',
+           'of_groups', 'group_figures', 'pair_rows', 'with_bounds', 'widest', 'gap_rows', 'Fairness', 'between_groups',
+           'gap_name', 'cell', 'plot_rate']
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #7b013e6a
 import warnings
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .slices import FEWEST, Slice, each_quarter, each_value
 from ..targets.base import Target
-from ..targets.classes import Classes
+from ..targets.classes import Classes, class_of_interest
 from ..targets.resample import interval, resampled
 from ..targets.value import Value, mae
 from ..task import Task
@@ -71,12 +71,6 @@ def share_given(target: Classes, k: int, among: np.ndarray): # class; (n,) bool
     return of
 
 # %% ../../nbs/evaluation/26_fairness.ipynb #ca04ef42
-def class_of_interest(
-    y: np.ndarray, # (n,) int in {0, 1}
-) -> int:
-    "The rarer one of two classes, as in `targets.classes.one_against_rest`."
-    return int(2 * (y == 1).sum() <= len(y))
-
 def mean_rate(target: Classes, y: np.ndarray, right: bool): # (n,) int; whether for the true positives
     "The mean true or false positive rate over the classes that occur."
     among = [(y == k) == right for k in np.unique(y)]

@@ -14,16 +14,17 @@ def check_protected(
     modality: str, # of the data: 'rows', 'image'
     columns: list[str], # of the table, with the target
     target: str | None, # its column; None: not known yet
+    where: str = WHERE, # they were named, for messages
 ):
     "Raises `ConfigError` on a name that is no column, or the target."
     if protected and modality != "rows":
-        raise ConfigError(f"{WHERE}: names columns of a table, and these data are {modality}s, which have no columns; "
+        raise ConfigError(f"{where}: names columns of a table, and these data are {modality}s, which have no columns; "
                           "leave it empty")
     for name in protected:
         if name == target:
-            raise ConfigError(f"{WHERE}: '{name}' is the target; name columns that say who a row is about")
+            raise ConfigError(f"{where}: '{name}' is the target; name columns that say who a row is about")
         if name not in columns:
-            raise ConfigError(f"{WHERE}: no column is called '{name}'{nearest(name, columns)}")
+            raise ConfigError(f"{where}: no column is called '{name}'{nearest(name, columns)}")
 
 # %% ../../nbs/evaluation/27_protected.ipynb #6c01ca2a
 def protected_columns(

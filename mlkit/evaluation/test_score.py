@@ -182,7 +182,9 @@ def staleness(seen: Seen) -> Found:
 @item("model", "A simpler model is not better.")
 def simpler(seen: Seen) -> Found:
     names = [k.removesuffix("_p_better") for k in seen.metrics.get("evaluate", {}) if k.endswith("_p_better")]
-    return judged(seen, "evaluate.shortfall", f"beside it: {', '.join(names) or 'nothing'} (reports/evaluate.html)",
+    rows = (seen.figure("evaluate.evidence") or {}).get("shortfall")
+    said = f"beside it: {', '.join(names) or 'nothing'} (reports/evaluate.html)" + (f"; {rows}" if rows else "")
+    return judged(seen, "evaluate.shortfall", said,
                   "serve the simpler model, or find a better one")
 
 # %% ../../nbs/evaluation/21_test_score.ipynb #cd4c99f9

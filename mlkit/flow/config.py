@@ -108,7 +108,8 @@ def check_names(
 
 # %% ../../nbs/flow/01_config.ipynb #307374d7
 HOLDS_PASSWORD = ("holds a password, a token or a key, which would be committed and shown in reports; take it out: "
-                  "PGPASSWORD, ~/.pgpass, fsspec's configuration or another variable of the environment can hold it")
+                  "PGPASSWORD, ~/.pgpass, fsspec's configuration or another variable of the environment can hold it "
+                  "(an '@' of a path is written %40)")
 
 def secret_place(
     place: str, # of `value`, such as 'ingest.source'

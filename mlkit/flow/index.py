@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import StageError, read_json, write_atomic, write_json
 from .pipeline import INDEX, last_run, load_stages
-from .report import CSS, figure
+from .report import CSS, PAGE_HEAD, figure
 from .stage import MEASUREMENTS
 
 # %% ../../nbs/flow/19_index.ipynb #21d66a30
@@ -134,8 +134,7 @@ def key_figures(
     return [(k.replace("_", " "), figure(v)) for k, v in metrics.items() if isinstance(v, (bool, int, float))][:n]
 
 # %% ../../nbs/flow/19_index.ipynb #8c2a8b5e
-INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>{{ word }}{{ ' · ' ~ verdict.model if verdict }} · mlkit</title><style>{{ css|safe }}</style></head><body><main>
 <section class="verdict {{ look }}" aria-labelledby="verdict">
 <div><h1 id="verdict">{{ word }}</h1>
@@ -201,12 +200,12 @@ LOOKS = {"Released": "good", "Not released": "bad"} # class of the page's first 
 
 def judged(verdict: dict | None, champion: dict | None) -> dict: # What the template takes
     "The verdict in words, what failed and why, and what the champion has."
-    from mlkit.evaluation.verdict import MEANINGS, headline, missed, reason_lines
+    from mlkit.evaluation.verdict import headline, meanings_of, missed, reason_lines
     if not verdict:
         return {"word": "Pipeline", "look": ""}
     word, failed, warned = headline(verdict), missed(verdict, "criteria"), missed(verdict, "warnings")
     return {"word": word, "verdict": verdict, "look": LOOKS.get(word, "warned"), "failed": list(failed), "warned": list(warned),
-            "reasons": reason_lines(verdict), "meanings": MEANINGS, "champion": champion_figures(verdict, champion)}
+            "reasons": reason_lines(verdict), "meanings": meanings_of(verdict), "champion": champion_figures(verdict, champion)}
 
 # %% ../../nbs/flow/19_index.ipynb #fef35fdb
 def index_page(
@@ -223,7 +222,7 @@ def index_page(
              for stage, notebook in reports.items()]
     written = written or datetime.now(timezone.utc)
     return Environment(autoescape=True).from_string(INDEX_PAGE).render(
-        judged(verdict, facts.get("champion")), css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
+        judged(verdict, facts.get("champion")), head=PAGE_HEAD, css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
         written=written, date=f"{written:%-d %B %Y, %H:%M} UTC", figure=figure, beside=beside,
         breakable=breakable)
 

@@ -208,10 +208,10 @@ def dependency(
         return path
     section, key = path[2:-1].split(".")
     value = params[section][key] or ""
-    if value and (root / value).is_dir() and unwatched(root / value):
+    if value and os.path.isdir(root / value) and unwatched(root / value): # False of a name that is too long
         return None
     def is_input(place):
-        return place and ((root / place).exists() or os.path.normpath(place) in before)
+        return place and (os.path.exists(root / place) or os.path.normpath(place) in before)
     behind = watched(value)
     return path if is_input(value) else behind if is_input(behind) else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core import DataError, read_json, write_atomic, write_json
 from .index import INDEX_CSS
-from .report import CSS
+from .report import CSS, PAGE_HEAD
 
 # %% ../../nbs/flow/20_registry_page.ipynb #e4b78b46
 def day(when: str) -> str: # '2026-11-26T14:25:57Z' to '26 November 2026, 14:25 UTC'
@@ -75,8 +75,7 @@ def moments(
     return [said(e) for e in reversed(entries)]
 
 # %% ../../nbs/flow/20_registry_page.ipynb #ae313b8d
-REGISTRY_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+REGISTRY_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>Registry · mlkit</title><style>{{ css|safe }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a></nav></header><main>
 <section class="verdict {{ 'bad' if fault else 'good' if moments else '' }}" aria-labelledby="registry"><div>
@@ -125,7 +124,8 @@ def registry_page(
     "All versions, who has which role, and how that came."
     from jinja2 import Environment
     shown = {"versions": versions(entries), "moments": moments(entries), "roles": standings(entries), "fault": fault}
-    return Environment(autoescape=True).from_string(REGISTRY_PAGE).render(shown, css=CSS + INDEX_CSS + REGISTRY_CSS)
+    template = Environment(autoescape=True).from_string(REGISTRY_PAGE)
+    return template.render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + REGISTRY_CSS)
 
 # %% ../../nbs/flow/20_registry_page.ipynb #07b3fe51
 PAGE = "reports/registry.html"

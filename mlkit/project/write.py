@@ -42,7 +42,7 @@ def local_path(data: str) -> tuple[str, str, str]: # What stands before the path
     if not before and ("://" in data or find_source(data)):
         return data, "", ""
     path = data.removeprefix(before)
-    if not before and Path(path).expanduser().exists(): # a question mark may be in its name
+    if not before and os.path.exists(os.path.expanduser(path)): # a question mark may be in its name
         return before, path, ""
     path, mark, options = path.partition("?")
     return before, path, mark + options

@@ -42,7 +42,7 @@ def without_password(
         return url
     shown, scheme = re.split("[?#]", masked(url))[0], url.partition("://")[0]
     raise DataError(f"{shown}: a password or token in a URL would be committed with params.yaml "
-                    f"and shown in reports: take it out; {PLACES.get(scheme, ELSEWHERE)}")
+                    f"and shown in reports: take it out; {PLACES.get(scheme, ELSEWHERE)} (an '@' of a path is written %40)")
 
 # %% ../../nbs/sources/00_locator.ipynb #c7f21fe2
 ODD = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\\\\]") # control characters, lone surrogates, the backslash

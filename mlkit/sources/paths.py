@@ -16,7 +16,7 @@ def located(
 ) -> tuple[Path, dict[str, str]]: # Where it is, or would be; its options
     "The path that a name means; `~` is the user's home folder."
     whole = root / os.path.expanduser(name)
-    if whole.exists():
+    if os.path.exists(whole): # False also of a name that is too long for a file: it holds options, say
         return whole, {}
     path, options = split_options(name)
     return root / os.path.expanduser(path), options
@@ -40,10 +40,10 @@ def data_path(
 ) -> Path | None: # None: a source's name, a URL, or nothing that is there
     "The file or folder that holds the data of a source."
     path, options = located(name.removeprefix(LITE), root)
-    if not path.exists() and "*" in str(path):
+    if not os.path.exists(path) and "*" in str(path):
         path = Path(str(path).partition("*")[0].rpartition("/")[0])
     path = path.parent if "file" in options else path
-    return path if path.exists() else None
+    return path if os.path.exists(path) else None
 
 # %% ../../nbs/sources/01_paths.ipynb #7fb2b376
 def unwatched(

@@ -7,7 +7,7 @@ __all__ = ['BUILT_IN', 'opener', 'nothing_there', 'open_source', 'normalised', '
 import os
 from pathlib import Path
 
-from ..core import DataError, nearest
+from ..core import DataError, name_fault, nearest
 from . import bundled, kafka, postgres, sqlite
 from .base import SOURCES, Source, find_source
 from .files import open_path
@@ -51,6 +51,8 @@ def open_source(
     if found := opener(name, root):
         return found(name, root)
     path, options = located(name, root)
+    if fault := name_fault(path):
+        raise DataError(f"the source: {fault}")
     if not path.exists() and "*" not in str(path):
         raise DataError(nothing_there(name, path, root))
     return open_path(path, name, options)

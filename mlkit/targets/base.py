@@ -119,6 +119,16 @@ def show_details(
     from mlkit.plot import table
     display(table(self.details(p, y)))
 
+# %% ../../nbs/targets/00_base.ipynb #8d423152
+@patch
+def notes(
+    self: Target,
+    p: np.ndarray, y: np.ndarray, # (n, k) answers; (n,) what is true
+    confidence: float, # See `figures`
+) -> tuple[dict[str, str], dict[str, str]]: # name of a figure: evidence; name of a figure: why it decides nothing
+    "What the verdict says of the target's own figures."
+    return {}, {}
+
 # %% ../../nbs/targets/00_base.ipynb #0e6ca610
 @patch
 def figures(

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['COLDEST', 'HOTTEST', 'MAX_AREAS', 'Classes', 'best_temperature', 'check_decision', 'check_decide', 'accuracy',
            'class_counts', 'mean_of_classes', 'balanced_accuracy', 'macro_f1', 'log_loss', 'brier', 'calibration_error',
-           'counts_above', 'roc_area', 'average_precision', 'one_against_rest', 'wilson', 'write_counts']
+           'counts_above', 'roc_area', 'average_precision', 'class_of_interest', 'one_against_rest', 'wilson',
+           'write_counts']
 
 # %% ../../nbs/targets/02_classes.ipynb #9e659c53
 from dataclasses import dataclass, replace
@@ -269,12 +270,18 @@ def average_precision(s, positive, w): # as `roc_area`
         return (np.diff(hits) * precision).sum(1) / hits[:, -1]
 
 # %% ../../nbs/targets/02_classes.ipynb #2becf0e1
+def class_of_interest(
+    y: np.ndarray, # (n,) int in {0, 1}
+) -> int:
+    "The rarer one of two classes; the second where both are as frequent."
+    return int(2 * (y == 1).sum() <= len(y))
+
 def one_against_rest(area): # `roc_area` or `average_precision`
-    "The score over the classes that occur."
+    "The score over the classes that occur; of two classes that of the rarer one."
     def score(p, y, w):
         there = [k for k in range(p.shape[1]) if (y == k).any()]
         if p.shape[1] == 2:
-            there = [int(2 * (y == 1).sum() <= len(y))] # the rarer one
+            there = [class_of_interest(y)]
         return np.mean([area(p[:, k], y == k, w) for k in there], 0)
     return score
 
