@@ -16,7 +16,8 @@ from typing import Any
 
 import polars as pl
 
-from .core import DataError, harmless
+from .core import DataError, SPARE, check_length, harmless
+from .evaluation.protected import check_protected
 from .inputs.base import find_input
 from .project.roles import OWN_CONTRACT, Roles, own_contract, with_roles
 
@@ -239,12 +240,15 @@ def choose(
     name: str, # Of the project
     target: str | None, # Of a table: the column to predict
     roles: Roles = Roles(), # Of a table: group, time and split, as a person named them
+    protected: tuple[str, ...] = (), # Of a table: columns whose groups of people are compared
 ) -> tuple[Sections, dict[str, str]]: # And files that the project gets: their text
     "The values for these data; why a column was taken for what it is joins `found.seen`. Raises `ConfigError`, `DataError`."
     with tempfile.TemporaryDirectory(prefix="mlkit-new-") as d:
         shards = Path(d) / "shards"
         contract = find_input(found.modality).ingest(found, shards, None, target).contract
         contract = with_roles(contract, roles) if roles.asked else contract
+        columns = contract.columns if found.modality == "rows" else ()
+        check_protected(protected, found.modality, [c.name for c in columns], columns and contract.target.name, "--protected")
         sections = common(name, Choice(source))
         try:
             CHOOSERS.get(found.modality, lambda *_: None)(sections, shards, contract)
@@ -255,7 +259,9 @@ def choose(
         sections["ingest"]["contract"] = Choice(OWN_CONTRACT, "yours: it holds what you named")
     if roles.method:
         sections["prepare"]["method"] = Choice(roles.method, "named by you")
-    for column in contract.columns if found.modality == "rows" else ():
+    if protected:
+        sections["evaluate"]["protected"] = Choice(list(dict.fromkeys(protected)), "named by you: their groups are compared")
+    for column in columns:
         is_target = ", the target" if column is contract.target else ""
         found.seen.append(f"{column.name}: {column.dtype}{is_target}; {column.why}")
     return {stage: values for stage, values in sections.items() if values}, files
@@ -266,15 +272,17 @@ def new_project(
     data: str, # A path, a URL, or the name of a source
     target: str | None = None, # Of a table: the column to predict
     roles: Roles = Roles(), # Of a table: group, time and split, as a person named them
+    protected: tuple[str, ...] = (), # Of a table: columns whose groups of people are compared
 ) -> tuple[Sections, list[str], list[str]]: # What was chosen; what was seen; what git says
     "Look at the data and write the project. Raises `DataError`, `ConfigError`; then nothing is left."
     from mlkit.project.write import check_free, source_as_given, source_from, write_project
     from mlkit.sources.registry import open_source
+    check_length(out.absolute(), "the project's folder", SPARE)
     check_free(out)
     out = out.absolute()
     source = source_from(out, data)
     found = open_source(source_as_given(data), Path.cwd())
-    sections, files = choose(found, source, out.name, target, roles)
+    sections, files = choose(found, source, out.name, target, roles, protected)
     params = params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change.")
     said = write_project(out, found.modality, params, source, files)
     return sections, [found.description, *found.reasons], said

@@ -4,7 +4,7 @@
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'GAPS', 'SECTIONS', 'HOW', 'PACKAGES', 'CARD', 'Facts', 'plain', 'grid',
            'stated', 'listed', 'component', 'header_of', 'answer_rule', 'weights_text', 'details', 'intended',
            'factors', 'protected', 'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses',
-           'between_groups', 'ethics', 'caveats', 'card', 'data_version', 'environment_of', 'add_card']
+           'gap_lines', 'ethics', 'caveats', 'card', 'data_version', 'environment_of', 'add_card']
 
 # %% ../../nbs/evaluation/20_card.ipynb #98f8f43f
 import hashlib, json, re
@@ -175,14 +175,15 @@ MADE_FROM = "ingest", "prepare", "audit", "tune", "train" # these stages say not
 def analyses(f: Facts) -> list[str]:
     "Quantitative analyses."
     rows = [row for stage, figures in f.metrics.items() if stage not in MADE_FROM for row in figure_rows(stage, figures)]
-    weak = f.metrics.get("evaluate", {}).get("evidence", {}).get("weak_slices") or "none"
-    return [*grid(rows), f"Weak slices: {plain(weak)}.", ""]
+    said = f.metrics.get("evaluate", {}).get("evidence", {})
+    rows_of_each = [f"Models beside it: {plain(said['shortfall'])}", ""] if said.get("shortfall") else []
+    return [*grid(rows), *rows_of_each, f"Weak slices: {plain(said.get('weak_slices') or 'none')}.", ""]
 
 # %% ../../nbs/evaluation/20_card.ipynb #fb7d8d5a
 GAPS = {"fairness_gap": "Score", "demographic_parity_difference": "Demographic parity",
         "equalized_odds_difference": "Equalized odds"}
 
-def between_groups(f: Facts) -> list[str]:
+def gap_lines(f: Facts) -> list[str]:
     "The largest differences between groups of people, with the groups."
     figures = f.metrics.get("evaluate", {})
     said = figures.get("evidence", {})
@@ -194,7 +195,7 @@ def between_groups(f: Facts) -> list[str]:
 
 def ethics(f: Facts) -> list[str]:
     "Ethical considerations."
-    return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *between_groups(f)]
+    return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *gap_lines(f)]
 
 # %% ../../nbs/evaluation/20_card.ipynb #487961e1
 def caveats(f: Facts) -> list[str]:
