@@ -258,7 +258,7 @@ def test_dead_stub_is_repaired(server):
 def test_dead_server_is_restarted(server):
     port = server.port
     next(p for p in family(server) if p.name() == "tritonserver").kill()
-    record = next(r for r in supervise(server, every=0.05) if not r["ok"])
+    next(r for r in supervise(server, every=0.05) if not r["ok"])
     assert server.port == port
     probe(server)
     assert len(shared_memory(os.getpid())) == len(stubs(server)) # none is left of the dead ones
