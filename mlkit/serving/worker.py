@@ -106,9 +106,11 @@ def work(
     session = load_model(model, n_threads)
     os.umask(0o177)
     with socket.socket(socket.AF_UNIX) as listening:
-        Path(path).unlink(missing_ok=True)
-        listening.bind(path)
+        aside = f"{path}.new" # what is at `path` listens
+        Path(aside).unlink(missing_ok=True)
+        listening.bind(aside)
         listening.listen()
+        os.rename(aside, path)
         while True:
             connection, _ = listening.accept()
             threading.Thread(target=converse, args=(connection, session), daemon=True).start()
