@@ -143,6 +143,18 @@ def ask(self: OnnxChain,
     return run_session(self.fused, sent)
 
 @patch
+def answers(self: OnnxChain,
+    inputs: tuple[np.ndarray, ...], # (n, *shape) each, as `raw_arrays` gives them
+    batch_size: int = 1024,
+) -> dict[str, np.ndarray]: # name: (n, *shape), all outputs of `signatures.wire`
+    "Every named output for raw samples: the probabilities and the answer, or the value. Raises `DataError` on a wrong input."
+    inputs = [t.check(x) for t, x in zip(self.signatures.served.inputs, inputs, strict=True)]
+    parts = ([x[i:i + batch_size] for x in inputs] for i in range(0, len(inputs[0]), batch_size))
+    asked = [[t.blank() for t in self.signatures.wire.outputs]] # so that none gives none
+    asked += [self.ask(self.signatures.served.pack(part)) for part in parts]
+    return {t.name: np.concatenate(x) for t, x in zip(self.signatures.wire.outputs, zip(*asked))}
+
+@patch
 def ask_steps(self: OnnxChain, values: list[np.ndarray], steps: int) -> list[np.ndarray]: # One array an input; an output
     "One batch through the first `steps` files, one after the other."
     values = [t.wire(x) for t, x in zip(self.signatures.served.inputs, values)]
