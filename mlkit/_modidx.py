@@ -3232,6 +3232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlkit.serving.batch.answer_rows': ('serving/batch.html#answer_rows', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.as_text': ('serving/batch.html#as_text', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.check_free': ('serving/batch.html#check_free', 'mlkit/serving/batch.py'),
+                                     'mlkit.serving.batch.check_there': ('serving/batch.html#check_there', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.chosen_columns': ('serving/batch.html#chosen_columns', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.content_of': ('serving/batch.html#content_of', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.finished_part': ('serving/batch.html#finished_part', 'mlkit/serving/batch.py'),

@@ -4,9 +4,9 @@
 __all__ = ['REASONS', 'REFUSED', 'TABLE_BATCH', 'IMAGE_BATCH', 'IMAGES', 'PART_BYTES', 'PART_ROWS', 'PART_IMAGES', 'FORMS',
            'Model', 'Doubt', 'add_doubts', 'unusual', 'stops', 'as_text', 'judge_rows', 'Part', 'refused_frame',
            'with_answers', 'finished_part', 'answer_rows', 'image_breach', 'fitted_image', 'answer_images', 'is_image',
-           'images_at', 'read_image', 'image_files', 'sample_frames', 'rows_in_part', 'in_parts', 'first_rows',
-           'chosen_columns', 'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path', 'check_free',
-           'Predicted', 'Outputs', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
+           'images_at', 'read_image', 'image_files', 'check_there', 'sample_frames', 'rows_in_part', 'in_parts',
+           'first_rows', 'chosen_columns', 'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path',
+           'check_free', 'Predicted', 'Outputs', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
 
 # %% ../../nbs/serving/14_batch.ipynb #7e32748c
 import hashlib, io, json, os, shutil
@@ -37,7 +37,7 @@ from ..inputs.rows import free_name
 from .export import OnnxChain
 from .signature import Refused, read_arrays
 from ..sources.folders import KINDS, Listing, PACKED, TEXT, kind_in, kind_of, walk
-from ..sources.locator import printable
+from ..sources.locator import LITE, printable
 from ..sources.paths import located
 from ..sources.registry import normalised, open_source, opener
 from ..sources.remote import Remote, mirror, url_and_options
@@ -260,11 +260,22 @@ def image_files(path: Path) -> Iterator[pl.DataFrame]: # As `IMAGES`, a row each
         data, wrong = (None, f"is {broken[f]}") if f in broken else read_image(f)
         yield pl.DataFrame([(printable("/".join(listing.parts(f))), data, wrong)], schema=IMAGES, orient="row")
 
-# %% ../../nbs/serving/14_batch.ipynb #db8b0701
+# %% ../../nbs/serving/14_batch.ipynb #ddf603d5
+def check_there(name: str, root: Path): # As of `sample_frames`
+    "Raises `DataError` where a path leads nowhere."
+    if opener(name, root):
+        return
+    path, _ = located(name.removeprefix(LITE), root)
+    if not path.exists() and "*" not in str(path):
+        beside = (printable(p.name) for p in path.parent.iterdir()) if path.parent.is_dir() else ()
+        close = nearest(path.name, beside)
+        raise DataError(f"{printable(path)}: no such file or folder{close if 'did you mean' in close else ''}")
+
 def sample_frames(name: str, root: Path, modality: str) -> Iterator[pl.DataFrame]: # Of images as `IMAGES`
     "What a source gives, as it stands there. Raises `DataError` where it cannot be read, or is no such samples."
     if modality not in ("rows", "image"):
         raise DataError(f"the model takes '{modality}'; mlkit predict reads tables and images")
+    check_there(name, root)
     if modality == "image" and (path := images_at(name, root)):
         return image_files(path)
     source = open_source(name, root)
@@ -591,7 +602,10 @@ def alone(job: Job) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise DataError(f"{job.path}: another 'mlkit predict' writes it now; wait for it, or name another place by --out") from None
 
