@@ -3227,6 +3227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlkit.serving.batch.Work.load': ('serving/batch.html#work.load', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.Work.save': ('serving/batch.html#work.save', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.add_doubts': ('serving/batch.html#add_doubts', 'mlkit/serving/batch.py'),
+                                     'mlkit.serving.batch.ahead': ('serving/batch.html#ahead', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.alone': ('serving/batch.html#alone', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.answer_images': ('serving/batch.html#answer_images', 'mlkit/serving/batch.py'),
                                      'mlkit.serving.batch.answer_rows': ('serving/batch.html#answer_rows', 'mlkit/serving/batch.py'),

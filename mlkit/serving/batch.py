@@ -6,7 +6,7 @@ __all__ = ['REASONS', 'REFUSED', 'TABLE_BATCH', 'IMAGE_BATCH', 'IMAGES', 'PART_B
            'with_answers', 'finished_part', 'answer_rows', 'image_breach', 'fitted_image', 'answer_images', 'is_image',
            'images_at', 'read_image', 'image_files', 'check_there', 'sample_frames', 'rows_in_part', 'in_parts',
            'first_rows', 'chosen_columns', 'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path',
-           'check_free', 'Predicted', 'Outputs', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
+           'check_free', 'Predicted', 'Outputs', 'Job', 'alone', 'ahead', 'gather', 'Stopped', 'run_job', 'predict']
 
 # %% ../../nbs/serving/14_batch.ipynb #7e32748c
 import hashlib, io, json, os, shutil
@@ -137,6 +137,7 @@ class Part:
     frame: pl.DataFrame # Those with an answer, see `with_answers`
     refused: pl.DataFrame # A row a refused value, see `REFUSED`
     doubts: list[Doubt] = field(default_factory=list)
+    kept: bool = False # Whether a run before had answered them
 
 REFUSED = {"row": pl.Int64, "column": pl.String, "value": pl.String, "reason": pl.String}
 
@@ -287,7 +288,7 @@ def sample_frames(name: str, root: Path, modality: str) -> Iterator[pl.DataFrame
     return (pl.DataFrame([(s.name, s.data, "")], schema=IMAGES, orient="row") for s in source.images())
 
 # %% ../../nbs/serving/14_batch.ipynb #77ba35d8
-PART_BYTES, PART_ROWS, PART_IMAGES = 1 << 25, (1_000, 100_000), 256 # Text of a part, about; fewest and most rows; most images
+PART_BYTES, PART_ROWS, PART_IMAGES = 1 << 24, (1_000, 50_000), 256 # Text of a part, about; fewest and most rows; most images
 
 def rows_in_part(first: pl.DataFrame) -> int: # `first`: the first rows
     "How many rows a part has."
@@ -376,7 +377,7 @@ def load(self: Work, i: int, content: str) -> Part | None: # None: it was not fi
         return None
     refused = pl.DataFrame([tuple(r) for r in facts["refused"]], schema=REFUSED, orient="row")
     doubts = [Doubt(*d) for d in facts["doubts"]]
-    return Part(facts["rows"], pl.read_ipc(self.file(i, "arrow")), refused, doubts)
+    return Part(facts["rows"], pl.read_ipc(self.file(i, "arrow")), refused, doubts, True)
 
 @patch
 def drop_from(self: Work, i: int) -> int: # How many were dropped
@@ -494,6 +495,7 @@ class Predicted:
 def add(self: Predicted, part: Part):
     "Count one more part."
     self.rows += part.rows
+    self.resumed += part.rows * part.kept
     self.answered += len(part.frame)
     self.refused_values += len(part.refused)
     if len(part.refused) and not self.first_refused:
@@ -577,21 +579,19 @@ def answer(self: Job, now: datetime, columns: list[str]) -> Callable[[pl.DataFra
 def parts(self: Job,
     work: Work, frames: Iterator[pl.DataFrame], # The rows in parts
     answer: Callable[[pl.DataFrame, int], Part], # See `Job.answer`
-    done: Predicted, # What was yielded so far, as the caller counts it
 ) -> Iterator[Part]:
     "All parts in their order, kept ones as they are."
-    going = False # Whether a part was answered in this run
+    rows, going = 0, False # Rows so far; whether a part was answered in this run
     for i, raw in enumerate(frames):
         content = content_of(raw)
-        if part := work.load(i, content):
-            done.resumed += part.rows
-        else:
+        if not (part := work.load(i, content)):
             if work.drop_from(i):
-                self.say(f"the source has changed from row {done.rows + 1:,} on; these rows are answered anew")
-            elif done.resumed and not going:
-                self.say(f"goes on behind row {done.rows:,}: these rows were answered before")
-            going, part = True, answer(raw, done.rows + 1)
+                self.say(f"the source has changed from row {rows + 1:,} on; these rows are answered anew")
+            elif rows and not going:
+                self.say(f"goes on behind row {rows:,}: these rows were answered before")
+            going, part = True, answer(raw, rows + 1)
             work.save(i, content, part)
+        rows += part.rows
         yield part
 
 # %% ../../nbs/serving/14_batch.ipynb #c31ce9dc
@@ -609,19 +609,33 @@ def alone(job: Job) -> Iterator[None]:
     except Timeout:
         raise DataError(f"{job.path}: another 'mlkit predict' writes it now; wait for it, or name another place by --out") from None
 
-# %% ../../nbs/serving/14_batch.ipynb #9e5f9a6e
+# %% ../../nbs/serving/14_batch.ipynb #f13dd821
+@contextmanager
+def ahead(items: Iterator) -> Iterator[Iterator]:
+    "A context that gives the same items, each made by a thread while the one before is used; at its end the thread rests."
+    end = object()
+    def made(pool):
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+    with ThreadPoolExecutor(1) as pool:
+        yield made(pool)
+
+# %% ../../nbs/serving/14_batch.ipynb #f4106e6c
 def gather(job: Job, work: Work, frames, columns: list[str], done: Predicted): # `frames`, `columns`: as `Job.opened` gives them
     "Answer part by part, and let the files appear. Raises `DataError` on what stops it."
-    with Outputs(job.path) as outputs:
+    with Outputs(job.path) as outputs, ahead(frames) as frames:
         now, other = work.begin(job.key, datetime.now(timezone.utc))
         if other:
             job.say(f"an interrupted run is given up, since its {other} is another; all rows are answered anew")
-        for part in job.parts(work, frames, job.answer(now, columns), done):
-            done.add(part)
-            if job.strict and len(part.refused):
-                raise Stopped(f"{job.name}: {done.first_refused}; mend it, or leave --strict out; nothing was written")
-            outputs.write(part)
-            job.told(done)
+        with ahead(job.parts(work, frames, job.answer(now, columns))) as parts:
+            for part in parts:
+                done.add(part)
+                if job.strict and len(part.refused):
+                    raise Stopped(f"{job.name}: {done.first_refused}; mend it, or leave --strict out; nothing was written")
+                outputs.write(part)
+                job.told(done)
         if not done.answered:
             raise Stopped(f"{job.name}: none of {done.rows:,} rows can be answered: {done.first_refused}; nothing was written")
         done.refused_in = outputs.publish()
@@ -644,7 +658,7 @@ def run_job(job: Job, force: bool) -> Predicted: # `force`: see `check_free`
         work.clear()
     return done
 
-# %% ../../nbs/serving/14_batch.ipynb #74261785
+# %% ../../nbs/serving/14_batch.ipynb #f3ee13df
 def predict(
     source: str, # A file, a folder, a pattern, a database, a URL: what `ingest.source` takes; of images any folder
     bundle: Path, # A verified bundle, see `mlkit.commands.serve.bundle_to_serve`
