@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['EVERY', 'Meter', 'counted_rows', 'place', 'told', 'predict']
 
-# %% ../../nbs/commands/20_predict.ipynb #72b003a9
-import time
+# %% ../../nbs/commands/20_predict.ipynb #5c80ef1e
+import sys, time
 from pathlib import Path
 
 import click
@@ -79,7 +79,7 @@ def predict(source, out, alias, columns, strict, force):
     contract refuses, go to a file of their own. A run that was stopped goes on when the same command runs again.
     """
     from mlkit.serving.batch import predict as answer
-    root, meter = project_root(), Meter(click.get_text_stream("stdout"))
+    root, meter = project_root(), Meter(sys.stdout)
     wanted = None if columns is None else [c.strip() for c in columns.split(",") if c.strip()]
     bundle = bundle_to_serve(root, alias)
     try:

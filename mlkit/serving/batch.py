@@ -166,18 +166,19 @@ TABLE_BATCH, IMAGE_BATCH = 4096, 64 # Samples that the graph gets at once
 
 def finished_part(
     model: Model,
-    given: pl.DataFrame, # (n) what stands before the answers
+    part: pl.DataFrame, columns: list[str], # n rows; their columns that stand before the answers
     X: tuple[np.ndarray, ...], # (n, …) one an input
     refused: list[Refused], doubts: list[Doubt],
     first: int, batch_size: int,
 ) -> Part:
     "Ask the model about the rows that are not refused."
-    keep = np.ones(len(given), bool)
+    keep = np.ones(len(part), bool)
     keep[[w.row for w in refused]] = False
-    numbered = given.insert_column(0, pl.int_range(first, first + len(given), eager=True).alias(free_name("row", given.columns)))
+    numbers = pl.int_range(first, first + len(part), eager=True)
+    given = part.with_columns(numbers.alias(row := free_name("row", part.columns))).select(row, *columns)
     outputs = model.chain.answers(tuple(x[keep] for x in X) if refused else X, batch_size)
-    frame = with_answers(numbered.filter(keep) if refused else numbered, outputs, model.chain.signatures.classes)
-    return Part(len(given), frame, refused_frame(refused, first), doubts)
+    frame = with_answers(given.filter(keep) if refused else given, outputs, model.chain.signatures.classes)
+    return Part(len(part), frame, refused_frame(refused, first), doubts)
 
 def answer_rows(
     model: Model, part: pl.DataFrame, # Rows as the source gives them
@@ -187,7 +188,7 @@ def answer_rows(
     "Answers for rows of a table."
     X, unread = read_arrays(model.signature, part.select(t.name for t in model.signature.inputs))
     wrong, doubts = judge_rows(model, part, X, unread, now, first)
-    return finished_part(model, part.select(columns), X, unread + wrong, doubts, first, TABLE_BATCH)
+    return finished_part(model, part, columns, X, unread + wrong, doubts, first, TABLE_BATCH)
 
 # %% ../../nbs/serving/14_batch.ipynb #0f1cbca9
 IMAGES = {"image": pl.String, "data": pl.Binary, "wrong": pl.String}
@@ -224,7 +225,7 @@ def answer_images(
     refused = [Refused(i, "image", part["image"][i], why) for i, (x, why) in enumerate(made) if why]
     blank = np.zeros(shape, np.uint8)
     X = np.stack([blank if x is None else x for x, _ in made])
-    return finished_part(model, part.select("image"), (X,), refused, [], first, IMAGE_BATCH)
+    return finished_part(model, part, ["image"], (X,), refused, [], first, IMAGE_BATCH)
 
 # %% ../../nbs/serving/14_batch.ipynb #18b1641b
 def is_image(path: Path) -> bool:
