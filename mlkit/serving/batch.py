@@ -6,13 +6,13 @@ __all__ = ['REASONS', 'REFUSED', 'TABLE_BATCH', 'IMAGE_BATCH', 'IMAGES', 'PART_B
            'with_answers', 'finished_part', 'answer_rows', 'image_breach', 'fitted_image', 'answer_images', 'is_image',
            'images_at', 'read_image', 'image_files', 'check_there', 'sample_frames', 'rows_in_part', 'in_parts',
            'first_rows', 'chosen_columns', 'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path',
-           'check_free', 'Predicted', 'Outputs', 'Job', 'alone', 'ahead', 'gather', 'Stopped', 'run_job', 'predict']
+           'check_free', 'Predicted', 'Outputs', 'ahead', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
 
 # %% ../../nbs/serving/14_batch.ipynb #7e32748c
 import hashlib, io, json, os, shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -429,6 +429,9 @@ def publish(self: Output):
 @patch
 def discard(self: Output):
     "Leave nothing behind; a file that is published stays."
+    if hasattr(self.writer, "close"):
+        with suppress(OSError, ValueError): # else Arrow complains when it is collected
+            self.writer.close()
     self.file.close()
     self.aside.unlink(missing_ok=True)
 
@@ -532,7 +535,23 @@ class Outputs:
         self.answers.publish()
         return self.refused and self.refused.path
 
-# %% ../../nbs/serving/14_batch.ipynb #060b75c2
+# %% ../../nbs/serving/14_batch.ipynb #8ea884fc
+@contextmanager
+def ahead(items: Iterator) -> Iterator[Iterator]:
+    "A context that gives the same items, each made by a thread while the one before is used; at its end the thread rests."
+    end = object()
+    def made(pool):
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield made(pool)
+        finally: # a database is closed by the thread that opened it
+            pool.submit(getattr(items, "close", lambda: None))
+
+# %% ../../nbs/serving/14_batch.ipynb #fc3d5dcb
 @dataclass
 class Job:
     "What is to be answered, by what, and where it goes."
@@ -555,17 +574,18 @@ class Job:
         return {"model": self.model.identity, "source": self.name, "contract": "owned" if self.model.owned else "inferred",
                 "columns": json.dumps(self.columns), "versions": versions, "form": self.path.suffix}
 
-# %% ../../nbs/serving/14_batch.ipynb #e2a3b275
+# %% ../../nbs/serving/14_batch.ipynb #c8a77c7b
 @patch
-def opened(self: Job) -> tuple[Iterator[pl.DataFrame], list[str]]: # The rows in parts; the columns beside the answers
-    "Open the source. Raises `DataError` where it cannot be read, or is no such table or images."
-    first, frames = first_rows(sample_frames(self.name, self.root, self.model.modality), self.name)
-    if self.model.modality == "image":
-        if self.columns is not None:
-            raise DataError("--columns names columns of a table, and the model takes images; leave it out")
-        return in_parts(frames, 0, "image"), []
-    columns = chosen_columns(self.model, first.columns, self.columns, self.name)
-    return in_parts(frames, rows_in_part(first), "rows"), columns
+@contextmanager
+def opened(self: Job) -> Iterator[tuple[Iterator[pl.DataFrame], list[str]]]: # The rows in parts; the columns beside the answers
+    "A context in which the source is open. Raises `DataError` where it cannot be read, or is no such table or images."
+    images = self.model.modality == "image"
+    if images and self.columns is not None:
+        raise DataError("--columns names columns of a table, and the model takes images; leave it out")
+    with ahead(iter(sample_frames(self.name, self.root, self.model.modality))) as frames:
+        first, frames = first_rows(frames, self.name)
+        columns = [] if images else chosen_columns(self.model, first.columns, self.columns, self.name)
+        yield in_parts(frames, 0 if images else rows_in_part(first), self.model.modality), columns
 
 @patch
 def answer(self: Job, now: datetime, columns: list[str]) -> Callable[[pl.DataFrame, int], Part]:
@@ -575,7 +595,7 @@ def answer(self: Job, now: datetime, columns: list[str]) -> Callable[[pl.DataFra
         return lambda part, row: answer_images(self.model, part, row, pool)
     return lambda part, row: answer_rows(self.model, part, row, now, columns)
 
-# %% ../../nbs/serving/14_batch.ipynb #fb7eda75
+# %% ../../nbs/serving/14_batch.ipynb #c3c06540
 @patch
 def parts(self: Job,
     work: Work, frames: Iterator[pl.DataFrame], # The rows in parts
@@ -595,7 +615,7 @@ def parts(self: Job,
         rows += part.rows
         yield part
 
-# %% ../../nbs/serving/14_batch.ipynb #c31ce9dc
+# %% ../../nbs/serving/14_batch.ipynb #86a563fc
 @contextmanager
 def alone(job: Job) -> Iterator[None]:
     "A context for one run. Raises `DataError` where another one writes the same file."
@@ -610,23 +630,10 @@ def alone(job: Job) -> Iterator[None]:
     except Timeout:
         raise DataError(f"{job.path}: another 'mlkit predict' writes it now; wait for it, or name another place by --out") from None
 
-# %% ../../nbs/serving/14_batch.ipynb #f13dd821
-@contextmanager
-def ahead(items: Iterator) -> Iterator[Iterator]:
-    "A context that gives the same items, each made by a thread while the one before is used; at its end the thread rests."
-    end = object()
-    def made(pool):
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
-    with ThreadPoolExecutor(1) as pool:
-        yield made(pool)
-
 # %% ../../nbs/serving/14_batch.ipynb #f4106e6c
 def gather(job: Job, work: Work, frames, columns: list[str], done: Predicted): # `frames`, `columns`: as `Job.opened` gives them
     "Answer part by part, and let the files appear. Raises `DataError` on what stops it."
-    with Outputs(job.path) as outputs, ahead(frames) as frames:
+    with Outputs(job.path) as outputs:
         now, other = work.begin(job.key, datetime.now(timezone.utc))
         if other:
             job.say(f"an interrupted run is given up, since its {other} is another; all rows are answered anew")
@@ -650,9 +657,9 @@ def run_job(job: Job, force: bool) -> Predicted: # `force`: see `check_free`
     with alone(job):
         if not work.holds(job.key):
             check_free(job.path, force)
-        frames, columns = job.opened()
         try:
-            gather(job, work, frames, columns, done)
+            with job.opened() as (frames, columns):
+                gather(job, work, frames, columns, done)
         except Stopped:
             work.clear()
             raise
