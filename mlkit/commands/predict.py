@@ -57,10 +57,12 @@ def place(path: Path) -> str:
 def told(done, seconds: float) -> list[str]: # `done`: a `mlkit.serving.batch.Predicted`
     "The lines about a run that is finished."
     before = f", {done.resumed:,} of them by a run before" if done.resumed else ""
-    rate = f" ({(done.rows - done.resumed) / max(seconds, 1e-3):,.0f} rows/s)" if done.rows - done.resumed >= 1000 else ""
+    new = done.rows - done.resumed
+    rate = f" ({new / max(seconds, 1e-3):,.0f} rows/s)" if new >= 1000 else ""
     lines = [f"{counted_rows(done.answered)} answered in {seconds:.1f} s{rate}{before}: {place(done.path)}"]
     if done.refused:
-        lines.append(f"warning: {counted_rows(done.refused)} refused, {done.refused / done.rows:.2%} of all: {place(done.refused_in)}")
+        share = f"{done.refused / done.rows:.2%} of all"
+        lines.append(f"warning: {counted_rows(done.refused)} refused, {share}: {place(done.refused_in)}")
         lines.append(f"  the first: {done.first_refused}")
     return lines + [f"warning: {d}" for d in done.doubts]
 

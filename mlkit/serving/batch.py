@@ -44,12 +44,13 @@ from ..sources.remote import Remote, mirror, url_and_options
 
 # %% ../../nbs/serving/14_batch.ipynb #f789ffb2
 class Model:
-    "A released model, and the contract of what it takes. Raises `DataError` or `ExportError` where the bundle cannot be used."
+    "A released model, and the contract of what it takes. Raises `DataError` or `ExportError` on a bundle of no use."
     def __init__(self,
         bundle: Path, # A verified bundle
         owned: bool = False, # Whether people own the contract, or it was inferred
     ):
-        self.chain, self.contract, self.owned = OnnxChain(bundle / "onnx"), load_contract(bundle / "contract.json"), owned
+        self.chain, self.owned = OnnxChain(bundle / "onnx"), owned
+        self.contract = load_contract(bundle / "contract.json")
         self.identity = identity_of(read_manifest(bundle)["files"])
         self.signature = self.chain.signatures.served
         self.features = {f.name: f for f in self.contract.features}
@@ -283,13 +284,15 @@ def sample_frames(name: str, root: Path, modality: str) -> Iterator[pl.DataFrame
     source = open_source(name, root)
     if source.modality != modality:
         kinds = {"rows": "a table", "image": "images"}
-        raise DataError(f"{source.name}: holds {kinds.get(source.modality, source.modality)}, the model takes {kinds[modality]}")
+        held = kinds.get(source.modality, source.modality)
+        raise DataError(f"{source.name}: holds {held}, the model takes {kinds[modality]}")
     if modality == "rows":
         return source.rows()
     return (pl.DataFrame([(s.name, s.data, "")], schema=IMAGES, orient="row") for s in source.images())
 
 # %% ../../nbs/serving/14_batch.ipynb #77ba35d8
-PART_BYTES, PART_ROWS, PART_IMAGES = 1 << 24, (1_000, 50_000), 256 # Text of a part, about; fewest and most rows; most images
+PART_BYTES = 1 << 24 # Text of a part, about
+PART_ROWS, PART_IMAGES = (1_000, 50_000), 256 # Fewest and most rows; most images
 
 def rows_in_part(first: pl.DataFrame) -> int: # `first`: the first rows
     "How many rows a part has."
@@ -321,7 +324,8 @@ def chosen_columns(
     for column in (*needed, *(wanted or ())):
         if column not in given:
             lacks = [n for n in needed if n not in given]
-            more = f" ({len(lacks)} of the model's {len(needed)} columns are missing; is this another table?)" if len(lacks) > 1 else ""
+            several = f" ({len(lacks)} of the model's {len(needed)} columns are missing; is this another table?)"
+            more = several if len(lacks) > 1 else ""
             raise DataError(f"{name}: column '{column}' is missing{more}{nearest(column, given)}")
     return given if wanted is None else wanted
 
@@ -628,7 +632,8 @@ def alone(job: Job) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout:
-        raise DataError(f"{job.path}: another 'mlkit predict' writes it now; wait for it, or name another place by --out") from None
+        what = "another 'mlkit predict' writes it now; wait for it, or name another place by --out"
+        raise DataError(f"{job.path}: {what}") from None
 
 # %% ../../nbs/serving/14_batch.ipynb #f4106e6c
 def gather(job: Job, work: Work, frames, columns: list[str], done: Predicted): # `frames`, `columns`: as `Job.opened` gives them
@@ -641,11 +646,13 @@ def gather(job: Job, work: Work, frames, columns: list[str], done: Predicted): #
             for part in parts:
                 done.add(part)
                 if job.strict and len(part.refused):
-                    raise Stopped(f"{job.name}: {done.first_refused}; mend it, or leave --strict out; nothing was written")
+                    todo = "mend it, or leave --strict out; nothing was written"
+                    raise Stopped(f"{job.name}: {done.first_refused}; {todo}")
                 outputs.write(part)
                 job.told(done)
         if not done.answered:
-            raise Stopped(f"{job.name}: none of {done.rows:,} rows can be answered: {done.first_refused}; nothing was written")
+            none = f"none of {done.rows:,} rows can be answered"
+            raise Stopped(f"{job.name}: {none}: {done.first_refused}; nothing was written")
         done.refused_in = outputs.publish()
 
 class Stopped(DataError):
