@@ -49,7 +49,7 @@ class Model:
         bundle: Path, # A verified bundle
         owned: bool = False, # Whether people own the contract, or it was inferred
     ):
-        self.chain, self.owned = OnnxChain(bundle / "onnx"), owned
+        self.chain, self.owned = OnnxChain(bundle / "onnx", spinning=False), owned
         self.contract = load_contract(bundle / "contract.json")
         self.identity = identity_of(read_manifest(bundle)["files"])
         self.signature = self.chain.signatures.served
@@ -163,7 +163,7 @@ def with_answers(
     return given.with_columns(pl.Series(free_name("answer", taken), answer[:, 0], dtype=pl.String), *shares)
 
 # %% ../../nbs/serving/14_batch.ipynb #cdc3899a
-TABLE_BATCH, IMAGE_BATCH = 4096, 64 # Samples that the graph gets at once
+TABLE_BATCH, IMAGE_BATCH = 1024, 64 # Samples that the graph gets at once
 
 def finished_part(
     model: Model,

@@ -100,11 +100,15 @@ def raw_arrays(signature: Signature, raw) -> tuple[np.ndarray, ...]: # One an in
     return arrays(signature, raw)
 
 # %% ../../nbs/serving/02_export.ipynb #42c82f3e
-def onnx_session(file: Path): # InferenceSession
+def onnx_session(
+    file: Path,
+    spinning: bool = True, # Whether its threads wait busily: quicker for one request, dearer for others on the machine
+): # InferenceSession
     "Raises `ExportError` where ONNX Runtime cannot load it."
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as e:
@@ -113,9 +117,9 @@ def onnx_session(file: Path): # InferenceSession
 
 class OnnxChain:
     "The exported model in ONNX Runtime on the CPU: raw samples to answers, as the server does it; its steps too."
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, spinning: bool = True): # See `onnx_session`
         self.folder, self.signatures = folder, Signatures.load(folder / "signatures.json")
-        self.fused = onnx_session(folder / FUSED)
+        self.fused = onnx_session(folder / FUSED, spinning)
 
     @cached_property
     def steps(self) -> list: # InferenceSession of each
