@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'infer_contract', 'breach', 'label_breaches', 'shape_breaches', 'breaches', 'enforce', 'few_samples',
-           'usable', 'with_draws', 'image_shape', 'fit_image', 'Image', 'blocks', 'count_intensities', 'write_split',
-           'fit_target', 'class_means', 'picture_traits', 'noise', 'dim']
+           'usable', 'with_draws', 'image_shape', 'fit_image', 'image_breach', 'image_of_file', 'Image', 'blocks',
+           'count_intensities', 'write_split', 'fit_target', 'class_means', 'picture_traits', 'noise', 'dim']
 
 # %% ../../nbs/inputs/01_image.ipynb #f2bfeb06
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from ..core import ConfigError, DataError
 from ..data.contract import Contract, Feature
 from ..data.prepared import load_split, save_split
-from ..data.shards import read_images, read_index, write_shards
+from ..data.shards import decode, read_images, read_index, why_unread, write_shards
 from ..data.split import SPLITS, Split
 from .base import CORRUPTIONS, Ingested, Input, at_strengths, modality
 from ..targets.base import Target, find_target
@@ -139,6 +139,25 @@ def fit_image(
     if x.shape[:2] != (h, w):
         x = cv2.resize(x, (w, h), interpolation=cv2.INTER_AREA if h < x.shape[0] else cv2.INTER_LINEAR)
     return x.reshape(shape)
+
+# %% ../../nbs/inputs/01_image.ipynb #95237258
+def image_breach(x: np.ndarray, f: Feature) -> str: # Empty: it is as the contract has it
+    "How the size of an image breaks the contract."
+    for what, size, wanted in zip(("height", "width", "channels"), x.shape, f.shape):
+        if wanted not in (None, size):
+            return f"has {what} {size} where the contract has {wanted}"
+    return ""
+
+def image_of_file(
+    data: bytes, # An encoded image
+    f: Feature, # Of the contract
+    shape: tuple[int, int, int], # That the model takes
+) -> tuple[np.ndarray | None, str]: # None: refused; why
+    "An image as the model takes it."
+    if (x := decode(data)) is None:
+        return None, why_unread(data)
+    breach = image_breach(x, f)
+    return (None, breach) if breach else (fit_image(x, shape), "")
 
 # %% ../../nbs/inputs/01_image.ipynb #d3e865ce
 @modality

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['REASONS', 'REFUSED', 'TABLE_BATCH', 'IMAGE_BATCH', 'IMAGES', 'PART_BYTES', 'PART_ROWS', 'PART_IMAGES', 'FORMS',
            'Model', 'Doubt', 'add_doubts', 'unusual', 'stops', 'as_text', 'judge_rows', 'Part', 'refused_frame',
-           'with_answers', 'finished_part', 'answer_rows', 'image_breach', 'fitted_image', 'answer_images', 'is_image',
-           'images_at', 'read_image', 'image_files', 'check_there', 'sample_frames', 'rows_in_part', 'in_parts',
-           'first_rows', 'chosen_columns', 'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path',
-           'check_free', 'Predicted', 'Outputs', 'ahead', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
+           'with_answers', 'finished_part', 'answer_rows', 'answer_images', 'is_image', 'images_at', 'read_image',
+           'image_files', 'check_there', 'sample_frames', 'rows_in_part', 'in_parts', 'first_rows', 'chosen_columns',
+           'content_of', 'Work', 'Output', 'stem_of', 'output_path', 'refused_path', 'check_free', 'Predicted',
+           'Outputs', 'ahead', 'Job', 'alone', 'gather', 'Stopped', 'run_job', 'predict']
 
 # %% ../../nbs/serving/14_batch.ipynb #7e32748c
 import hashlib, io, json, os, shutil
@@ -29,10 +29,9 @@ from ..data.contract import Feature, load_contract, owned_contract, type_of
 from ..data.delimited import regroup
 from ..data.judge import SeenColumn, severity
 from ..data.profile import shown
-from ..data.shards import decode, why_unread
 from ..device import usable_cores
 from ..evaluation.bundle import identity_of, read_manifest
-from ..inputs.image import fit_image
+from ..inputs.image import image_of_file
 from ..inputs.rows import free_name
 from .export import OnnxChain
 from .signature import Refused, read_arrays
@@ -194,25 +193,6 @@ def answer_rows(
 # %% ../../nbs/serving/14_batch.ipynb #0f1cbca9
 IMAGES = {"image": pl.String, "data": pl.Binary, "wrong": pl.String}
 
-def image_breach(x: np.ndarray, f: Feature) -> str: # Empty: it is as the contract has it
-    "How the size of an image breaks the contract."
-    for what, size, wanted in zip(("height", "width", "channels"), x.shape, f.shape):
-        if wanted not in (None, size):
-            return f"has {what} {size} where the contract has {wanted}"
-    return ""
-
-def fitted_image(
-    data: bytes | None, wrong: str, # As in `IMAGES`
-    f: Feature, # Of the contract
-    shape: tuple[int, int, int], # That the model takes
-) -> tuple[np.ndarray | None, str]: # None: refused; why
-    "An image as the model takes it."
-    if wrong:
-        return None, wrong
-    if (x := decode(data)) is None:
-        return None, why_unread(data)
-    breach = image_breach(x, f)
-    return (None, breach) if breach else (fit_image(x, shape), "")
 
 # %% ../../nbs/serving/14_batch.ipynb #8a70bdb2
 def answer_images(
@@ -222,7 +202,8 @@ def answer_images(
 ) -> Part:
     "Answers for encoded images."
     f, shape = model.contract.inputs[0], model.signature.inputs[0].shape
-    made = list(pool.map(lambda row: fitted_image(*row, f, shape), part.select("data", "wrong").iter_rows()))
+    def one(row): return (None, row[1]) if row[1] else image_of_file(row[0], f, shape)
+    made = list(pool.map(one, part.select("data", "wrong").iter_rows()))
     refused = [Refused(i, "image", part["image"][i], why) for i, (x, why) in enumerate(made) if why]
     blank = np.zeros(shape, np.uint8)
     X = np.stack([blank if x is None else x for x, _ in made])

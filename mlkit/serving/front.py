@@ -19,7 +19,7 @@ from .enforce import Enforcer
 from .gateway import Gateway, Served
 from .queue import Limits, Queue, Unanswered
 from .repository import parse_config
-from .signature import PACKS, Signatures
+from .signature import Signatures
 from .triton import check_host, free_port
 from .worker import die_with, start_worker
 
@@ -93,22 +93,22 @@ def served(bundled: Bundled, queue: Queue) -> Served:
     from google.protobuf import json_format
     config = parse_config(bundled.file(f"model_repository/{bundled.name}/config.pbtxt"))
     signatures = Signatures.load(bundled.model.with_name("signatures.json"))
-    enforcer = Enforcer(load_contract(bundled.file("contract.json")), signatures.served)
+    contract = load_contract(bundled.file("contract.json"))
+    enforcer = Enforcer(contract, signatures.served)
     told = json_format.MessageToDict(config, preserving_proto_field_name=True)
-    return Served(bundled.name, "1", bundled.version, signatures, enforcer, queue, told, image_reader(bundled, signatures))
+    return Served(bundled.name, "1", bundled.version, signatures, enforcer, queue, told, image_reader(contract, signatures))
 
-def image_reader(bundled: Bundled, signatures: Signatures): # See `Served.image`
+def image_reader(contract: Contract, signatures: Signatures): # See `Served.image`
     "Reads a file as `prepare` does; None where the model takes rows."
-    tensor = signatures.wire.inputs[0]
-    if tensor.name in PACKS.values() or len(tensor.shape) != 3 or tensor.dtype != "uint8":
+    if contract.modality != "image":
         return None
-    from mlkit.data.shards import decode
-    from mlkit.inputs.image import fit_image
+    from mlkit.inputs.image import image_of_file
+    f, shape = contract.inputs[0], signatures.served.inputs[0].shape
     def read(data: bytes) -> np.ndarray:
-        x = decode(data)
-        if x is None:
-            raise DataError("the body is no image that can be read; send the file itself: curl --data-binary @photo.jpg")
-        return fit_image(x, tensor.shape)[None]
+        x, why = image_of_file(data, f, shape)
+        if why:
+            raise DataError(f"the image {why}; send the file as it is: curl --data-binary @photo.jpg")
+        return x[None]
     return read
 
 # %% ../../nbs/serving/20_front.ipynb #82c3736f
