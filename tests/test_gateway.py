@@ -242,6 +242,14 @@ def test_what_is_packed_cut_or_too_large(front):
     assert (b" 400 " in out.split(b"\r\n")[0] or out == b"") and good(front) and time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize("deep", [300, 900, 990, 5000])
+def test_what_is_nested_in_a_row(front, deep):
+    for opened, closed in ((b'{"a":', b"}"), (b"[", b"]")):
+        body = b'{"age":' + opened * deep + b"1" + closed * deep + b"}"
+        status, said = ask(front, "POST", "/predict", body)
+        assert status == 400 and len(said) < 1100 and good(front)
+
+
 def load(front, seconds, n=8):
     "Good requests from `n` clients; statuses of the answers, and what else happened."
     end, statuses = time.monotonic() + seconds, []

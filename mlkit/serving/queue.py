@@ -130,7 +130,9 @@ class Connection:
         try:
             while True:
                 length, = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
-                self.reply.set_result(msgspec.msgpack.decode(await self.reader.readexactly(length), type=Reply))
+                reply = msgspec.msgpack.decode(await self.reader.readexactly(length), type=Reply)
+                if not self.reply.done(): # else it came too late
+                    self.reply.set_result(reply)
         except (OSError, EOFError):
             self.gone = True
             if self.reply and not self.reply.done():
