@@ -206,12 +206,12 @@ def test_malformed_requests(front):
 
 
 def raw(front, data, wait=2.0):
-    "Bytes over a plain connection; what comes back until it closes or `wait` seconds pass."
+    "Bytes over a plain connection; the head of what comes back, at most `wait` seconds later."
     with socket.create_connection((front.host, front.port), wait) as s:
         out = b""
         try:
             s.sendall(data)
-            while part := s.recv(65536):
+            while b"\r\n\r\n" not in out and (part := s.recv(65536)):
                 out += part
         except OSError:
             pass

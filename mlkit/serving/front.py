@@ -98,6 +98,7 @@ def served(bundled: Bundled, queue: Queue) -> Served:
     told = json_format.MessageToDict(config, preserving_proto_field_name=True)
     return Served(bundled.name, "1", bundled.version, signatures, enforcer, queue, told, image_reader(contract, signatures))
 
+# %% ../../nbs/serving/20_front.ipynb #68988e9d
 def image_reader(contract: Contract, signatures: Signatures): # See `Served.image`
     "Reads a file as `prepare` does; None where the model takes rows."
     if contract.modality != "image":
@@ -161,6 +162,7 @@ async def run_gateway(plan: Plan):
     finally:
         workers.end()
 
+# %% ../../nbs/serving/20_front.ipynb #6a571660
 async def warm_up(model: Served):
     "Until it has answered a full batch of nothing. How long that takes says how long a run may take."
     queue, usual = model.queue, model.queue.limits
@@ -173,6 +175,7 @@ async def warm_up(model: Served):
     took = time.monotonic() - began
     queue.limits = replace(usual, patience=max(usual.patience, 20 * took), deadline=max(usual.deadline, 50 * took))
 
+# %% ../../nbs/serving/20_front.ipynb #f8fc415e
 async def serve_both(gateway: Gateway, plan: Plan):
     "Clients, and metrics."
     async def metrics(scope, receive, send): await answer_metrics(gateway, scope, receive, send)
@@ -183,6 +186,7 @@ async def serve_both(gateway: Gateway, plan: Plan):
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
     await asyncio.gather(*(s.serve([socket.socket(fileno=fd)]) for s, fd in zip(servers, plan.sockets)))
 
+# %% ../../nbs/serving/20_front.ipynb #206ca44e
 def gateway_process(parent: int, plan: str): # `plan`: JSON
     "The main function of the gateway's process."
     die_with(parent)
@@ -276,6 +280,7 @@ def start(self: Front) -> Front: # `self`, whose model answers
         raise ServeError(f"{self.bundled.name}: the gateway does not start: {self.last_words()}")
     return self
 
+# %% ../../nbs/serving/20_front.ipynb #01b5f63a
 @patch
 def last_words(self: Front) -> str:
     "The last line of the gateway's log."
@@ -283,6 +288,7 @@ def last_words(self: Front) -> str:
     lines = [line.strip() for line in self.said if line.strip()]
     return lines[-1][:300] if lines else "it left no word"
 
+# %% ../../nbs/serving/20_front.ipynb #ecfee41c
 @patch
 def stop(self: Front):
     "What is under way ends, within the grace; then nothing is left."
