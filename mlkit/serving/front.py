@@ -65,6 +65,7 @@ class Workers:
         self.processes = {path: start_worker(model, path) for path in self.paths}
         self.began = dict.fromkeys(self.paths, time.monotonic())
         self.pause = dict.fromkeys(self.paths, 0.05) # seconds until the next start
+        self.n_ended = 0
 
     def kill(self, path: Path):
         "End one that does not answer; also one that is stopped."
@@ -81,6 +82,7 @@ class Workers:
         while True:
             for path, p in self.processes.items():
                 if p.poll() is not None:
+                    self.n_ended += 1
                     lived = time.monotonic() - self.began[path]
                     self.pause[path] = 0.05 if lived > 5 else min(2 * self.pause[path], 5)
                     await asyncio.sleep(self.pause[path])
@@ -155,7 +157,7 @@ async def run_gateway(plan: Plan):
         async with Queue(workers.paths, limits, workers.kill) as queue:
             gateway = Gateway([served(bundled, queue)], log=lambda line: print(line, file=sys.stderr, flush=True))
             tending = asyncio.create_task(workers.tend())
-            await warm_up(gateway.models[0])
+            await warm_up(gateway.models[0], workers)
             os.write(plan.ready, b"1")
             await serve_both(gateway, plan)
             tending.cancel()
@@ -163,11 +165,13 @@ async def run_gateway(plan: Plan):
         workers.end()
 
 # %% ../../nbs/serving/20_front.ipynb #6a571660
-async def warm_up(model: Served):
+async def warm_up(model: Served, workers: Workers):
     "Until it has answered a full batch of nothing. How long that takes says how long a run may take."
     queue, usual = model.queue, model.queue.limits
     queue.limits = replace(usual, deadline=ENOUGH, patience=ENOUGH)
     while not queue.n_ready:
+        if workers.n_ended >= 2 * len(workers.paths): # each has said why
+            raise SystemExit(1)
         await asyncio.sleep(0.01)
     began = time.monotonic()
     with contextlib.suppress(Unanswered): # a model may refuse a batch of nothing, and answers all the same

@@ -103,7 +103,10 @@ def work(
     "Serve a model until this process is killed."
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the supervisor, which lets requests end first
-    session = load_model(model, n_threads)
+    try:
+        session = load_model(model, n_threads)
+    except Exception as e: # ONNX Runtime's have no common class
+        sys.exit(f"{Path(model).name}: ONNX Runtime cannot load it: {str(e).splitlines()[0][:300]}")
     os.umask(0o177)
     with socket.socket(socket.AF_UNIX) as listening:
         aside = f"{path}.new" # what is at `path` listens
