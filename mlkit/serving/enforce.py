@@ -63,7 +63,9 @@ def said_of(f: Feature, name: str, value) -> str: # `name`: of the tensor that c
         return "is missing; the contract asks for a value"
     if name == "texts":
         shown = value if len(value) <= 60 else value[:60] + "…"
-        return f"is '{shown}', which is none of the contract's categories ({first_names(f.categories)}){nearest(shown, list(f.categories))}"
+        close = nearest(shown, list(f.categories))
+        meant = close if "did you mean" in close else "" # else it lists all, once more
+        return f"is '{shown}', which is none of the contract's categories ({first_names(f.categories)}){meant}"
     shown = np.datetime64(int(value), "us") if name == "dates" else f"{value:g}"
     unit = f" {f.unit}" if f.unit else ""
     return f"is {shown}{unit}; the contract has {type_of(f).show_range(f)}{unit}"
