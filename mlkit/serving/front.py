@@ -227,6 +227,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise
     return s
 
+# %% ../../nbs/serving/20_front.ipynb #ca601cd2
 class Front:
     "A server of one released model on this machine, from `start` to `stop`; a context manager."
     grace = 10.0 # Seconds that requests have to end
@@ -296,14 +297,14 @@ def last_words(self: Front) -> str:
 @patch
 def stop(self: Front):
     "What is under way ends, within the grace; then nothing is left."
-    if self.process is not None:
-        self.process.terminate()
+    process, self.process = self.process, None # so that `watch` does not start it again
+    if process is not None:
+        process.terminate()
         try:
-            self.process.wait(self.grace + 2)
+            process.wait(self.grace + 2)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
+            process.kill()
+            process.wait()
         self.said.close()
     for s in self.sockets:
         s.close()
