@@ -53,10 +53,10 @@ def write_bundle_of(kind: str, folder: Path) -> Path:
     "A bundle that was never trained, but for its trees."
     from mlkit.candidates.trees import Trees
     from mlkit.data.contract import Contract, Feature, save_contract
-    from mlkit.evaluation.bundle import write_bundle
+    from mlkit.registry.bundle import write_bundle
     from mlkit.inputs.columns import Category, Number
     from mlkit.inputs.rows import Rows
-    from mlkit.serving.export import export_onnx
+    from mlkit.export.chain import export_onnx
     from mlkit.targets.classes import Classes
     from mlkit.task import Task
     from mlkit.training.model import make_model
@@ -82,7 +82,7 @@ def write_bundle_of(kind: str, folder: Path) -> Path:
 def packed(model, source: Path) -> list:
     "The rows as the graph takes them, in the batches of `mlkit predict`."
     from mlkit.serving.batch import TABLE_BATCH
-    from mlkit.serving.signature import read_arrays
+    from mlkit.export.signature import read_arrays
     names = [t.name for t in model.signature.inputs]
     frame = pl.read_csv(source, columns=names, infer_schema=False).select(names)
     X, _ = read_arrays(model.signature, frame)

@@ -23,11 +23,11 @@ import numpy as np
 import onnxruntime
 import psutil
 
-from mlkit.evaluation.bundle import read_manifest, verify_bundle
+from mlkit.registry.bundle import read_manifest, verify_bundle
 from mlkit.serving.front import Front, example_row
 from mlkit.serving.protocol import DATATYPES
 from mlkit.serving.repository import write_repository
-from mlkit.serving.signature import Signatures, arrays
+from mlkit.export.signature import Signatures, arrays
 from mlkit.serving.triton import Triton, free_port
 
 CONCURRENCY = 1, 8, 32

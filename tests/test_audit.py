@@ -17,7 +17,7 @@ from mlkit.data.parts import ingest_table, read_parts
 from mlkit.data.scan import Frame
 from mlkit.data.shards import Sample, write_shards
 from mlkit.data.split import Split
-from mlkit.evaluation.verdict import verdict
+from mlkit.registry.verdict import verdict
 from mlkit.inputs.base import find_input
 from mlkit.inputs.image import infer_contract
 from mlkit.sources.registry import open_source

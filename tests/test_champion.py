@@ -6,10 +6,10 @@ import shutil
 import polars as pl
 import pytest
 from mlkit.core import RegistryError, read_json
-from mlkit.evaluation.history import HISTORY, read_history, releases
-from mlkit.evaluation.looks import read_looks
-from mlkit.evaluation.registry import champion_bundle, compared_on_rows
-from mlkit.evaluation.verdict import VERDICT
+from mlkit.registry.history import HISTORY, read_history, releases
+from mlkit.registry.looks import read_looks
+from mlkit.registry.store import champion_bundle, compared_on_rows
+from mlkit.registry.verdict import VERDICT
 from mlkit.training.store import mlflow_client
 from test_new import Made, releases_of_a_shop
 
@@ -102,7 +102,7 @@ def test_swapped_they_are_judged_the_other_way(bundles):
 
 def test_who_tries_often_meets_luck(bundles):
     "Each further model on the same rows has to lead more clearly; a lead that was enough for the second is not for the forty-first."
-    from mlkit.evaluation.champion import ask_both, judge, score_named
+    from mlkit.registry.champion import ask_both, judge, score_named
     project, champion, challenger, verdict = bundles
     first = read_looks(project.root)[0]
     text = (project / "looks.jsonl").read_text()
@@ -162,7 +162,7 @@ def test_a_lost_champion(bundles):
 def test_a_slice_that_got_worse(bundles):
     "The challenger is better in all, and answers at random in one town: it stays challenger, and the town is named."
     import numpy as np
-    from mlkit.evaluation.champion import ask_both, judge, score_named
+    from mlkit.registry.champion import ask_both, judge, score_named
     project, champion, challenger, verdict = bundles
     rows = ask_both(project / "data/prepared", champion, challenger)
     town = pl.read_parquet(project / "data/prepared/test.parquet")["town"]

@@ -3,7 +3,7 @@ import numpy as np, polars as pl
 import pytest
 from conftest import one_line, ran
 from mlkit.evaluation.fairness import between_groups
-from mlkit.evaluation.verdict import verdict
+from mlkit.registry.verdict import verdict
 from mlkit.inputs.rows import Rows
 from mlkit.targets.classes import Classes
 from mlkit.targets.value import Value, bias_lines

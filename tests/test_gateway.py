@@ -21,13 +21,13 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from mlkit.core import RegistryError, ServeError
-from mlkit.evaluation.bundle import read_manifest, write_bundle
+from mlkit.registry.bundle import read_manifest, write_bundle
 from mlkit.serving.client import Client
 from mlkit.serving.front import Front, private_copy
-from mlkit.serving.fuse import write_fused
+from mlkit.export.fuse import write_fused
 from mlkit.serving.load import measure_load
 from mlkit.serving.repository import write_repository
-from mlkit.serving.signature import Signature, Signatures, Tensor, arrays
+from mlkit.export.signature import Signature, Signatures, Tensor, arrays
 
 CONTRACT = {
     "task": "classification", "target": {"name": "left", "dtype": "category", "categories": ["no", "yes"]},

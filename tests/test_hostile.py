@@ -22,7 +22,7 @@ from test_source import says
 from mlkit.cli import main
 from mlkit.core import LONGEST, OBEYED, ConfigError, DataError, MlkitError, RegistryError, masked, write_json
 from mlkit.data.shards import write_shards
-from mlkit.evaluation.verdict import check_model_name
+from mlkit.registry.verdict import check_model_name
 from mlkit.new import Choice, class_bound, common, judge_by, params_text, slug, split_method
 from mlkit.serving.repository import server_can_name_it
 from mlkit.sources.locator import original
@@ -89,7 +89,7 @@ def test_arguments(place, monkeypatch, command):
 
 def test_a_reason_is_a_line(place):
     "What a person, or a script, gives as reason stands in the history, which stays whole, and on the terminal as text."
-    from mlkit.evaluation.history import append, event, read_history
+    from mlkit.registry.history import append, event, read_history
     one, before = {"version": "1", "bundle": "ab" * 32}, (place / "history.jsonl").read_bytes()
     for name in (*NAMES.values(), "a\u2028b\x85c\x1ed"):
         append(place.root, [event("shadow", "digits", one, name, "promote")])
@@ -171,7 +171,7 @@ def test_params_say_what_was_chosen(what):
 def test_a_name_that_is_too_long_for_a_file(place):
     "Of whatever letters: refused by its place before the first stage, and not in the words of the operating system."
     from mlkit.flow.checks import names_fit_files
-    from mlkit.evaluation.verdict import model_can_be_named
+    from mlkit.registry.verdict import model_can_be_named
     section, key = place.split(".")
     for name in ("n" * 256, "n" * 5000, "é" * 128, "モ" * 90, "𝒜" * 64):
         values = {section: {key: [name] if key == "candidates" else name}}
@@ -304,7 +304,7 @@ class Planted(Made):
 
 def hostile_shop(folder):
     "Made and run once: its names are code, and its person has secrets."
-    from mlkit.evaluation.signing import new_keys
+    from mlkit.registry.signing import new_keys
     hostile_table(folder / "t.csv")
     for name, text in FILES.items():
         (folder / "home" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -408,8 +408,8 @@ def test_pages_from_any_text(browser, tmp_path):
     "Evidence, reasons, persons, titles and outputs: each payload in each place of the pages that mlkit renders itself."
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     from mlkit.evaluation.debug import Step, debug_page
-    from mlkit.evaluation.history import event
-    from mlkit.evaluation.side_by_side import Comparison, Side, compare_page
+    from mlkit.registry.history import event
+    from mlkit.registry.side_by_side import Comparison, Side, compare_page
     from mlkit.flow.index import index_page
     from mlkit.flow.registry_page import registry_page
     from mlkit.flow.report import page
@@ -531,7 +531,7 @@ def test_a_secret_in_params_goes_no_further(shop, tmp_path):
     "mysql+pymysql://me:s3@cr3t@127.0.0.1:9/db", "http://127.0.0.1:9/?token=s3cr3t", "http://me:s3cr3t@", "http://me:s3cr3t@host:port",
     "file://me:s3cr3t@host/runs", "sqlite://me:s3cr3t@host", "databricks://s3cr3t@profile", "nonsense://me:s3cr3t@host"])
 def test_an_address_of_mlflow_keeps_its_password(tmp_path, monkeypatch, address):
-    from mlkit.evaluation.registry import fetch
+    from mlkit.registry.store import fetch
     from mlkit.training.track import Run
     (tmp_path / "params.yaml").touch()
     monkeypatch.chdir(tmp_path)
@@ -545,7 +545,7 @@ def test_an_address_of_mlflow_keeps_its_password(tmp_path, monkeypatch, address)
 
 @pytest.mark.parametrize("key", ["-----BEGIN PRIVATE KEY-----\\ns3cr3t\\n-----END PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----s3cr3t", "-----BEGIN s3cr3t"])
 def test_a_key_that_is_none_is_not_repeated(monkeypatch, key):
-    from mlkit.evaluation.signing import signing_key
+    from mlkit.registry.signing import signing_key
     monkeypatch.setenv("MLKIT_SIGNING_KEY", key)
     with pytest.raises(MlkitError) as e:
         signing_key()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from mlkit.commands.serve import bundle_to_serve
 from mlkit.core import RegistryError, write_json
-from mlkit.evaluation.bundle import BUNDLE, write_bundle
-from mlkit.evaluation.registry import checked_bundle, fetch
-from mlkit.evaluation.verdict import VERDICT
+from mlkit.registry.bundle import BUNDLE, write_bundle
+from mlkit.registry.store import checked_bundle, fetch
+from mlkit.registry.verdict import VERDICT
 from onnx import TensorProto, helper
 from test_registry import Shop, a_verdict, tables  # noqa: F401 (a fixture)
 
@@ -123,7 +123,7 @@ def test_is_refused_and_runs_nothing(shop, monkeypatch, kind):
     identity = write_bundle(shop.root / BUNDLE, {f"model_repository/m/{name}": shop.root / "in"}, {})
     write_json(shop.root / VERDICT, a_verdict(identity))
     with monkeypatch.context() as m: # a registry that somebody else has filled
-        m.setattr("mlkit.evaluation.registry.check_formats", lambda folder: None)
+        m.setattr("mlkit.registry.store.check_formats", lambda folder: None)
         shop.publish()
     doors = {
         "publish": lambda: checked_bundle(shop.root / BUNDLE, identity), "serve": lambda: bundle_to_serve(shop.root, None),

@@ -207,7 +207,7 @@ def test_registry_is_restored(project):
     assert list(versions(project).values()) == [(bundle, {"champion", "challenger"})]
     assert "already" in project.mlkit("repro").stdout and len(versions(project)) == 1
     # what the registry gives is what was put in
-    code = "from mlkit.evaluation.registry import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
+    code = "from mlkit.registry.store import fetch; from pathlib import Path; print(fetch('digits', 'champion', Path('scratch/fetched')))"
     folder = project.run(sys.executable, "-c", code).stdout.strip()
     assert sha256(project / folder / "model.safetensors") == sha256(project / "models/model.safetensors")
 

@@ -16,10 +16,10 @@ from urllib.request import urlopen
 import pytest
 from conftest import ROOT, one_line, wait_for
 from mlkit.core import ConfigError, RegistryError, write_json
-from mlkit.evaluation.bundle import BUNDLE, MANIFEST, write_bundle
-from mlkit.evaluation.history import append, event, read_history
-from mlkit.evaluation.registry import CHAMPION, PUBLISHED, fetch, publish, register, versions_of
-from mlkit.evaluation.verdict import MAX_NAME, VERDICT, verdict
+from mlkit.registry.bundle import BUNDLE, MANIFEST, write_bundle
+from mlkit.registry.history import append, event, read_history
+from mlkit.registry.store import CHAMPION, PUBLISHED, fetch, publish, register, versions_of
+from mlkit.registry.verdict import MAX_NAME, VERDICT, verdict
 from mlkit.training.store import experiment_id, has_artifact, local_store, mlflow_client, tracking_uri
 from mlkit.training.track import Run
 
@@ -419,9 +419,9 @@ import os, shutil, signal, sys
 from pathlib import Path
 from mlflow.tracking.client import MlflowClient
 from mlkit.core import read_json
-from mlkit.evaluation import registry
-from mlkit.evaluation.bundle import BUNDLE
-from mlkit.evaluation.verdict import VERDICT
+from mlkit.registry import store as registry
+from mlkit.registry.bundle import BUNDLE
+from mlkit.registry.verdict import VERDICT
 
 base, out = map(Path, sys.argv[1:])
 step = 0
@@ -487,7 +487,7 @@ def at_once(shops, uri, n):
 import sys
 from pathlib import Path
 from mlkit.core import read_json
-from mlkit.evaluation.registry import publish
+from mlkit.registry.store import publish
 root = Path.cwd()
 print(publish(root, root / '{BUNDLE}', read_json(root / '{VERDICT}'), sys.argv[1]).version)"""
     options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

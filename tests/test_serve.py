@@ -19,11 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 import mlkit.serving.triton
 from mlkit.core import ServeError, SetupError
 from mlkit.serving.client import Client
-from mlkit.serving.fuse import write_fused
+from mlkit.export.fuse import write_fused
 from mlkit.serving.install import TRITONSERVER, find_triton, install_serving, serving_env
 from mlkit.serving.load import measure_load
 from mlkit.serving.repository import write_repository
-from mlkit.serving.signature import Signature, Signatures, Tensor
+from mlkit.export.signature import Signature, Signatures, Tensor
 from mlkit.serving.supervise import probe, repair, supervise
 from mlkit.serving.triton import Triton
 

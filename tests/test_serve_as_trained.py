@@ -18,11 +18,11 @@ from mlkit.data.prepared import load_split
 from mlkit.data.split import SPLITS, Split
 from mlkit.evaluation.evaluate import predict
 from mlkit.inputs.rows import Rows
-from mlkit.serving.export import OnnxChain, export_onnx
+from mlkit.export.chain import OnnxChain, export_onnx
 from mlkit.serving.install import install_serving
-from mlkit.serving.parity import parity
+from mlkit.export.parity import parity
 from mlkit.serving.repository import write_repository
-from mlkit.serving.signature import arrays
+from mlkit.export.signature import arrays
 from mlkit.serving.triton import Triton
 from mlkit.sources.registry import open_source
 from mlkit.task import Task

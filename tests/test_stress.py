@@ -133,7 +133,7 @@ def test_the_page_and_the_figures(finished):
 
 def test_a_release_asks_for_little_reliance():
     "By default, whatever the criteria are; the evidence names the part."
-    from mlkit.evaluation.verdict import reason_lines, verdict, verdict_line
+    from mlkit.registry.verdict import reason_lines, verdict, verdict_line
     protect = schema(ROOT / "nbs/stages/release.ipynb")["protect"][1]
     assert protect["stress.reliance"] == {"max": LIMIT}
     asked = {"stress.reliance": protect["stress.reliance"]}

@@ -7,8 +7,8 @@ import numpy as np, polars as pl, pytest, torch
 from torch import nn
 
 from mlkit.core import DataError
-from mlkit.serving.export import OnnxChain, export_onnx
-from mlkit.serving.parity import parity
+from mlkit.export.chain import OnnxChain, export_onnx
+from mlkit.export.parity import parity
 from mlkit.inputs.columns import Category, Date, Number
 from mlkit.inputs.rows import Rows
 from mlkit.targets.classes import Classes
@@ -19,7 +19,7 @@ from mlkit.serving.triton import Triton
 from mlkit.serving.install import install_serving
 from mlkit.serving.supervise import probe
 from mlkit.serving.repository import write_repository
-from mlkit.serving.signature import arrays
+from mlkit.export.signature import arrays
 
 CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本"]
 NAMES = {"age": "age in years", "city": "city $ name", "seen": "seen", "value": "value", "x": "x"} # 'x' and 'value' are names of the chain's own tensors

@@ -12,12 +12,12 @@ from conftest import ROOT, one_line
 from mlkit.commands.reproduce import fetch_version
 from mlkit.commands.serve import bundle_to_serve
 from mlkit.core import MlkitError, write_json
-from mlkit.evaluation.bundle import BUNDLE, MANIFEST, list_files, write_bundle
-from mlkit.evaluation.history import HISTORY, read_history
-from mlkit.evaluation.promotion import promote
-from mlkit.evaluation.registry import CHAMPION, read_champion
-from mlkit.evaluation.signing import PUBLIC_FILE, SIGNATURE, load_key, new_keys, signature
-from mlkit.evaluation.verdict import VERDICT
+from mlkit.registry.bundle import BUNDLE, MANIFEST, list_files, write_bundle
+from mlkit.registry.history import HISTORY, read_history
+from mlkit.registry.promotion import promote
+from mlkit.registry.store import CHAMPION, read_champion
+from mlkit.registry.signing import PUBLIC_FILE, SIGNATURE, load_key, new_keys, signature
+from mlkit.registry.verdict import VERDICT
 from mlkit.training.store import mlflow_client, tracking_uri
 from test_registry import Shop, a_verdict, aliases, tables  # noqa: F401 (a fixture)
 
@@ -280,7 +280,7 @@ def test_commands(registry):
 
 def test_a_rollback_does_not_import_mlflow(registry):
     "Its import takes seconds; the alias moves all the same."
-    code = ("import sys; from pathlib import Path; from mlkit.evaluation.promotion import rollback\n"
+    code = ("import sys; from pathlib import Path; from mlkit.registry.promotion import rollback\n"
             "print(rollback(Path.cwd(), 'digits', None, 'slow')['to']['version'], 'mlflow' in sys.modules)")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=registry.root, env=env, capture_output=True, text=True, timeout=100)

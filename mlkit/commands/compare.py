@@ -18,7 +18,7 @@ def compare(a, b, model):
 
     Each is a version of the registry ('3', 'champion'), a commit, branch, tag or experiment, or '.' for the working folder.
     Without names: the last commit, and the working folder. The page is reports/compare.html."""
-    from mlkit.evaluation.side_by_side import compared, lines, side, write_comparison
+    from mlkit.registry.side_by_side import compared, lines, side, write_comparison
     root = project_root()
     found = compared(root, side(root, a, model), side(root, b, model))
     for line in lines(found):

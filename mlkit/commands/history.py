@@ -36,7 +36,7 @@ def history(model, as_json):
     """Show who became champion, challenger or shadow, when, why, and after whom.
 
     The chain of hashes is checked first. Exit code 1 where history.jsonl was changed, or champion.json says another."""
-    from mlkit.evaluation.registry import checked_history
+    from mlkit.registry.store import checked_history
     entries = [e for e in checked_history(project_root()) if model in (None, e["model"])]
     for entry in entries:
         click.echo(json.dumps(entry) if as_json else harmless(history_line(entry)))

@@ -18,9 +18,9 @@ def beside(
 ) -> dict[str, str]: # what: a line, empty where there is nothing to say
     "What the page says beside the verdict: challenger, comparison with the champion, test set, changed criteria."
     from mlkit.commands.history import place
-    from mlkit.evaluation.history import holder
-    from mlkit.evaluation.looks import look_lines, seen
-    from mlkit.evaluation.registry import said_against
+    from mlkit.registry.history import holder
+    from mlkit.registry.looks import look_lines, seen
+    from mlkit.registry.store import said_against
     held, looked = holder(entries, "challenger", verdict["model"]), seen(root, verdict)
     lines = [line.partition(": ")[2] for line in look_lines(looked, verdict["compare"])] if looked else []
     test_set, changed = (*lines, "", "")[:2]
@@ -34,9 +34,9 @@ def standing(
 ) -> dict: # registry: version and aliases, or None; champion and its version, or None; verdict; beside; moves: lines
     "Where the model of the last run stands. Empty where no stage gives a verdict."
     from mlkit.commands.history import history_line
-    from mlkit.evaluation.ages import verdict_of_today
-    from mlkit.evaluation.registry import checked_history, last_publication, read_champion
-    from mlkit.evaluation.verdict import VERDICT
+    from mlkit.registry.ages import verdict_of_today
+    from mlkit.registry.store import checked_history, last_publication, read_champion
+    from mlkit.registry.verdict import VERDICT
     from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
@@ -53,8 +53,8 @@ def standing(
 def refresh_page(root: Path) -> bool: # Whether it was written
     "Write the page of the registry if it would say something else by now. A broken history is said there."
     from mlkit.core import RegistryError
-    from mlkit.evaluation.history import head
-    from mlkit.evaluation.registry import checked_history
+    from mlkit.registry.history import head
+    from mlkit.registry.store import checked_history
     from mlkit.flow.registry_page import refresh_registry
     try:
         return refresh_registry(root, checked_history(root), head(root))

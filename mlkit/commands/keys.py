@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ..core import MlkitError, project_root, write_atomic
-from ..evaluation.signing import PRIVATE, PUBLIC_FILE, new_keys
+from ..registry.signing import PRIVATE, PUBLIC_FILE, new_keys
 
 # %% ../../nbs/commands/19_keys.ipynb #c7387024
 def write_new(

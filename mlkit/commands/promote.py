@@ -10,7 +10,7 @@ import click
 
 from .reproduce import last_model
 from ..core import project_root
-from ..evaluation.history import ROLES
+from ..registry.history import ROLES
 
 # %% ../../nbs/commands/16_promote.ipynb #cbe1cf4b
 def say_promotion(
@@ -46,7 +46,7 @@ def promote(version, role, why, model):
 
     The version is checked first, as if it were served: its verdict, its files and the history. Then the history gets a line
     (see 'mlkit history'), and MLflow's alias and champion.json follow. Commit history.jsonl and champion.json."""
-    from mlkit.evaluation.promotion import promote as give
+    from mlkit.registry.promotion import promote as give
     root = project_root()
     say_promotion(give(root, last_model(root) if model is None else model, version, role, why))
     after_promotion(root)

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from ..core import MlkitError, harmless, project_root, write_json
-from ..evaluation.bundle import BUNDLE
-from ..evaluation.verdict import VERDICT
+from ..registry.bundle import BUNDLE
+from ..registry.verdict import VERDICT
 
 # %% ../../nbs/commands/06_release.ipynb #9cf924be
 def say_publication(
@@ -43,10 +43,10 @@ def conclude(
     "Say the verdict with its reasons, and publish what is released."
     if not (root / VERDICT).is_file():
         return 0
-    from mlkit.evaluation.ages import verdict_of_today
-    from mlkit.evaluation.looks import look, look_lines
-    from mlkit.evaluation.registry import publish, read_champion, said_against
-    from mlkit.evaluation.verdict import headline, reason_lines, verdict_line
+    from mlkit.registry.ages import verdict_of_today
+    from mlkit.registry.looks import look, look_lines
+    from mlkit.registry.store import publish, read_champion, said_against
+    from mlkit.registry.verdict import headline, reason_lines, verdict_line
     verdict = verdict_of_today(root)
     outcome = headline(verdict)
     click.secho(harmless(verdict_line(verdict)), fg=COLORS.get(outcome, "yellow"), bold=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from ..core import MlkitError, harmless, project_root, read_json
-from ..evaluation.bundle import BUNDLE, MANIFEST
-from ..evaluation.verdict import VERDICT
+from ..registry.bundle import BUNDLE, MANIFEST
+from ..registry.verdict import VERDICT
 
 # %% ../../nbs/commands/10_reproduce.ipynb #29592161
 def last_model(
@@ -29,7 +29,7 @@ def fetch_version(
     version: str, # '3', or an alias
 ) -> tuple[dict, dict]: # what it was made from, see `provenance.record`; the list of its files
     "Both from the registry. Raises `RegistryError` where it has no such version."
-    from mlkit.evaluation.registry import fetch
+    from mlkit.registry.store import fetch
     cache = root / ".mlkit/fetched"
     made = read_json(fetch(model, version, cache, part="provenance") / "made.json")
     return made, read_json(fetch(model, version, cache) / MANIFEST)
@@ -66,8 +66,8 @@ def say_result(
 @click.option("--into", type=click.Path(path_type=Path), help="A new folder; default: .mlkit/reproduced/VERSION.")
 def reproduce(version, model, into):
     "Make VERSION ('3', or 'champion') of the registry again from its commit, data, values, and compare. Exit code 1 if it differs."
-    from mlkit.evaluation.bundle import changed_files
-    from mlkit.evaluation.provenance import changed_environment, check_out
+    from mlkit.registry.bundle import changed_files
+    from mlkit.registry.provenance import changed_environment, check_out
     root = project_root()
     model, into = model or last_model(root), into or root / ".mlkit/reproduced" / version
     made, was = fetch_version(root, model, version)

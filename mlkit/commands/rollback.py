@@ -19,7 +19,7 @@ def rollback(version, why, model):
     """Make the champion before the present one champion again, or VERSION: a number of any version that was released.
 
     It is checked first, as if it were served. A server that runs keeps its files: start 'mlkit serve --alias champion' anew."""
-    from mlkit.evaluation.promotion import rollback as back
+    from mlkit.registry.promotion import rollback as back
     root = project_root()
     say_promotion(back(root, last_model(root) if model is None else model, version, why))
     after_promotion(root)

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from ..core import MlkitError, project_root, read_json
-from ..evaluation.bundle import BUNDLE, identity_of, read_manifest
-from ..evaluation.verdict import VERDICT
+from ..registry.bundle import BUNDLE, identity_of, read_manifest
+from ..registry.verdict import VERDICT
 
 # %% ../../nbs/commands/07_serve.ipynb #9173148f
 def bundle_to_serve(
@@ -18,7 +18,7 @@ def bundle_to_serve(
     alias: str | None, # of the registry; None: the bundle of the last run
 ) -> Path: # a verified bundle
     "Raises `MlkitError` where there is no such bundle, or it is not released."
-    from mlkit.evaluation.registry import checked_bundle, fetch
+    from mlkit.registry.store import checked_bundle, fetch
     if not (root / VERDICT).is_file():
         raise MlkitError(f"{VERDICT} is missing; run 'mlkit repro' first")
     verdict = read_json(root / VERDICT)

@@ -26,7 +26,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:criteria_are_complete",
     "mlkit.flow.checks:criteria_are_measured",
     "mlkit.flow.checks:names_fit_files",
-    "mlkit.evaluation.verdict:model_can_be_named",
+    "mlkit.registry.verdict:model_can_be_named",
     "mlkit.evaluation.protected_check:protected_are_columns",
     "mlkit.serving.repository:server_can_name_it",
     "mlkit.training.check:experiment_can_be_named",
@@ -180,7 +180,7 @@ def criteria_are_measured(params: dict[str, dict], root: Path):
     known = known_metrics(params, root, measured)
     for key, name, _ in asked:
         stage = name.partition(".")[0]
-        if name in ("data.age_days", "model.age_days"): # no stage measures them, see `evaluation.ages`
+        if name in ("data.age_days", "model.age_days"): # no stage measures them, see `registry.ages`
             continue
         if stage not in measured:
             meant = nearest(stage, measured)

@@ -200,7 +200,7 @@ LOOKS = {"Released": "good", "Not released": "bad"} # class of the page's first 
 
 def judged(verdict: dict | None, champion: dict | None) -> dict: # What the template takes
     "The verdict in words, what failed and why, and what the champion has."
-    from mlkit.evaluation.verdict import headline, meanings_of, missed, reason_lines
+    from mlkit.registry.verdict import headline, meanings_of, missed, reason_lines
     if not verdict:
         return {"word": "Pipeline", "look": ""}
     word, failed, warned = headline(verdict), missed(verdict, "criteria"), missed(verdict, "warnings")

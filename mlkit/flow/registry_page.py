@@ -25,7 +25,7 @@ def roles_of(
     model: str, bundle: str,
 ) -> list[str]: # 'champion', …
     "The roles that a bundle has now."
-    from mlkit.evaluation.history import ROLES, holder
+    from mlkit.registry.history import ROLES, holder
     def has(role):
         held = holder(entries, role, None if role == "champion" else model)
         return held and (held["model"], held["to"]["bundle"]) == (model, bundle)
@@ -36,7 +36,7 @@ def facts_of(
     releases: list[dict], # of one bundle, the oldest first
 ) -> list[tuple[str, str]]: # what, its value
     "What a version shows."
-    from mlkit.evaluation.verdict import OUTCOMES
+    from mlkit.registry.verdict import OUTCOMES
     last = releases[-1]
     rows = [("released", day(releases[0]["when"])), ("verdict", OUTCOMES.get(last.get("outcome"), "Released")),
             (last.get("compare", "score").removeprefix("evaluate.").replace("_", " "), f"{last['value']:.4g}" if "value" in last else "not noted"),
@@ -113,7 +113,7 @@ REGISTRY_CSS = """
 # %% ../../nbs/flow/20_registry_page.ipynb #21499491
 def standings(entries: list[dict]) -> list[tuple[str, str]]: # role, who has it
     "Who has which role, for the head of the page."
-    from mlkit.evaluation.history import ROLES, holder
+    from mlkit.registry.history import ROLES, holder
     got = [(role, holder(entries, role)) for role in ROLES]
     return [(role, f"{e['model']} {place(e['to'])}, since {day(e['when'])}" if e else "nobody") for role, e in got]
 

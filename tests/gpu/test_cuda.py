@@ -67,8 +67,8 @@ def test_plan_agrees(tmp_path, package):
     "A plan compiled here says what torch says."
     pytest.importorskip(package, reason=f"not run: {package} is not installed")
     from mlkit.evaluation.evaluate import predict
-    from mlkit.serving.tensorrt import Plan, build_plan
-    from mlkit.serving.export import OnnxChain, export_onnx
+    from mlkit.export.tensorrt import Plan, build_plan
+    from mlkit.export.chain import OnnxChain, export_onnx
     net, _ = trained("32-true")
     net = net.cpu().eval()
     X, _ = stripes(32, 2)
