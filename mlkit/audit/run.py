@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import columns, copies, distribution, formula, groups, images, labels
-from .base import CHECKS, SEVERITIES, Data, Finding, checks_for, implementation
+from .base import CHECKS, Data, Finding, SEVERITIES, checks_for, implementation
 from ..component import checked_parameters
 from ..core import ConfigError, DataError, MlkitError, nearest
 

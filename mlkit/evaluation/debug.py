@@ -25,8 +25,8 @@ from ..core import DataError, MlkitError, ServeError, harmless, nearest, write_a
 from ..data.contract import Contract, Feature, load_contract, owned_contract, type_of
 from ..data.prepared import load_split
 from ..data.split import SPLITS
-from ..flow.report import CSS, PAGE_HEAD, figure
 from ..export.signature import Signatures, arrays, named_answers
+from ..flow.report import CSS, PAGE_HEAD, figure
 from ..task import Task, load_task
 
 # %% ../../nbs/evaluation/12_debug.ipynb #497e2f3a

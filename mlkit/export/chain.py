@@ -13,9 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import DataError, ExportError, write_atomic
-from ..inputs.rows import free_name
 from .fuse import FUSED, write_fused
 from .signature import Signature, Signatures, Tensor, arrays
+from ..inputs.rows import free_name
 from ..task import Task
 
 # %% ../../nbs/export/02_chain.ipynb #7a7c9f74

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ExportError, write_atomic, write_json
-from ..jobs import Decision, choose
 from .signature import Signatures
 from .tensorrt import Plan, build_plan, end_with
+from ..jobs import Decision, choose
 from ..task import Task
 
 # %% ../../nbs/export/05_plans.ipynb #8b482bb5

@@ -29,10 +29,10 @@ from ..data.parts import ingest_table, read_parts
 from ..data.prepared import header, load_split
 from ..data.split import SPLITS, Split, collect, fraction
 from .base import CORRUPTIONS, Ingested, Input, modality
+from ..targets.base import Target, find_target
 from mlkit.inputs.columns import (
     Category, Column, DATE_PARTS, DAY, Date, FAR, N_KNOTS, Number, encoder_of, load_column, seconds,
 )
-from ..targets.base import Target, find_target
 
 # %% ../../nbs/inputs/03_rows.ipynb #42399853
 class Form(NamedTuple):

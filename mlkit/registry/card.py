@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ..core import sha256, write_atomic, write_json
 from ..data.contract import Contract, contract_rows
+from ..flow.report import figure
 from .bundle import MANIFEST, read_manifest
 from .verdict import MEANINGS, headline, missed, reason_lines
-from ..flow.report import figure
 from ..task import Task
 
 # %% ../../nbs/registry/11_card.ipynb #1235cae1

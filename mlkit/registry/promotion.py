@@ -9,8 +9,8 @@ from pathlib import Path
 from ..core import RegistryError, read_json, write_json
 from .history import HISTORY, append, champion_before, event, head, holder
 from .quick import registry_client
-from .store import FETCHED, PUBLISHED, champion_of, checked_history, checked_version
-from .store import read_view, set_aliases, store_stamp, wanted_aliases, write_view
+from .store import FETCHED, PUBLISHED, champion_of, checked_history, checked_version, read_view
+from .store import set_aliases, store_stamp, wanted_aliases, write_view
 from .verdict import check_model_name
 from ..training.store import mlflow_calls, tracking_uri
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, MlkitError, masked, read_json, write_atomic
-from .history import ROLES
-from .provenance import git_says, machine, packages
-from .verdict import VERDICT, headline
 from ..flow.environment import ENVIRONMENT
 from ..flow.report import CSS, PAGE_HEAD, figure
 from ..flow.verify import cached, listed
+from .history import ROLES
+from .provenance import git_says, machine, packages
+from .verdict import VERDICT, headline
 from ..task import load_task
 
 # %% ../../nbs/registry/13_side_by_side.ipynb #ad146c5a

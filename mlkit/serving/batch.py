@@ -30,11 +30,11 @@ from ..data.delimited import regroup
 from ..data.judge import SeenColumn, severity
 from ..data.profile import shown
 from ..device import usable_cores
-from ..registry.bundle import identity_of, read_manifest
-from ..inputs.image import image_of_file
-from ..inputs.rows import free_name
 from ..export.chain import OnnxChain
 from ..export.signature import Refused, read_arrays
+from ..inputs.image import image_of_file
+from ..inputs.rows import free_name
+from ..registry.bundle import identity_of, read_manifest
 from ..sources.folders import KINDS, Listing, PACKED, TEXT, kind_in, kind_of, walk
 from ..sources.locator import LITE, printable
 from ..sources.paths import located

@@ -11,8 +11,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import DataError, ServeError
-from .repository import datatype
 from ..export.signature import Signature, Signatures, arrays, named_answers
+from .repository import datatype
 
 # %% ../../nbs/serving/03_client.ipynb #6fc7d692
 @dataclass(frozen=True)

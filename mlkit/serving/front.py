@@ -15,11 +15,11 @@ from fastcore.basics import patch
 
 from ..core import DataError, RegistryError, ServeError, sha256
 from ..data.contract import Contract, load_contract, type_of
+from ..export.signature import Signatures
 from .enforce import Enforcer
 from .gateway import Gateway, Served
 from .queue import Limits, Queue, Unanswered
 from .repository import parse_config
-from ..export.signature import Signatures
 from .triton import check_host, free_port
 from .worker import die_with, start_worker
 

@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from .. import __version__
 from ..core import DataError, MlkitError
+from ..export.signature import Signatures, arrays
 from .enforce import Enforcer
 from .protocol import DATATYPES, decoded, read_request, write_answer
 from .queue import Busy, Queue, Unanswered
-from ..export.signature import Signatures, arrays
 
 # %% ../../nbs/serving/13_gateway.ipynb #e9174341
 class Refused(MlkitError):

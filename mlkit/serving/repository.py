@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ConfigError, ServeError, write_atomic
-from ..jobs import threads_for
 from ..export.fuse import FUSED, write_fused
 from ..export.signature import Signature, Signatures, Tensor
+from ..jobs import threads_for
 
 # %% ../../nbs/serving/01_repository.ipynb #7f7fb602
 @cache

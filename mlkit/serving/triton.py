@@ -13,11 +13,11 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from ..core import ServeError, SetupError, write_atomic
+from ..export.signature import Signatures
 from . import triton_backend
 from .client import Client
 from .install import find_triton, serving_env
 from .repository import parse_config
-from ..export.signature import Signatures
 
 # %% ../../nbs/serving/04_triton.ipynb #47b1f1a2
 def check_host(host: str) -> str: # `host`
