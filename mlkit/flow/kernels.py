@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['importing', 'OPTIONAL', 'KERNEL_ENV', 'NOT_TAKEN', 'AVX2_ENV', 'OF_THIS_MACHINE', 'ARGUMENTS', 'ENDING', 'CELL',
            'KEPT', 'missing', 'load_papermill', 'register_engine', 'kernel_env', 'has_avx2', 'instruction_env',
-           'kernel_name', 'start_client', 'start_twice', 'kernel', 'runnable', 'execute', 'folders', 'without_folders',
-           'output_texts', 'relative_output', 'make_portable']
+           'kernel_name', 'start_client', 'start_twice', 'kernel', 'call_ready', 'runnable', 'execute', 'folders',
+           'without_folders', 'output_texts', 'relative_output', 'make_portable']
 
 # %% ../../nbs/flow/09_kernels.ipynb #1f5b43b3
 import codecs, json, locale, os, platform, re, sys, sysconfig, tempfile, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Callable
 
@@ -154,6 +155,21 @@ def kernel(
         client = start_twice(lambda: start_client(root, kernel_env(everywhere | env), folder), say)
         with client.setup_kernel():
             yield client
+
+# %% ../../nbs/flow/09_kernels.ipynb #16e84401
+def call_ready(
+    root: Path, # The project; the working folder
+    place: str, # "module:function"
+    *args, # That JSON can hold; so can what the function gives
+):
+    "What a function gives. Raises what it raises."
+    from mlkit.flow.warm import KERNEL, call
+    if kernel_name() == KERNEL:
+        env = kernel_env(instruction_env(instruction_set(root)))
+        with suppress(LookupError):
+            return call(place, *args, env=env, cwd=root, quiet=OF_THIS_MACHINE)
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)(*args)
 
 # %% ../../nbs/flow/09_kernels.ipynb #5d5e4b30
 def runnable(

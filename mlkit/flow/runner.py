@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'DIED', 'FAILED', 'GRACE', 'SIGNALS', 'ASKED', 'AT_ONCE', 'LOOK', 'flush', 'move_in_place', 'failure',
-           'write_pages', 'write_reports', 'keep_failed', 'run_node', 'load_project', 'run_named', 'Interrupted',
-           'processes', 'end_kernels', 'heed', 'promptly', 'interruptible', 'wait_for', 'run_stage']
+           'write_pages', 'write_reports', 'keep_failed', 'run_node', 'load_values', 'ask_of_files', 'ask_where_ready',
+           'load_project', 'run_named', 'Interrupted', 'processes', 'end_kernels', 'heed', 'promptly', 'interruptible',
+           'wait_for', 'run_stage']
 
 # %% ../../nbs/flow/11_runner.ipynb #a8be2c4b
 import os, shutil, signal, sys, time
@@ -15,9 +16,9 @@ from typing import Callable
 import click
 
 from ..core import MlkitError, StageError, nearest, write_atomic
-from .checks import check_values
+from .checks import ask_checks, check_values
 from .config import load_params
-from .kernels import ENDING, execute, kernel, make_portable
+from .kernels import ENDING, call_ready, execute, kernel, make_portable
 from .measured import measured_pages, note_measured, still_measured, take_measured
 from .pipeline import Node, load_stages, origins
 from .stage import OUTPUTS
@@ -152,11 +153,23 @@ def run_node(
     return time.monotonic() - start
 
 # %% ../../nbs/flow/11_runner.ipynb #95e8efbf
-def load_project(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # stage: its node; stage: its checked parameters
-    "All stages and their values. Raises `MlkitError` on what is wrong in a declaration or in `params.yaml`."
+def load_values(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # stage: its node; stage: its checked section
+    "All stages and their values, each section checked alone."
     nodes = load_stages(root)
-    params = load_params(root, {n: node.types for n, node in nodes.items()})
-    check_values(params, root)
+    return nodes, load_params(root, {n: node.types for n, node in nodes.items()})
+
+def ask_of_files(root: str):
+    "Ask every check about a project's values as they are on the disk."
+    ask_checks(load_values(Path(root))[1], Path(root))
+
+def ask_where_ready(params: dict[str, dict], root: Path):
+    "Ask every check in a process that has imported torch already, since some need it."
+    call_ready(root, "mlkit.flow.runner:ask_of_files", str(root))
+
+def load_project(root: Path) -> tuple[dict[str, Node], dict[str, dict]]: # The same
+    "All stages and their values. Raises `MlkitError` on what is wrong in a declaration or in `params.yaml`."
+    nodes, params = load_values(root)
+    check_values(params, root, ask_where_ready)
     return nodes, params
 
 # %% ../../nbs/flow/11_runner.ipynb #05c70215

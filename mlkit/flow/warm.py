@@ -7,11 +7,11 @@ __all__ = ['FIRST', 'PRELOAD', 'IDLE', 'FREE', 'RIGHTS', 'LONGEST', 'PYTHONS', '
            'answer', 'inherited', 'take_signals', 'take_process', 'take_streams', 'python_path', 'module_name',
            'takes_the_place', 'needs_own_python', 'end_with', 'run_python', 'own_modules', 'own_process_state',
            'own_random_state', 'own_display', 'stderr_handlers', 'EndWith', 'kernel_app', 'finish', 'start_kernel',
-           'kernel_or_exit', 'send_away', 'start_parent', 'ask_once', 'ask', 'Forked', 'this_python', 'WarmProvisioner',
-           'install_kernel']
+           'answer_call', 'kernel_until_end', 'child_or_exit', 'send_away', 'start_parent', 'ask_once', 'ask', 'call',
+           'Forked', 'this_python', 'WarmProvisioner', 'install_kernel']
 
 # %% ../../nbs/flow/07_warm.ipynb #927efa8a
-import atexit, gc, hashlib, json, logging, os, re, resource, select, signal, socket, subprocess, sys, sysconfig, tempfile, threading, time, traceback
+import atexit, gc, hashlib, json, logging, os, re, resource, select, signal, socket, subprocess, sys, sysconfig, tempfile, threading, time, traceback, warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -31,6 +31,7 @@ IDLE = 15 * 60 # Seconds without a kernel after which the parent ends
 FREE = re.compile("|".join([
     "_|PWD|OLDPWD|SHLVL|PS1|LINES|COLUMNS|TERM|WINDOWID|STY",
     "PYTHONPATH|PYTHONUNBUFFERED|MPLBACKEND|OPENCV_LOG_LEVEL|NO_COLOR|CUDA_VISIBLE_DEVICES|CUBLAS_WORKSPACE_CONFIG",
+    "_RJEM_MALLOC_CONF", # Polars sets it when it is imported: how soon memory is given back
     "(JPY|DVC|MLKIT|PYTEST|SSH|TMUX|TERM|VTE|VSCODE|XDG_SESSION)_.*"]))
 
 def fixed(
@@ -184,7 +185,7 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]] | None: # The r
     "One request."
     connection.settimeout(5)
     try:
-        data, fds, *_ = socket.recv_fds(connection, 1 << 20, 1)
+        data, fds, *_ = socket.recv_fds(connection, 1 << 20, 2)
     except OSError:
         return None
     return (json.loads(data), fds) if data and fds else None
@@ -199,7 +200,7 @@ def answer(listener: socket.socket) -> int | None: # Process id of the new kerne
         request, fds = received
         if (pid := os.fork()) == 0:
             listener.close()
-            kernel_or_exit(request, fds[0])
+            child_or_exit(request, fds)
         for fd in fds:
             os.close(fd)
         connection.sendall(json.dumps({"pid": pid}).encode())
@@ -397,17 +398,44 @@ def start_kernel(request: dict, command: list[str]):
     app.control_thread.stop()
     app.control_thread.join() # it may wait for IOPub, which `close` ends before it: seconds
 
+# %% ../../nbs/flow/07_warm.ipynb #92f3ae3b
+def answer_call(request: dict, result: int): # File descriptor
+    "Call a function of the asker's own mlkit; write its value, or the name and text of its `MlkitError`, as JSON."
+    EndWith(request["owner"]).start()
+    own_modules(request["env"])
+    own_process_state()
+    error = import_module("mlkit.core").MlkitError
+    warnings.filterwarnings("ignore", request["quiet"])
+    module, _, name = request["call"].partition(":")
+    try:
+        said = [getattr(import_module(module), name)(*request["args"]), None, ""]
+    except error as e:
+        said = [None, type(e).__name__, str(e)]
+    with open(result, "w", encoding="utf-8") as f:
+        json.dump(said, f)
+
 # %% ../../nbs/flow/07_warm.ipynb #f8165b94
-def kernel_or_exit(request: dict, stderr: int):
+def kernel_until_end(request: dict):
+    "A kernel, here or in a Python of its own."
+    command = [sys.executable, "-m", "ipykernel_launcher", *request["argv"]]
+    if needs_own_python(request["env"]):
+        run_python(request, command)
+    start_kernel(request, command)
+    finish()
+
+def child_or_exit(
+    request: dict,
+    fds: list[int], # Standard error; for a call also where its answer goes
+):
     "What a forked child does; it does not return."
     try:
-        take_streams(stderr)
+        take_streams(fds[0])
         take_process(request)
-        command = [sys.executable, "-m", "ipykernel_launcher", *request["argv"]]
-        if needs_own_python(request["env"]):
-            run_python(request, command)
-        start_kernel(request, command)
-        finish()
+        if "argv" in request:
+            kernel_until_end(request)
+        if not needs_own_python(request["env"]):
+            answer_call(request, fds[1])
+            os._exit(0)
     except Exception:
         traceback.print_exc() # for who asked
     finally:
@@ -442,13 +470,13 @@ def start_parent(env: dict = os.environ) -> Path | None: # Its socket; None: it 
         return None
 
 # %% ../../nbs/flow/07_warm.ipynb #55249ee6
-def ask_once(path: Path, request: bytes, patience: float) -> int | None: # Process id; None: no answer
+def ask_once(path: Path, request: bytes, fds: list[int], patience: float) -> int | None: # Process id; None: no answer
     "One request to a parent. Its socket's time says when it was asked last."
     with socket.socket(socket.AF_UNIX) as s:
         try:
             s.settimeout(patience)
             s.connect(str(path))
-            socket.send_fds(s, [request], [2])
+            socket.send_fds(s, [request], fds)
             if answered := s.recv(4096):
                 os.utime(path)
                 return json.loads(answered)["pid"]
@@ -457,17 +485,47 @@ def ask_once(path: Path, request: bytes, patience: float) -> int | None: # Proce
     return None
 
 # %% ../../nbs/flow/07_warm.ipynb #68bd1efc
-def ask(argv: list[str], env: dict, cwd: str | None, patience: float = 10) -> int | None: # Process id
-    "A kernel from the parent, which is started if need be; None where there is none within `patience` seconds."
+def ask(
+    what: dict, # {"argv": of a kernel}, or what `call` asks for
+    env: dict, # All environment variables
+    cwd: str | Path | None,
+    patience: float = 10, # Seconds
+    fds: list[int] = [2], # Standard error; for a call also where its answer goes
+) -> int | None: # Process id; None: there is no parent
+    "A child of the parent, which is started if need be."
     if not (path := start_parent(env)):
         return None
-    request = {"argv": argv, "env": env, "cwd": str(cwd or Path.cwd()), "owner": os.getpid(), **inherited()}
+    request = what | {"env": env, "cwd": str(cwd or Path.cwd()), "owner": os.getpid(), **inherited()}
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        if pid := ask_once(path, json.dumps(request).encode(), patience):
+        if pid := ask_once(path, json.dumps(request).encode(), fds, patience):
             return pid
         time.sleep(0.05)
     return None
+
+# %% ../../nbs/flow/07_warm.ipynb #8d6ceab0
+def call(
+    place: str, # "module:function"
+    *args, # That JSON can hold; so can what the function gives
+    env: dict, # All environment variables
+    cwd: str | Path | None = None,
+    quiet: str = "$^", # Pattern of warnings that are not shown
+):
+    "What a function gives in a child of the parent. Raises its `MlkitError`, and `LookupError` where it cannot be called there."
+    from mlkit import core
+    answered, into = os.pipe()
+    try:
+        ask({"call": place, "args": args, "quiet": quiet}, env, cwd, fds=[2, into])
+    finally:
+        os.close(into)
+    with open(answered, encoding="utf-8") as f:
+        said = f.read()
+    if not said:
+        raise LookupError(place)
+    value, error, text = json.loads(said)
+    if error:
+        raise getattr(core, error, core.MlkitError)(text)
+    return value
 
 # %% ../../nbs/flow/07_warm.ipynb #78f8a22d
 class Forked:
@@ -512,7 +570,7 @@ class WarmProvisioner(LocalProvisioner):
         if "JPY_SESSION_NAME" not in env and not any("hist_file" in a for a in cmd):
             cmd = [*cmd, "--HistoryManager.hist_file=:memory:"] # as nbclient asks of the kernels whose names it knows
         ours = this_python(cmd[0]) and cmd[1:3] == ["-m", "ipykernel_launcher"]
-        pid = ask(cmd[3:], env, kwargs.get("cwd")) if ours else None
+        pid = ask({"argv": cmd[3:]}, env, kwargs.get("cwd")) if ours else None
         if not pid:
             return await super().launch_kernel(cmd, **kwargs)
         LAUNCHED.add(pid)
