@@ -2637,6 +2637,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.plot.draw_bins': ('plot.html#draw_bins', 'mlkit/plot.py'),
                             'mlkit.plot.draw_column': ('plot.html#draw_column', 'mlkit/plot.py'),
                             'mlkit.plot.draw_counts': ('plot.html#draw_counts', 'mlkit/plot.py'),
+                            'mlkit.plot.draw_once': ('plot.html#draw_once', 'mlkit/plot.py'),
                             'mlkit.plot.draw_picture': ('plot.html#draw_picture', 'mlkit/plot.py'),
                             'mlkit.plot.fit_grid': ('plot.html#fit_grid', 'mlkit/plot.py'),
                             'mlkit.plot.fit_title': ('plot.html#fit_title', 'mlkit/plot.py'),

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['GREEN', 'BLUE', 'ORANGE', 'RED', 'GREY', 'WIDTH', 'SMALLEST', 'LOOK', 'LETTER', 'GROUPS', 'ACROSS', 'contrast',
-           'on_a_phone', 'look', 'words', 'one_axes', 'axes', 'fit_title', 'fit_grid', 'draw_picture', 'blank_grid',
-           'image_grid', 'date_texts', 'table', 'physical', 'label_ends', 'draw_bins', 'draw_counts', 'draw_column',
-           'histograms']
+           'on_a_phone', 'draw_once', 'look', 'words', 'one_axes', 'axes', 'fit_title', 'fit_grid', 'draw_picture',
+           'blank_grid', 'image_grid', 'date_texts', 'table', 'physical', 'label_ends', 'draw_bins', 'draw_counts',
+           'draw_column', 'histograms']
 
 # %% ../nbs/02_plot.ipynb #cbeed805
 from textwrap import wrap
@@ -41,10 +41,18 @@ def on_a_phone(
     return points / 72 * 380 / (width + 0.2)
 
 # %% ../nbs/02_plot.ipynb #13b0c408
+def draw_once():
+    "In a notebook pyplot draws each figure when its cell ends, for a window that is not there; then it is drawn to be shown."
+    import matplotlib.pyplot as plt
+    if "inline" in plt.get_backend():
+        plt.switch_backend(plt.get_backend()) # which connects pyplot to the end of cells, once
+        plt.uninstall_repl_displayhook()
+
 def look():
     "Give matplotlib the look. Each figure that a notebook shows from now on is described, see `describe.description`."
     import matplotlib.pyplot as plt
     plt.rcParams.update(LOOK)
+    draw_once()
     describe_shown()
 
 # %% ../nbs/02_plot.ipynb #cfa94319

@@ -22,8 +22,10 @@ FIRST = ["ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "mat
 PRELOAD = [ # in the order in which a pipeline needs them
     "numpy", "pydantic", "polars", "cv2", "pandas", "matplotlib.pyplot", "safetensors.numpy",
     "sklearn.datasets", "sklearn.linear_model", "sklearn.metrics", "scipy.stats",
-    "torch", "lightning_fabric", "mlflow.tracking", "mlflow.entities", "captum.attr",
-    "onnxruntime", "onnx", "onnxscript", "torch.onnx", "evidently", "evidently.presets", "optuna"]
+    "ruamel.yaml", "pyarrow.parquet", "sklearn.ensemble", "cleanlab.filter", "torch", "lightning_fabric", "safetensors.torch",
+    "mlflow.tracking", "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store", "alembic.command", "xgboost", "captum.attr",
+    "onnxruntime", "onnx", "onnxscript", "torch.onnx", "onnxscript.function_libs.torch_lib.ops",
+    "evidently", "evidently.presets", "plotly.graph_objs", "optuna"]
 IDLE = 15 * 60 # Seconds without a kernel after which the parent ends
 
 # %% ../../nbs/flow/07_warm.ipynb #f90e5d91
