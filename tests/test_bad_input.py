@@ -246,7 +246,7 @@ def serving(project, p): return any("tritonserver" in q.name() for q in project.
 def test_interrupted(stopped, stage, when, signum):
     before = stopped.outputs()
     done = stop(stopped, stage, when, to_group(signum))
-    assert done.returncode == 130 if signum == signal.SIGINT else done.returncode not in (0, None)
+    assert done.returncode in ([130] if signum == signal.SIGINT else {*range(-64, 256)} - {0}), done.stdout[-500:] + done.stderr[-2000:]
     assert done.returncode < 0 or one_line(done, "interrupted", "the next run goes on")
     assert "Traceback" not in done.stderr + done.stdout
     nothing_half_written(stopped, before, stage)
