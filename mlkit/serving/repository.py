@@ -15,6 +15,7 @@ from ..core import ConfigError, ServeError, write_atomic
 from ..export.fuse import FUSED, write_fused
 from ..export.signature import Signature, Signatures, Tensor
 from ..jobs import threads_for
+from .golden import write_golden
 
 # %% ../../nbs/serving/01_repository.ipynb #7f7fb602
 @cache
@@ -128,6 +129,7 @@ def write_repository(
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write_model(export_dir, aside / name, model_config(name, signatures, max_batch_size, max_queue_delay_us), signatures)
+        write_golden(aside / name / "1/model.onnx", signatures.served)
         if out.exists():
             shutil.rmtree(out)
         aside.rename(out)
