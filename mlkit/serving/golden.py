@@ -43,10 +43,11 @@ def _of_tensors(signature):
         return random.integers(0, top, shape).astype(t.dtype)
     return [drawn(t) for t in signature.inputs]
 
-def questions(signature: Signature) -> list[np.ndarray]: # Of raw samples; one (n, …) array a tensor on the wire
-    "The same for the same signature."
+def questions(signature: Signature) -> list[list[np.ndarray]]: # Of raw samples; one (n, …) array a tensor on the wire
+    "The same for the same signature: ordinary values; and zeros, for a model that refuses these."
     of_a_table = all(t.column is not None for t in signature.inputs)
-    return (_of_a_table if of_a_table else _of_tensors)(signature)
+    zeros = signature.pack([t.blank(N_QUESTIONS) for t in signature.inputs])
+    return [(_of_a_table if of_a_table else _of_tensors)(signature), zeros]
 
 # %% ../../nbs/serving/24_golden.ipynb #722c1741
 GOLDEN = "golden.msgpack" # beside the model
@@ -59,16 +60,17 @@ class Golden(msgspec.Struct, array_like=True):
 def write_golden(
     model: Path, # ONNX; the file appears beside it
     signature: Signature, # Of raw samples
-) -> Path:
-    "Raises `ServeError` where the model does not answer."
-    session = load_model(model, 1)
-    ask = Ask([to_message(x) for x in questions(signature)])
-    reply = answer(session, [t.name for t in session.get_inputs()], ask)
-    if reply.error:
-        raise ServeError(f"{model.name} does not answer ordinary values: {reply.error}")
-    path = model.with_name(GOLDEN)
-    write_atomic(path, msgspec.msgpack.encode(Golden(ask, reply.outputs)))
-    return path
+) -> Path | None: # None: the model refuses whatever it is asked
+    "Ask a model, and write down what it answers."
+    session, path = load_model(model, 1), model.with_name(GOLDEN)
+    names = [t.name for t in session.get_inputs()]
+    for asked in questions(signature):
+        ask = Ask([to_message(x) for x in asked])
+        reply = answer(session, names, ask)
+        if not reply.error:
+            write_atomic(path, msgspec.msgpack.encode(Golden(ask, reply.outputs)))
+            return path
+    return None
 
 def read_golden(model: Path) -> Golden | None: # None: of a time before there were any
     "Raises `ServeError` where the file is damaged."
