@@ -319,7 +319,7 @@ SAID = {
 def said(f: Finding, allowed: Allowed) -> str:
     "A finding in a sentence."
     text = SAID[f.test].format(against=f.against, of=f.of, about=f.about, **vars(allowed))
-    return f"{text}; that is at least {f.ends[0]:.0%}, and {f.allowed:.0%} is allowed"
+    return f"{text}: the true share is at least {f.ends[0]:.0%}, and {f.allowed:.0%} is allowed"
 
 def should_stop(
     evidence: Evidence,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from ..core import MlkitError, RegistryError, write_atomic
@@ -132,8 +133,9 @@ def note_events(root: Path, state: State) -> State: # that knows what is noted
 def line_of(state: State, e: Event) -> dict: # see `history.event`
     "An event as the history has it."
     stable, candidate = ({"version": p.version or None, "bundle": p.bundle} for p in (state.plan.stable, state.plan.candidate))
-    why = f"{e.what}, {e.share:.0%} of the users: {e.why}"
-    return event("rollout", state.plan.model, candidate, why, "rollout", stable, rollout=state.plan.salt, event=e.n, by=e.who)
+    why = f"{e.what}, {100 * e.share:g} % of the users: {e.why}"
+    when = datetime.fromtimestamp(e.when, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return event("rollout", state.plan.model, candidate, why, "rollout", stable, rollout=state.plan.salt, event=e.n, who=e.who, when=when)
 
 # %% ../../nbs/serving/22_rollout_file.ipynb #be07181b
 def tick(
