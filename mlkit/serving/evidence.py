@@ -4,7 +4,7 @@
 __all__ = ['N_BINS', 'SHORTEST', 'RATIO', 'N_CLASSES', 'GROUPS', 'PAIRED', 'MIRRORED', 'ALPHA', 'FAMILIES', 'WORDS', 'SAID',
            'log_wealth', 'is_above', 'confidence_sequence', 'Allowed', 'allowed_disagreement', 'bin_of', 'bin_end',
            'Group', 'Observation', 'Evidence', 'observed', 'count', 'record', 'compare_pair', 'same_answer',
-           'record_mirrored', 'Unlabelled', 'Finding', 'findings', 'said', 'should_stop', 'Fault']
+           'record_mirrored', 'Unlabelled', 'Finding', 'findings', 'observation_of', 'said', 'should_stop', 'Fault']
 
 # %% ../../nbs/serving/20_evidence.ipynb #81258d1e
 import math
@@ -300,6 +300,8 @@ def _class_findings(evidence, part):
     found, limit = [], evidence.allowed.answers
     for i, (more, fewer) in enumerate(evidence.classes):
         n, about = more + fewer, f"class {i}"
+        if n == 0:
+            continue
         found.append(Finding("answers", more, n, limit, part / (2 * N_CLASSES), f"{about}: more often"))
         found.append(Finding("answers", fewer, n, limit, part / (2 * N_CLASSES), f"{about}: more rarely"))
     return found
@@ -316,10 +318,13 @@ SAID = {
     "disagreement": "it gives another answer than stable to {against} of {of} mirrored requests",
     "labels": "it was the wrong one in {against} of the {of} labelled requests on which just one was right"}
 
+def observation_of(f: Finding, allowed: Allowed) -> str:
+    "What was seen, in a sentence."
+    return SAID[f.test].format(against=f.against, of=f.of, about=f.about, **vars(allowed))
+
 def said(f: Finding, allowed: Allowed) -> str:
-    "A finding in a sentence."
-    text = SAID[f.test].format(against=f.against, of=f.of, about=f.about, **vars(allowed))
-    return f"{text}: the true share is at least {f.ends[0]:.0%}, and {f.allowed:.0%} is allowed"
+    "What was seen, and why it is harm."
+    return f"{observation_of(f, allowed)}: the true share is at least {100 * f.ends[0]:.3g} %, and {100 * f.allowed:.3g} % is allowed"
 
 def should_stop(
     evidence: Evidence,

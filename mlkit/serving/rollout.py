@@ -259,7 +259,7 @@ def _judge(state, now):
     return state
 
 def _passed_step(state, now, n):
-    why = f"{n:,} requests, {share_of(state):.0%} of the users, nothing worse"
+    why = f"{n:,} requests, {100 * share_of(state):g} % of the users, nothing worse"
     if state.plan.mode != "canary":
         return noted(state, now, "mlkit", "waiting", f"{n:,} requests, nothing worse: promote it, or abort", phase="waiting")
     if state.step + 1 < len(state.plan.steps):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ROLLOUT', 'LOCK', 'FORMAT', 'MOST_BYTES', 'MEND', 'PHASES', 'to_text', 'from_text', 'check_state', 'read_state',
-           'write_state', 'locked', 'order', 'started', 'existing', 'note_events', 'line_of', 'tick',
+           'write_state', 'locked', 'order', 'started', 'check_over', 'existing', 'note_events', 'line_of', 'tick',
            'promote_in_registry', 'set_aside']
 
 # %% ../../nbs/serving/22_rollout_file.ipynb #44d38aad
@@ -106,10 +106,14 @@ def order(
 def started(plan: Plan, who: str, why: str, now: float | None = None) -> Callable[[State | None], State]:
     "For `order`: a new rollout. Raises `RolloutError` where one is under way."
     def change(before):
-        if before and before.phase not in OVER:
-            raise RolloutError(f"a rollout of {before.plan.candidate} is {before.phase}; 'mlkit rollout abort' ends it")
+        check_over(before)
         return begin(plan, who, why, time.time() if now is None else now)
     return change
+
+def check_over(state: State | None):
+    "Raises `RolloutError` where a rollout is under way."
+    if state and state.phase not in OVER:
+        raise RolloutError(f"a rollout of {state.plan.candidate} is {state.phase}; 'mlkit rollout abort' ends it")
 
 def existing(state: State | None) -> State:
     "Raises `RolloutError` where there is no rollout."

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SILENT_SERVER', 'ROLLOUT_PAGE', 'ROLLOUT_CSS', 'PAGE', 'minutes', 'is_alone', 'outcome', 'next_step', 'rows_of',
            'row_of', 'by_step', 'clock', 'mark_steps', 'draw_share', 'error_plot', 'latency_plot', 'disagreement_plot',
-           'finished', 'as_picture', 'plots', 'moment', 'iso', 'facts_of', 'rollout_page', 'write_page',
-           'terminal_view']
+           'share_limit', 'finished', 'as_picture', 'plots', 'moment', 'iso', 'facts_of', 'rollout_page', 'capital',
+           'write_page', 'terminal_view']
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #a8c8b90c
 import base64, io
@@ -16,7 +16,7 @@ from ..describe import description
 from ..flow.index import INDEX_CSS
 from ..flow.report import CSS, PAGE_HEAD
 from ..plot import BLUE, GREY, ORANGE, RED, axes
-from .evidence import Finding, confidence_sequence, findings, said
+from .evidence import Finding, confidence_sequence, findings, observation_of
 from .rollout import GOLDEN_PATIENCE, OVER, State, n_compared, n_steps, share_of
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #d5451f80
@@ -86,8 +86,8 @@ def row_of(f: Finding, state: State) -> dict:
     "A test, for people."
     low, high = f.ends
     return {"test": f.test + (f" ({f.about})" if f.about else ""), "counts": f"{f.against:,} of {f.of:,}",
-            "share": f"{low:.1%} to {high:.1%}", "allowed": f"{f.allowed:.3g}" if f.allowed < 0.001 else f"{f.allowed:.0%}",
-            "harm": f.is_harm, "said": said(f, state.plan.allowed)}
+            "share": f"{100 * low:.3g} to {100 * high:.3g} %", "allowed": f"{100 * f.allowed:.3g} %",
+            "harm": f.is_harm, "said": observation_of(f, state.plan.allowed)}
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #4e078096
 def by_step(state: State) -> list[list]: # of `Point`
@@ -107,7 +107,7 @@ def mark_steps(ax, state: State):
             ax.axvline(at, color=GREY, lw=0.8, ls=":")
             ax.text(at, 1.0, f" {100 * e.share:g} %", transform=ax.get_xaxis_transform(), fontsize=10, color=GREY, va="bottom")
 
-def draw_share(ax, state: State, of, name: str, color: str): # `of`: a point to (against, of)
+def draw_share(ax, state: State, of, name: str, color: str, width: float = 1.5): # `of`: a point to (against, of)
     "A share, with its confidence sequence."
     for i, points in enumerate(by_step(state)):
         counts = [of(p) for p in points]
@@ -116,16 +116,16 @@ def draw_share(ax, state: State, of, name: str, color: str): # `of`: a point to 
             continue
         t, shares = [t for t, _ in known], [100 * a / n for _, (a, n) in known]
         low, high = zip(*(confidence_sequence(a, n) for _, (a, n) in known))
-        ax.plot(t, shares, color=color, label=None if i else name)
+        ax.plot(t, shares, color=color, lw=width, label=None if i else name)
         ax.fill_between(t, [100 * x for x in low], [100 * x for x in high], color=color, alpha=0.15, lw=0)
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #e41abb1d
 def error_plot(state: State): # Axes
     "Failed requests of both groups."
     ax = axes(1, height=2.8)
-    draw_share(ax, state, lambda p: (p.failed[0], p.n[0]), "baseline", BLUE)
+    draw_share(ax, state, lambda p: (p.failed[0], p.n[0]), "baseline", BLUE, 3.5)
     draw_share(ax, state, lambda p: (p.failed[1], p.n[1]), "candidate", ORANGE)
-    return finished(ax, state, "Failed requests", "% of the requests")
+    return finished(ax, state, "Failed requests", "% of the requests", share_limit(ax))
 
 def latency_plot(state: State): # Axes
     "Half of the requests, and 95 % of them, are faster."
@@ -135,25 +135,28 @@ def latency_plot(state: State): # Axes
             for i, points in enumerate(by_step(state)):
                 ms = [1000 * v if (v := getattr(p, which)[group]) is not None else float("nan") for p in points]
                 label = f"{name}, {'median' if style == '-' else '95 %'}"
-                ax.plot(clock(state, points), ms, style, color=color, label=None if i else label)
-    ax.set_yscale("log")
-    return finished(ax, state, "Latency", "ms")
+                ax.plot(clock(state, points), ms, style, color=color, lw=1.5 if group else 3.5, label=None if i else label)
+    return finished(ax, state, "Latency", "ms", 1.25 * ax.dataLim.y1)
 
 def disagreement_plot(state: State): # Axes
     "Mirrored requests with another answer."
     ax = axes(1, height=2.8)
     draw_share(ax, state, lambda p: p.disagreed, "another answer", ORANGE)
     ax.axhline(100 * state.plan.allowed.disagreement, color=RED, ls="--", label="allowed")
-    return finished(ax, state, "Mirrored requests with another answer than stable", "% of the mirrored requests")
+    return finished(ax, state, "Mirrored requests with another answer than stable", "% of the mirrored requests", share_limit(ax))
 
-def finished(ax, state: State, title: str, unit: str): # Axes
+def share_limit(ax) -> float: # %
+    "Where the axis ends: the lines are seen, bands of the first requests may go beyond."
+    highest = max((max(line.get_ydata(), default=0) for line in ax.lines), default=0)
+    return min(100.0, max(10.0, 2.5 * highest))
+
+def finished(ax, state: State, title: str, unit: str, top: float): # Axes
     "With its words."
     mark_steps(ax, state)
     ax.set_title(title, pad=18)
     ax.set_xlabel("minutes since the start")
     ax.set_ylabel(unit)
-    if ax.get_yscale() != "log":
-        ax.set_ylim(bottom=0)
+    ax.set_ylim(-0.02 * top, top)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=10)
     return ax
@@ -189,9 +192,10 @@ ROLLOUT_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <p>Each test looks at a share, at all times, without false alarms from looking often. Where its whole interval is above what is allowed,
 the candidate is rolled back. The counts are those of the present step.</p>
 <div class="scroll" tabindex="0" role="group" aria-label="Table: the tests"><table><thead><tr>
-{% for h in ("test", "against it", "share", "allowed", "") %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
-{% for r in rows %}<tr><th scope="row">{{ r.test }}<small>{{ r.said }}</small></th><td>{{ r.counts }}</td><td>{{ r.share }}</td>
-<td>{{ r.allowed }}</td><td>{% if r.harm %}<span class="no">worse</span>{% else %}<span class="yes">no harm seen</span>{% endif %}</td></tr>
+{% for h in ("test", "so far", "against it", "share", "allowed") %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
+{% for r in rows %}<tr><th scope="row">{{ r.test }}<small>{{ r.said }}</small></th>
+<td>{% if r.harm %}<span class="no">worse</span>{% else %}<span class="yes">no harm seen</span>{% endif %}</td>
+<td>{{ r.counts }}</td><td>{{ r.share }}</td><td>{{ r.allowed }}</td></tr>
 {% endfor %}</tbody></table></div></section>{% endif %}
 {% if pictures %}<section aria-labelledby="time"><h2 id="time">Both groups over time</h2><div class="plots">
 {% for p in pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}"></figure>{% endfor %}</div>
@@ -206,7 +210,7 @@ ROLLOUT_CSS = """
 .facts > div { grid-template-columns: 6.5rem 1fr } .verdict > dl { flex: 1 1 19rem }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem }
 figure { margin: 0; background: var(--picture); border: 1px solid var(--line); border-radius: 8px; padding: .6rem }
-figure img { display: block; width: 100%; mix-blend-mode: multiply } tbody th { min-width: 14rem } table { width: 100% }
+figure img { display: block; width: 100%; mix-blend-mode: multiply } tbody th { min-width: 10rem } table { width: 100% }
 .moments { padding-left: 2.2rem; overflow-wrap: anywhere } .moments div { color: var(--soft); font-size: .9rem }
 .moments li { padding: .5rem 0 .5rem .3rem; border-bottom: 1px solid var(--line) } .moments p { margin: .2rem 0 0 }
 .moments li::marker { color: var(--soft) }
@@ -241,12 +245,12 @@ def rollout_page(state: State, now: float) -> str: # HTML, complete
     over = state.phase in OVER
     moods = {"promoted": "good", "rolled back": "bad", "aborted": "warned", "waiting": "warned"}
     shown = {"s": state, "over": over, "mood": "warned" if is_alone(state, now) else moods.get(state.phase, ""),
-             "outcome": _capital(outcome(state)), "why": _capital(state.events[-1].why) + "." if over else "",
+             "outcome": capital(outcome(state)), "why": capital(state.events[-1].why) + "." if over else "",
              "next_step": next_step(state, now), "facts": facts_of(state), "rows": rows_of(state), "pictures": plots(state)}
     template = Environment(autoescape=True, trim_blocks=True).from_string(ROLLOUT_PAGE)
     return template.render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + ROLLOUT_CSS, moment=moment, iso=iso)
 
-def _capital(text): # 'version 5' to 'Version 5'
+def capital(text): # 'version 5' to 'Version 5'
     return text[:1].upper() + text[1:]
 
 PAGE = "reports/rollout.html"
