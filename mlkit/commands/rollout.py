@@ -76,7 +76,7 @@ def expected_disagreement(root: Path, model: str, stable: Place, candidate: Plac
     except (MlkitError, OSError) as e:
         found = str(e)
     if isinstance(found, str):
-        return USUAL, (f"On how many test rows the two differ is not known ({found}); in production {100 * USUAL:g} % "
+        return USUAL, (f"On how many test rows the two differ is not known ({found[:160]}); in production {100 * USUAL:g} % "
                        "of the answers may differ, --disagreement says otherwise")
     share = allowed_disagreement(found.n_different, found.n)
     return share, f"On {found.n:,} test rows they differ {found.n_different:,} times; in production {100 * share:.3g} % of the answers may"

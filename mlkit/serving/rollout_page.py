@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SILENT_SERVER', 'ROLLOUT_PAGE', 'ROLLOUT_CSS', 'PAGE', 'minutes', 'is_alone', 'outcome', 'next_step', 'rows_of',
            'row_of', 'by_step', 'clock', 'mark_steps', 'draw_share', 'error_plot', 'latency_plot', 'disagreement_plot',
-           'share_limit', 'finished', 'as_picture', 'plots', 'moment', 'iso', 'facts_of', 'rollout_page', 'capital',
-           'write_page', 'terminal_view']
+           'share_limit', 'finished', 'as_picture', 'plots', 'moment', 'iso', 'place', 'facts_of', 'rollout_page',
+           'capital', 'write_page', 'terminal_view']
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #a8c8b90c
 import base64, io
@@ -17,7 +17,7 @@ from ..flow.index import INDEX_CSS
 from ..flow.report import CSS, PAGE_HEAD
 from ..plot import BLUE, GREY, ORANGE, RED, axes
 from .evidence import Finding, confidence_sequence, findings, observation_of
-from .rollout import GOLDEN_PATIENCE, OVER, State, n_compared, n_steps, share_of
+from .rollout import GOLDEN_PATIENCE, OVER, Place, State, lacking, n_steps, share_of
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #d5451f80
 SILENT_SERVER = 15.0 # seconds after which no server seems to follow
@@ -64,10 +64,9 @@ def _after(state):
     return f"{100 * left[0]:g} % of the users get it" if left else "It becomes the champion"
 
 def _still(state): # of the two things that a step needs
-    n, seconds = n_compared(state), max(0.0, state.plan.every - state.elapsed)
-    needs = [f"{state.plan.least - n:,} more requests are compared"] if n < state.plan.least else []
-    needs += [f"{minutes(seconds)} are over"] if seconds > 0 else []
-    return " and ".join(needs) or "the server looks again"
+    seconds = max(0.0, state.plan.every - state.elapsed)
+    needs = [lacking(state), f"{minutes(seconds)} are over" if seconds else ""]
+    return " and ".join(filter(None, needs)) or "the server looks again"
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #f210d9c4
 def rows_of(state: State) -> list[dict]: # test, counts, share, allowed, harm; the nearest to harm first
@@ -190,7 +189,7 @@ ROLLOUT_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <dl class="facts">{% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl></section>
 {% if rows %}<section aria-labelledby="tests"><h2 id="tests">Is it worse?</h2>
 <p>Each test looks at a share, at all times, without false alarms from looking often. Where its whole interval is above what is allowed,
-the candidate is rolled back. The counts are those of the present step.</p>
+the candidate is rolled back. The counts are those of the present step; disagreement and labels count from the start.</p>
 <div class="scroll" tabindex="0" role="group" aria-label="Table: the tests"><table><thead><tr>
 {% for h in ("test", "so far", "against it", "share", "allowed") %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for r in rows %}<tr><th scope="row">{{ r.test }}<small>{{ r.said }}</small></th>
@@ -199,7 +198,7 @@ the candidate is rolled back. The counts are those of the present step.</p>
 {% endfor %}</tbody></table></div></section>{% endif %}
 {% if pictures %}<section aria-labelledby="time"><h2 id="time">Both groups over time</h2><div class="plots">
 {% for p in pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}"></figure>{% endfor %}</div>
-<p class="soft">Bands: 95 % confidence sequences. Counts begin anew with each step.</p></section>{% endif %}
+<p class="soft">Bands: 95 % confidence sequences. Failures and latency are counted anew in each step, other answers from the start.</p></section>{% endif %}
 <section aria-labelledby="events"><h2 id="events">Who decided what</h2><ol class="moments" reversed>
 {% for e in s.events|reverse %}<li value="{{ e.n }}"><strong>{{ e.what }}</strong> {{ "%g"|format(100 * e.share) }} % of the users
 <div><time datetime="{{ iso(e.when) }}">{{ moment(e.when) }}</time> · {{ e.who }}</div><p>{{ e.why }}</p></li>
@@ -225,18 +224,21 @@ def iso(when: float) -> str:
     "Seconds since 1970, for programs."
     return datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="seconds")
 
+def place(p: Place) -> str: # 'version 5 (555555555555)'
+    "A version, with its bundle."
+    return f"{p} ({p.bundle[:12]})" if p.version else str(p)
+
 def facts_of(state: State) -> list[tuple[str, str]]: # what, its value
     "The head of the page."
     plan, groups = state.plan, state.evidence.groups
     steps = ", ".join(f"{100 * s:g}" for s in plan.steps) + " %"
-    facts = [("mode", plan.mode), ("stable", f"{plan.stable} ({plan.stable.bundle[:12]})"),
-             ("candidate", f"{plan.candidate} ({plan.candidate.bundle[:12]})"),
+    facts = [("mode", plan.mode), ("stable", place(plan.stable)), ("candidate", place(plan.candidate)),
              ("steps", f"{steps}, {minutes(plan.every)} and {plan.least:,} requests each"), ("user", plan.header or "each request by itself"),
              ("started by", state.events[0].who)]
     if state.plan.mode == "shadow":
         return [f for f in facts if f[0] != "steps"] + [("this step", f"{state.evidence.mirrored:,} mirrored requests")]
     counted = ", ".join(f"{name} {g.n:,}" for name, g in groups.items())
-    return facts + [("this step", f"{counted}; {state.evidence.mirrored:,} mirrored")]
+    return facts + [("this step", f"{counted}; {state.evidence.mirrored:,} mirrored in all")]
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #7c00f44b
 def rollout_page(state: State, now: float) -> str: # HTML, complete
