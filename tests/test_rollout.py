@@ -135,7 +135,7 @@ def test_what_hits_both_groups_is_nobodys_fault():
 def test_no_data_stops():
     state = running()
     for now in range(2, 700): state, _ = advance(state, state.evidence, float(now))
-    assert state.phase == "rolled back" and state.events[-1].why.startswith("no data: within 10 minutes it would go on when 100 more")
+    assert state.phase == "rolled back" and state.events[-1].why.startswith("no data: after 10 minutes it would go on when 100 more")
     state, now = running(0.1), 1.0
     for i in range(2, 700):
         for _ in range(10): record(state.evidence, "stable", 200, 0.01) # none reaches the candidate
@@ -192,6 +192,34 @@ def test_kill_at_any_moment(tmp_path):
     assert [e for r, e in lines if r == state.plan.salt] == [e.n for e in state.events]
     assert [e.what for e in state.events] == ["started", "step", "step", "step", "promoting", "promoted"]
     assert not list((tmp_path / ".mlkit").glob(".rollout*.tmp"))
+
+
+def die_at(n, after): # the process ends at its n-th `os.replace`, before or after the file is there
+    real, left = os.replace, [n]
+    def replace(*args):
+        left[0] -= 1
+        if after: real(*args)
+        if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+        if not after: real(*args)
+    os.replace = replace
+
+
+@pytest.mark.parametrize("n, after", [(1, True), (2, False), (2, True), (3, False), (3, True), (4, True)])
+def test_kill_at_each_write(tmp_path, n, after):
+    "Each server dies at its n-th write, just before or just after: state, history, state, ..."
+    def serve():
+        die_at(n, after)
+        follow(tmp_path)
+    order(tmp_path, started(plan(steps=(0.5, 1.0), every=3.0, least=1, patience=40_000.0), "Ann", "", 0.0))
+    for lives in range(300):
+        if read_state(tmp_path).phase in OVER: break
+        server = FORK.Process(target=serve)
+        server.start()
+        server.join()
+    state = read_state(tmp_path)
+    order(tmp_path, started(plan(), "Bo", ""))
+    assert [e["event"] for e in read_history(tmp_path) if e["rollout"] == state.plan.salt] == [e.n for e in state.events] and lives > 3
+    assert [e.what for e in state.events] == ["started", "step", "step", "promoting", "promoted"]
 
 
 def try_to_start(root, name, barrier, results):

@@ -28,6 +28,7 @@ class Duration(click.ParamType):
             return float(found[1]) * self.units[found[2]]
         self.fail(f"'{value}' is no time; write 30s, 10m or 2h", param, ctx)
 
+# %% ../../nbs/commands/26_rollout.ipynb #69136c44
 class Steps(click.ParamType):
     "'1,10,50,100': percent."
     name = "steps"
@@ -40,7 +41,7 @@ class Steps(click.ParamType):
         except ValueError:
             self.fail(f"'{value}' are no steps; write percents, 1,10,50,100", param, ctx)
 
-# %% ../../nbs/commands/26_rollout.ipynb #13e7106b
+# %% ../../nbs/commands/26_rollout.ipynb #5ec3dfab
 def stable_of(root: Path, model: str) -> Place:
     "The champion. Raises `RolloutError` where there is none."
     from mlkit.registry.history import holder
@@ -50,6 +51,7 @@ def stable_of(root: Path, model: str) -> Place:
         raise RolloutError(f"{model} has no champion to stand beside; 'mlkit promote VERSION --to champion' makes one")
     return Place(held["to"]["version"] or "", held["to"]["bundle"])
 
+# %% ../../nbs/commands/26_rollout.ipynb #e8794f92
 def candidate_of(root: Path, model: str, wanted: str) -> Place: # `wanted`: a version, or a role
     "A version that may be served. Raises `RegistryError` where it may not."
     from mlkit.registry.quick import registry_client
@@ -59,10 +61,11 @@ def candidate_of(root: Path, model: str, wanted: str) -> Place: # `wanted`: a ve
     check_model_name(model, "the model's name")
     uri = tracking_uri(None)
     with mlflow_calls(uri):
-        version, release, _ = checked_version(root, registry_client(uri, model), uri, model, wanted, root / FETCHED)
+        client = registry_client(uri, model)
+        version, release, _ = checked_version(root, client, uri, model, wanted, root / FETCHED)
     return Place(str(version.version), release["to"]["bundle"])
 
-# %% ../../nbs/commands/26_rollout.ipynb #53977189
+# %% ../../nbs/commands/26_rollout.ipynb #cb873d79
 USUAL = 0.05
 
 def expected_disagreement(root: Path, model: str, stable: Place, candidate: Place) -> tuple[float, str]: # share; a sentence
@@ -79,15 +82,17 @@ def expected_disagreement(root: Path, model: str, stable: Place, candidate: Plac
         return USUAL, (f"On how many test rows the two differ is not known ({found[:160]}); in production {100 * USUAL:g} % "
                        "of the answers may differ, --disagreement says otherwise")
     share = allowed_disagreement(found.n_different, found.n)
-    return share, f"On {found.n:,} test rows they differ {found.n_different:,} times; in production {100 * share:.3g} % of the answers may"
+    return share, (f"On {found.n:,} test rows they differ {found.n_different:,} times; in production "
+                   f"{100 * share:.3g} % of the answers may")
 
-# %% ../../nbs/commands/26_rollout.ipynb #787269d6
+# %% ../../nbs/commands/26_rollout.ipynb #ec339904
 @click.group()
 def rollout():
     """Give a new version to users step by step.
 
     It stands beside the champion, and is rolled back by itself where it fails more often, is slower or answers otherwise."""
 
+# %% ../../nbs/commands/26_rollout.ipynb #fcc42335
 def show(root: Path, state):
     "Write the page, and say where it is."
     from mlkit.serving.rollout_page import capital, next_step, outcome, write_page
@@ -96,7 +101,7 @@ def show(root: Path, state):
     click.echo(f"{capital(outcome(state))}. {next_step(state, now)}")
     click.echo(f"Page: {path}")
 
-# %% ../../nbs/commands/26_rollout.ipynb #0a2e0870
+# %% ../../nbs/commands/26_rollout.ipynb #14ea507f
 @rollout.command()
 @click.argument("version")
 @click.option("--canary", "mode", flag_value="canary", default=True, help="Users get it, more with each step. The default.")
@@ -106,8 +111,8 @@ def show(root: Path, state):
 @click.option("--every", type=Duration(), default="10m", show_default=True, help="How long a step takes at least.")
 @click.option("--least", type=click.IntRange(1), default=100, show_default=True, help="Requests that a step takes at least.")
 @click.option("--patience", type=Duration(), help="How long a step waits for them. [default: six times --every]")
-@click.option("--by", "header", default="", help="The header that names a user, who then keeps a version. Usually each request is drawn.")
-@click.option("--disagreement", type=click.FloatRange(0, 100), help="Percent of the answers that may differ. Usually from the test set.")
+@click.option("--by", "header", default="", help="The header that names a user, who keeps a version. Else each request is drawn.")
+@click.option("--disagreement", type=click.FloatRange(0, 100), help="Percent of the answers that may differ. Else from the test set.")
 @click.option("--why", default="", help="Your reason, for the history.")
 @click.option("--model", help="Its name in the registry. Usually the model of the last run.")
 def start(version, mode, steps, every, least, patience, header, disagreement, why, model):
@@ -126,19 +131,21 @@ def start(version, mode, steps, every, least, patience, header, disagreement, wh
     patience = 6 * every if patience is None else patience
     plan = Plan(model, stable, candidate, mode, steps, every, least, patience, header=header.lower())
     check_plan(plan) # before the test set is asked
-    share, said = (disagreement / 100, "") if disagreement is not None else expected_disagreement(root, model, stable, candidate)
-    plan = replace(plan, allowed=Allowed(disagreement=share))
-    state = order(root, started(plan, whoever(root), why))
-    if said:
+    if disagreement is None:
+        share, said = expected_disagreement(root, model, stable, candidate)
         click.echo(said)
-    show(root, state)
+    else:
+        share = disagreement / 100
+    plan = replace(plan, allowed=Allowed(disagreement=share))
+    show(root, order(root, started(plan, whoever(root), why)))
 
-# %% ../../nbs/commands/26_rollout.ipynb #6ed6d21d
+# %% ../../nbs/commands/26_rollout.ipynb #ef4ab467
 def check_header(header: str):
     "Raises `RolloutError` where no header has this name."
     if header and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", header):
         raise RolloutError("--by: takes the name of a header, X-User say")
 
+# %% ../../nbs/commands/26_rollout.ipynb #e6c8755a
 @rollout.command()
 @click.option("--why", default="", help="Your reason, for the history.")
 def promote(why):
@@ -146,6 +153,7 @@ def promote(why):
     from mlkit.serving.rollout import promote_now
     _decide(lambda state, who: promote_now(state, who, why, time.time()))
 
+# %% ../../nbs/commands/26_rollout.ipynb #4959b6fc
 @rollout.command()
 @click.option("--why", default="", help="Your reason, for the history.")
 @click.option("--force", is_flag=True, help="Also where the rollout's file is damaged: it is set aside.")
@@ -168,7 +176,7 @@ def _decide(change): # (state, person) -> state
     root = project_root()
     show(root, order(root, lambda state: change(existing(state), whoever(root))))
 
-# %% ../../nbs/commands/26_rollout.ipynb #92cce243
+# %% ../../nbs/commands/26_rollout.ipynb #29f1cd35
 PAGE_EVERY = 5.0 # seconds
 
 @rollout.command()
@@ -193,26 +201,23 @@ def status(once, wait):
     if wait and state.phase in OVER and state.phase != "promoted":
         sys.exit(1)
 
+# %% ../../nbs/commands/26_rollout.ipynb #b08f1110
 def follow(root: Path, console, every: float = 1.0): # the last state
     "Show a rollout until it is over, or Ctrl-C."
-    from contextlib import nullcontext
+    from contextlib import nullcontext, suppress
     from rich.live import Live
     from mlkit.serving.rollout import OVER
     from mlkit.serving.rollout_file import existing, read_state
     from mlkit.serving.rollout_page import terminal_view, write_page
     written = time.monotonic()
     state = existing(read_state(root))
-    try:
-        with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-            while True:
-                state = existing(read_state(root))
-                if live:
-                    live.update(terminal_view(state, time.time()), refresh=True)
-                if state.phase in OVER:
-                    return state
-                if time.monotonic() - written > PAGE_EVERY:
-                    write_page(root, state, time.time())
-                    written = time.monotonic()
-                time.sleep(every)
-    except KeyboardInterrupt:
-        return state
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live, suppress(KeyboardInterrupt):
+        while state.phase not in OVER:
+            state = existing(read_state(root))
+            if live:
+                live.update(terminal_view(state, time.time()), refresh=True)
+            if time.monotonic() - written > PAGE_EVERY:
+                write_page(root, state, time.time())
+                written = time.monotonic()
+            time.sleep(every)
+    return state

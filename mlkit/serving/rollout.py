@@ -28,6 +28,7 @@ class Place:
     def __str__(self):
         return f"version {self.version}" if self.version else f"bundle {self.bundle[:12]}"
 
+# %% ../../nbs/serving/21_rollout.ipynb #7fc84932
 @dataclass(frozen=True)
 class Plan:
     "What a person has asked for."
@@ -44,7 +45,7 @@ class Plan:
     salt: str = field(default_factory=lambda: secrets.token_hex(8)) # another draw in each rollout; also its name
     allowed: Allowed = field(default_factory=Allowed)
 
-# %% ../../nbs/serving/21_rollout.ipynb #95109ddc
+# %% ../../nbs/serving/21_rollout.ipynb #4878351f
 def check_plan(plan: Plan):
     "Raises `RolloutError` where it makes no sense."
     if plan.stable.bundle == plan.candidate.bundle:
@@ -60,7 +61,7 @@ def check_plan(plan: Plan):
     if not (plan.every >= 0 and plan.least >= 1 and plan.patience >= plan.every):
         raise RolloutError("a step needs one request at least, and its patience may not be shorter than the step")
 
-# %% ../../nbs/serving/21_rollout.ipynb #608a2f0f
+# %% ../../nbs/serving/21_rollout.ipynb #c9420d8a
 OVER = "promoted", "rolled back", "aborted"
 MOST_POINTS = 200 # for the plots
 
@@ -74,6 +75,7 @@ class Event:
     why: str
     share: float # of the users that get the candidate from now on
 
+# %% ../../nbs/serving/21_rollout.ipynb #e82d3caf
 @dataclass(frozen=True)
 class Point:
     "What was known at one moment, for the plots."
@@ -86,6 +88,7 @@ class Point:
     slowest: tuple[float | None, float | None] # 95 % of the latencies are below
     disagreed: tuple[int, int] # mirrored requests with another answer, of how many
 
+# %% ../../nbs/serving/21_rollout.ipynb #6277d1d7
 @dataclass(frozen=True)
 class State:
     "A rollout."
@@ -99,7 +102,7 @@ class State:
     points: tuple[Point, ...] = ()
     evidence: Evidence = field(default_factory=Evidence)
 
-# %% ../../nbs/serving/21_rollout.ipynb #bfc6b375
+# %% ../../nbs/serving/21_rollout.ipynb #4a93825c
 def share_of(state: State) -> float: # of users, in [0, 1]
     "Who gets the candidate's answers now."
     if state.phase in ("promoting", "promoted"):
@@ -112,13 +115,14 @@ def n_steps(state: State) -> int:
     "Steps that share the false alarms."
     return len(state.plan.steps) if state.plan.mode == "canary" else 1
 
+# %% ../../nbs/serving/21_rollout.ipynb #2695f40e
 def noted(state: State, now: float, who: str, what: str, why: str, **changes) -> State:
     "With one more event."
     state = replace(state, **changes)
     event = Event(len(state.events) + 1, now, who, what, why, share_of(state))
     return replace(state, events=(*state.events, event))
 
-# %% ../../nbs/serving/21_rollout.ipynb #6e141413
+# %% ../../nbs/serving/21_rollout.ipynb #379d0bdc
 def begin(plan: Plan, who: str, why: str, now: float) -> State:
     "The first state. Raises `RolloutError` where the plan makes no sense."
     check_plan(plan)
@@ -128,17 +132,19 @@ def begin(plan: Plan, who: str, why: str, now: float) -> State:
     state = State(plan, evidence=fresh_evidence(plan, 0))
     return noted(state, now, who, "started", said)
 
+# %% ../../nbs/serving/21_rollout.ipynb #8314accb
 def fresh_evidence(plan: Plan, step: int) -> Evidence:
     "Each step is judged by itself: what 1 % of the load has shown says nothing of 50 %."
     share = plan.steps[step]
     return Evidence(plan.allowed, keep=min(1.0, (1 - share) / share))
 
-# %% ../../nbs/serving/21_rollout.ipynb #66c76d6a
+# %% ../../nbs/serving/21_rollout.ipynb #99bbf278
 def place_of(salt: str, key: str) -> float: # in [0, 1)
     "Where a key stands. The same in each process, on each machine."
     drawn = hashlib.blake2b(f"{salt}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(drawn) >> 11) / (1 << 53)
 
+# %% ../../nbs/serving/21_rollout.ipynb #34ac9fc6
 def assign(state: State | None, key: str) -> str: # 'stable', 'baseline' (stable answers too) or 'candidate'
     "The group of a request. `key`: its user, or its id where it names none."
     share = share_of(state) if state else 0.0
@@ -149,7 +155,7 @@ def assign(state: State | None, key: str) -> str: # 'stable', 'baseline' (stable
         return "candidate"
     return "baseline" if place >= 1 - min(share, 1 - share) else "stable"
 
-# %% ../../nbs/serving/21_rollout.ipynb #2c1b7a40
+# %% ../../nbs/serving/21_rollout.ipynb #9a6e60e2
 def mirrored(state: State | None, request: str) -> bool: # `request`: its id
     "Whether the other version answers a request of the baseline or the candidate too; of a shadow, any request."
     if state is None or state.phase not in ("running", "waiting"):
@@ -160,7 +166,7 @@ def mirrored(state: State | None, request: str) -> bool: # `request`: its id
     compared = share + min(share, 1 - share)
     return place_of(f"{state.plan.salt}:mirror", request) < state.plan.mirror / compared
 
-# %% ../../nbs/serving/21_rollout.ipynb #58038206
+# %% ../../nbs/serving/21_rollout.ipynb #59ffb65e
 @dataclass
 class Copies:
     "Mirrored requests that are under way."
@@ -181,7 +187,7 @@ class Copies:
         "One has ended."
         self.under_way -= 1
 
-# %% ../../nbs/serving/21_rollout.ipynb #6c77630c
+# %% ../../nbs/serving/21_rollout.ipynb #05745e30
 LONGEST_TICK = 60.0 # seconds that count between two calls
 GOLDEN_PATIENCE = 300.0 # seconds to load the candidate and to answer the golden requests
 
@@ -190,7 +196,7 @@ def passed(state: State, now: float) -> State:
     dt = now - state.last if state.last else 0.0
     return replace(state, elapsed=state.elapsed + min(max(dt, 0.0), LONGEST_TICK), last=now)
 
-# %% ../../nbs/serving/21_rollout.ipynb #04bede70
+# %% ../../nbs/serving/21_rollout.ipynb #d7d9af77
 def advance(
     state: State,
     evidence: Evidence, # of the present step
@@ -212,10 +218,12 @@ def advance(
         state = _judge(state, now)
     return state, list(state.events[before:])
 
+# %% ../../nbs/serving/21_rollout.ipynb #5ef85d79
 def roll_back(state: State, now: float, why: str, who: str = "mlkit", what: str = "rolled back") -> State:
     "Everybody gets the stable version."
     return noted(state, now, who, what, why, phase=what)
 
+# %% ../../nbs/serving/21_rollout.ipynb #d170f837
 def _check(state, now, golden):
     if golden is None:
         late = f"golden answers: the candidate gave none within {GOLDEN_PATIENCE:g} s"
@@ -226,7 +234,7 @@ def _step(state, now, step, why):
     evidence = carried(state.evidence, fresh_evidence(state.plan, step))
     return noted(state, now, "mlkit", "step", why, phase="running", step=step, elapsed=0.0, evidence=evidence)
 
-# %% ../../nbs/serving/21_rollout.ipynb #d3541b94
+# %% ../../nbs/serving/21_rollout.ipynb #2ae491f0
 SILENT = 20.0 # requests that should have reached the candidate, and did not: chance has exp(-20)
 SILENT_SECONDS = 30.0 # longer than any request may take, so that it would have failed by now
 
@@ -238,6 +246,7 @@ def n_compared(state: State) -> int:
     n, beside = e.groups["candidate"].n, e.groups["baseline"].n
     return n if share_of(state) == 1 else min(n, beside)
 
+# %% ../../nbs/serving/21_rollout.ipynb #52d1ea75
 PROOF = 10 # times `least` requests are mirrored before the end
 
 def lacking(state: State) -> str: # 'N more requests …'; empty: nothing
@@ -250,15 +259,19 @@ def lacking(state: State) -> str: # 'N more requests …'; empty: nothing
         return f"{PROOF * plan.least - state.evidence.mirrored:,} more requests are mirrored"
     return ""
 
+# %% ../../nbs/serving/21_rollout.ipynb #a767d821
 def silence(state: State) -> str: # empty: it is not silent
     "Whether the candidate is not heard of, where it should be."
     e = state.evidence
     total = sum(g.n for g in e.groups.values())
-    expected, got = (total, e.mirrored) if state.plan.mode == "shadow" else (total * share_of(state), e.groups["candidate"].n)
+    expected, got = total * share_of(state), e.groups["candidate"].n
+    if state.plan.mode == "shadow":
+        expected, got = total, e.mirrored
     if got == 0 and expected >= SILENT and state.elapsed >= SILENT_SECONDS:
         return f"no data: of {total:,} requests none was answered by the candidate, {expected:.0f} should have been"
     return ""
 
+# %% ../../nbs/serving/21_rollout.ipynb #bc42bd68
 def _judge(state, now):
     n, plan = n_compared(state), state.plan
     if why := silence(state):
@@ -267,7 +280,8 @@ def _judge(state, now):
     if not lacks and state.elapsed >= plan.every:
         return _passed_step(state, now, n)
     if lacks and state.elapsed > plan.patience:
-        return roll_back(state, now, f"no data: within {plan.patience / 60:.3g} minutes it would go on when {lacks}; {MORE_DATA}")
+        late = f"no data: after {plan.patience / 60:.3g} minutes it would go on when {lacks}; {MORE_DATA}"
+        return roll_back(state, now, late)
     return state
 
 MORE_DATA = "larger shares (--steps) get them sooner, --patience waits longer"
@@ -275,12 +289,13 @@ MORE_DATA = "larger shares (--steps) get them sooner, --patience waits longer"
 def _passed_step(state, now, n):
     why = f"{n:,} requests, {100 * share_of(state):g} % of the users, nothing worse"
     if state.plan.mode != "canary":
-        return noted(state, now, "mlkit", "waiting", f"{n:,} requests, nothing worse: promote it, or abort", phase="waiting")
+        why = f"{n:,} requests, nothing worse: promote it, or abort"
+        return noted(state, now, "mlkit", "waiting", why, phase="waiting")
     if state.step + 1 < len(state.plan.steps):
         return _step(state, now, state.step + 1, why)
     return noted(state, now, "mlkit", "promoting", why, phase="promoting")
 
-# %% ../../nbs/serving/21_rollout.ipynb #80cd3829
+# %% ../../nbs/serving/21_rollout.ipynb #6bef19ab
 def with_point(state: State, now: float) -> State:
     "Remember what is known now. The points get sparser as a rollout gets longer."
     points, span = state.points, max(2.0, state.plan.every / 40)
@@ -289,17 +304,18 @@ def with_point(state: State, now: float) -> State:
     e = state.evidence
     two = [e.groups[g] for g in ("baseline", "candidate")]
     medians, slowest = (tuple(g.quantile(q) for g in two) for q in (0.5, 0.95))
-    point = Point(now, state.step, share_of(state), tuple(g.n for g in two), tuple(g.failed for g in two), medians, slowest,
-                  tuple(e.counts["disagreement"]))
+    n, failed = tuple(g.n for g in two), tuple(g.failed for g in two)
+    point = Point(now, state.step, share_of(state), n, failed, medians, slowest, tuple(e.counts["disagreement"]))
     points = points[::2] if len(points) >= MOST_POINTS else points
     return replace(state, points=(*points, point))
 
-# %% ../../nbs/serving/21_rollout.ipynb #f0e89bc7
+# %% ../../nbs/serving/21_rollout.ipynb #fc1d4ad1
 def abort(state: State, who: str, why: str, now: float) -> State:
     "Everybody gets the stable version. Raises `RolloutError` where it is over."
     check_open(state)
     return roll_back(state, now, why or "no reason given", who, "aborted")
 
+# %% ../../nbs/serving/21_rollout.ipynb #1f991c2f
 def promote_now(state: State, who: str, why: str, now: float) -> State:
     "Go to the end. Raises `RolloutError` where it is over, or the candidate's golden answers were not checked yet."
     check_open(state)
@@ -312,6 +328,7 @@ def check_open(state: State):
     if state.phase in (*OVER, "promoting"):
         raise RolloutError(f"the rollout of {state.plan.candidate} is {state.phase}; there is nothing to decide")
 
+# %% ../../nbs/serving/21_rollout.ipynb #756be84b
 def finish(state: State, now: float, refused: str = "") -> State: # `refused`: why the registry did not take it
     "The end of `promoting`."
     if refused:

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ROLLOUT', 'LOCK', 'FORMAT', 'MOST_BYTES', 'MEND', 'PHASES', 'to_text', 'from_text', 'check_state', 'is_sound',
            'read_state', 'write_state', 'locked', 'order', 'started', 'check_over', 'existing', 'note_events',
-           'line_of', 'tick', 'promote_in_registry', 'set_aside']
+           'line_of', 'place_in', 'tick', 'promote_in_registry', 'set_aside']
 
 # %% ../../nbs/serving/22_rollout_file.ipynb #44d38aad
 import time
@@ -29,6 +29,7 @@ def to_text(state: State) -> bytes:
     import msgspec
     return msgspec.json.format(msgspec.json.encode({"format": FORMAT, "state": state})) + b"\n"
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #6d745da7
 def from_text(text: bytes, where: str) -> State: # `where`: for messages
     "Raises `RolloutError` where it is no state, or one of another mlkit."
     import msgspec
@@ -43,32 +44,35 @@ def from_text(text: bytes, where: str) -> State: # `where`: for messages
     check_state(state, where)
     return state
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #b4ac3ab1
+# %% ../../nbs/serving/22_rollout_file.ipynb #927afe4c
 PHASES = "checking", "running", "waiting", "promoting", *OVER
 
 def check_state(state: State, where: str):
     "Raises `RolloutError` where its parts do not fit."
     plan = state.plan
+    numbers = [e.n for e in state.events]
     fits = {
         "phase": state.phase in PHASES, "mode": plan.mode in MODES, "step": 0 <= state.step < len(plan.steps),
-        "steps": all(0 < s <= 1 for s in plan.steps), "events": [e.n for e in state.events] == list(range(1, len(state.events) + 1)),
-        "noted": 0 <= state.noted <= len(state.events), "salt": bool(plan.salt),
-        "evidence": is_sound(state.evidence), "last": len(state.events) > 0}
+        "steps": all(0 < s <= 1 for s in plan.steps), "salt": bool(plan.salt), "evidence": is_sound(state.evidence),
+        "events": numbers and numbers == list(range(1, len(numbers) + 1)), "noted": 0 <= state.noted <= len(numbers)}
     if wrong := [name for name, right in fits.items() if not right]:
         raise RolloutError(f"{where}: its {wrong[0]} makes no sense; {MEND}")
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #58370bcd
 def is_sound(evidence: Evidence) -> bool:
     "Whether its counts can be."
     fresh, counts = Evidence(), evidence.counts
-    if set(counts) != set(fresh.counts) or set(evidence.groups) != set(fresh.groups) or len(evidence.classes) != len(fresh.classes):
+    names = [(set(e.counts), set(e.groups), len(e.classes)) for e in (evidence, fresh)]
+    if names[0] != names[1]:
         return False
     if any(len(n) != 2 or min(n) < 0 for n in (*counts.values(), *evidence.classes)):
         return False
     groups = evidence.groups.values()
     histograms = all(len(g.seconds) == N_BINS and min(g.seconds) >= 0 for g in groups)
-    return histograms and all(0 <= g.failed <= g.n for g in groups) and all(against <= of for against, of in counts.values())
+    shares = [*counts.values(), *((g.failed, g.n) for g in groups)]
+    return histograms and all(0 <= against <= of for against, of in shares)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #f4e0894a
+# %% ../../nbs/serving/22_rollout_file.ipynb #964c8a39
 def read_state(root: Path) -> State | None: # None: there is no rollout
     "The rollout of a project, running or over. Raises `RolloutError` where its file is damaged."
     path = root / ROLLOUT
@@ -83,10 +87,12 @@ def read_state(root: Path) -> State | None: # None: there is no rollout
         raise RolloutError(f"{path}: is larger than any rollout; {MEND}")
     return from_text(text, str(path))
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #60663f9c
 def write_state(root: Path, state: State):
     "Whole, or not at all."
     write_atomic(root / ROLLOUT, to_text(state))
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #4b2dc9a7
 @contextmanager
 def locked(root: Path, seconds: float = 10.0) -> Iterator[None]:
     "Nobody else changes the rollout meanwhile. Raises `RolloutError` where somebody holds it for longer."
@@ -104,7 +110,7 @@ def locked(root: Path, seconds: float = 10.0) -> Iterator[None]:
     finally:
         lock.release()
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #62344942
+# %% ../../nbs/serving/22_rollout_file.ipynb #4ff7036c
 def order(
     root: Path,
     change: Callable[[State | None], State], # raises `RolloutError` where it may not be
@@ -116,6 +122,7 @@ def order(
         write_state(root, state)
         return note_events(root, state)
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #0a2e1dcf
 def started(plan: Plan, who: str, why: str, now: float | None = None) -> Callable[[State | None], State]:
     "For `order`: a new rollout. Raises `RolloutError` where one is under way."
     def change(before):
@@ -128,13 +135,14 @@ def check_over(state: State | None):
     if state and state.phase not in OVER:
         raise RolloutError(f"a rollout of {state.plan.candidate} is {state.phase}; 'mlkit rollout abort' ends it")
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #4217fd15
 def existing(state: State | None) -> State:
     "Raises `RolloutError` where there is no rollout."
     if state is None:
         raise RolloutError("there is no rollout; 'mlkit rollout start VERSION' begins one")
     return state
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #8e6fcd9b
+# %% ../../nbs/serving/22_rollout_file.ipynb #682d096d
 def note_events(root: Path, state: State) -> State: # that knows what is noted
     "Bring the history up to date. The caller holds the lock."
     if state.noted == len(state.events):
@@ -147,14 +155,21 @@ def note_events(root: Path, state: State) -> State: # that knows what is noted
     write_state(root, state)
     return state
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #1b3d81cd
 def line_of(state: State, e: Event) -> dict: # see `history.event`
     "An event as the history has it."
     stable, candidate = ({"version": p.version or None, "bundle": p.bundle} for p in (state.plan.stable, state.plan.candidate))
     why = f"{e.what}, {100 * e.share:g} % of the users: {e.why}"
     when = datetime.fromtimestamp(e.when, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return event("rollout", state.plan.model, candidate, why, "rollout", stable, rollout=state.plan.salt, event=e.n, who=e.who, when=when)
+    known = {"rollout": state.plan.salt, "event": e.n, "who": e.who, "when": when}
+    return event("rollout", state.plan.model, candidate, why, "rollout", stable, **known)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #be07181b
+# %% ../../nbs/serving/22_rollout_file.ipynb #4e0e1100
+def place_in(state: State) -> tuple: # of its rollout
+    "What must be equal, so that evidence belongs to a state."
+    return state.plan.salt, state.step, state.phase
+
+# %% ../../nbs/serving/22_rollout_file.ipynb #f9346690
 def tick(
     root: Path,
     held: State | None, # what this process holds; its evidence is up to date
@@ -169,13 +184,13 @@ def tick(
         state = read_state(root)
         if state is None:
             return None
-        same = held is not None and (held.plan.salt, held.step, held.phase) == (state.plan.salt, state.step, state.phase)
-        evidence = held.evidence if same else state.evidence
+        evidence = held.evidence if held and place_in(held) == place_in(state) else state.evidence
         after, _ = advance(state, evidence, now, golden)
         if after != state:
             write_state(root, after)
         return _to_the_end(root, note_events(root, after), now, promote)
 
+# %% ../../nbs/serving/22_rollout_file.ipynb #d856fe68
 def _to_the_end(root, state, now, promote):
     if state.phase != "promoting" or promote is None:
         return state
@@ -198,7 +213,7 @@ def promote_in_registry(root: Path) -> Callable[[State], None]: # for `tick`
         give(root, state.plan.model, version, "champion", f"rollout: {state.events[-1].why}")
     return promote
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #f53e5978
+# %% ../../nbs/serving/22_rollout_file.ipynb #3c05fc4f
 def set_aside(root: Path) -> Path | None: # where it is now; None: there was none
     "Take a file away that nobody can read."
     with locked(root):

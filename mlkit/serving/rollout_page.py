@@ -4,12 +4,14 @@
 __all__ = ['SILENT_SERVER', 'ROLLOUT_PAGE', 'ROLLOUT_CSS', 'PAGE', 'minutes', 'is_alone', 'outcome', 'next_step', 'rows_of',
            'row_of', 'by_step', 'clock', 'mark_steps', 'draw_share', 'error_plot', 'latency_plot', 'disagreement_plot',
            'share_limit', 'finished', 'as_picture', 'plots', 'moment', 'iso', 'place', 'facts_of', 'rollout_page',
-           'capital', 'write_page', 'terminal_view']
+           'capital', 'write_page', 'event_line', 'terminal_view']
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #a8c8b90c
 import base64, io
 from datetime import datetime, timezone
 from pathlib import Path
+
+import numpy as np
 
 from ..core import write_atomic
 from ..describe import description
@@ -17,7 +19,7 @@ from ..flow.index import INDEX_CSS
 from ..flow.report import CSS, PAGE_HEAD
 from ..plot import BLUE, GREY, ORANGE, RED, axes
 from .evidence import Finding, confidence_sequence, findings, observation_of
-from .rollout import GOLDEN_PATIENCE, OVER, Place, State, lacking, n_steps, share_of
+from .rollout import Event, GOLDEN_PATIENCE, OVER, Place, State, lacking, n_steps, share_of
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #d5451f80
 SILENT_SERVER = 15.0 # seconds after which no server seems to follow
@@ -26,23 +28,27 @@ def minutes(seconds: float) -> str: # '90 s', '12 minutes'
     "A time for people."
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #0d9899ce
 def is_alone(state: State, now: float) -> bool:
     "Whether no server follows this rollout."
     return state.phase not in OVER and now - state.last > SILENT_SERVER and now - state.events[-1].when > SILENT_SERVER
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #1cff7245
 def outcome(state: State) -> str:
     "How it stands, in a sentence."
     plan = state.plan
+    to_all = f"{plan.stable} answers everybody"
     text = {"checking": f"{plan.candidate} answers the golden requests; nobody gets its answers yet",
             "running": f"{plan.candidate} answers {100 * share_of(state):g} % of the users",
             "waiting": f"{plan.candidate} has shown nothing worse than {plan.stable}",
             "promoting": f"{plan.candidate} becomes the champion", "promoted": f"{plan.candidate} is the champion",
-            "rolled back": f"{plan.stable} answers everybody: {plan.candidate} was rolled back",
-            "aborted": f"{plan.stable} answers everybody: the rollout was aborted"}[state.phase]
-    is_shadow = state.phase == "running" and plan.mode == "shadow"
-    return f"{plan.candidate} gets a copy of each request; {plan.stable} answers" if is_shadow else text
+            "rolled back": f"{to_all}: {plan.candidate} was rolled back",
+            "aborted": f"{to_all}: the rollout was aborted"}[state.phase]
+    if state.phase == "running" and plan.mode == "shadow":
+        return f"{plan.candidate} gets a copy of each request; {plan.stable} answers"
+    return text
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #a90e53c7
+# %% ../../nbs/serving/23_rollout_page.ipynb #19ef499b
 def next_step(state: State, now: float) -> str:
     "What comes next, or what to do."
     plan = state.plan
@@ -54,9 +60,10 @@ def next_step(state: State, now: float) -> str:
             "waiting": "A person decides: mlkit rollout promote, or mlkit rollout abort.",
             "promoting": "The registry gets it now.",
             "promoted": "Commit history.jsonl and champion.json.",
-            "rolled back": f"Mend what is said below, then: mlkit rollout start {plan.candidate.version}".rstrip(),
-            "aborted": f"To begin again: mlkit rollout start {plan.candidate.version}".rstrip()}[state.phase]
+            "rolled back": f"Mend what was worse, then: mlkit rollout start {plan.candidate.version}",
+            "aborted": f"To begin again: mlkit rollout start {plan.candidate.version}"}[state.phase]
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #4912650b
 def _after(state):
     if state.plan.mode != "canary":
         return "A person decides"
@@ -68,7 +75,7 @@ def _still(state): # of the two things that a step needs
     needs = [lacking(state), f"{minutes(seconds)} are over" if seconds else ""]
     return " and ".join(filter(None, needs)) or "the server looks again"
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #f210d9c4
+# %% ../../nbs/serving/23_rollout_page.ipynb #e2e0b821
 def rows_of(state: State) -> list[dict]: # test, counts, share, allowed, harm; the nearest to harm first
     "What each test says now. Of the answers, the one that is nearest."
     nearest = {}
@@ -81,23 +88,26 @@ def rows_of(state: State) -> list[dict]: # test, counts, share, allowed, harm; t
 def _ahead(f): # how near the sequence's lower end is to what is allowed
     return f.ends[0] - f.allowed
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #add2f923
 def row_of(f: Finding, state: State) -> dict:
     "A test, for people."
     low, high = f.ends
-    return {"test": f.test + (f" ({f.about})" if f.about else ""), "counts": f"{f.against:,} of {f.of:,}",
+    name = f"{f.test} ({f.about})" if f.about else f.test
+    return {"test": name, "counts": f"{f.against:,} of {f.of:,}",
             "share": f"{100 * low:.3g} to {100 * high:.3g} %", "allowed": f"{100 * f.allowed:.3g} %",
             "harm": f.is_harm, "said": observation_of(f, state.plan.allowed)}
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #4e078096
+# %% ../../nbs/serving/23_rollout_page.ipynb #4ea7bfff
 def by_step(state: State) -> list[list]: # of `Point`
     "The points of each step: a line breaks where the next one begins, since its counts begin anew."
-    steps = dict.fromkeys(p.step for p in state.points if sum(p.n) or p.disagreed[1])
-    return [[p for p in state.points if p.step == s and (sum(p.n) or p.disagreed[1])] for s in steps]
+    seen = [p for p in state.points if sum(p.n) or p.disagreed[1]]
+    return [[p for p in seen if p.step == step] for step in dict.fromkeys(p.step for p in seen)]
 
 def clock(state: State, points) -> list[float]: # minutes since the start
     "Where points stand on the axis."
     return [(p.when - state.events[0].when) / 60 for p in points]
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #5f13e9ab
 def mark_steps(ax, state: State):
     "A line where a step begins."
     for e in state.events:
@@ -106,19 +116,17 @@ def mark_steps(ax, state: State):
             ax.axvline(at, color=GREY, lw=0.8, ls=":")
             ax.text(at, 1.0, f" {100 * e.share:g} %", transform=ax.get_xaxis_transform(), fontsize=10, color=GREY, va="bottom")
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #3fb22531
 def draw_share(ax, state: State, of, name: str, color: str, width: float = 1.5): # `of`: a point to (against, of)
     "A share, with its confidence sequence."
     for i, points in enumerate(by_step(state)):
         counts = [of(p) for p in points]
-        known = [(t, c) for t, c in zip(clock(state, points), counts) if c[1]]
-        if not known:
-            continue
-        t, shares = [t for t, _ in known], [100 * a / n for _, (a, n) in known]
-        low, high = zip(*(confidence_sequence(a, n) for _, (a, n) in known))
-        ax.plot(t, shares, color=color, lw=width, label=None if i else name)
-        ax.fill_between(t, [100 * x for x in low], [100 * x for x in high], color=color, alpha=0.15, lw=0)
+        shares = [100 * a / n if n else float("nan") for a, n in counts]
+        low, high = 100 * np.array([confidence_sequence(a, n) for a, n in counts]).T
+        ax.plot(clock(state, points), shares, color=color, lw=width, label=None if i else name)
+        ax.fill_between(clock(state, points), low, high, color=color, alpha=0.15, lw=0)
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #e41abb1d
+# %% ../../nbs/serving/23_rollout_page.ipynb #dd8b154e
 def error_plot(state: State): # Axes
     "Failed requests of both groups."
     ax = axes(1, height=2.8)
@@ -126,15 +134,15 @@ def error_plot(state: State): # Axes
     draw_share(ax, state, lambda p: (p.failed[1], p.n[1]), "candidate", ORANGE)
     return finished(ax, state, "Failed requests", "% of the requests", share_limit(ax))
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #6a214a06
 def latency_plot(state: State): # Axes
     "Half of the requests, and 95 % of them, are faster."
     ax = axes(1, height=2.8)
-    for group, name, color in (0, "baseline", BLUE), (1, "candidate", ORANGE):
-        for which, style in ("seconds", "-"), ("slowest", "--"):
+    for group, name, color, width in (0, "baseline", BLUE, 3.5), (1, "candidate", ORANGE, 1.5):
+        for which, style, said in ("seconds", "-", "median"), ("slowest", "--", "95 %"):
             for i, points in enumerate(by_step(state)):
-                ms = [1000 * v if (v := getattr(p, which)[group]) is not None else float("nan") for p in points]
-                label = f"{name}, {'median' if style == '-' else '95 %'}"
-                ax.plot(clock(state, points), ms, style, color=color, lw=1.5 if group else 3.5, label=None if i else label)
+                ms = 1000 * np.array([getattr(p, which)[group] for p in points], float) # None is NaN
+                ax.plot(clock(state, points), ms, style, color=color, lw=width, label=None if i else f"{name}, {said}")
     return finished(ax, state, "Latency", "ms", 1.25 * ax.dataLim.y1)
 
 def disagreement_plot(state: State): # Axes
@@ -144,10 +152,11 @@ def disagreement_plot(state: State): # Axes
     ax.axhline(100 * state.plan.allowed.disagreement, color=RED, ls="--", label="allowed")
     return finished(ax, state, "Mirrored requests with another answer than stable", "% of the mirrored requests", share_limit(ax))
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #2fc250c0
 def share_limit(ax) -> float: # %
     "Where the axis ends: the lines are seen, bands of the first requests may go beyond."
-    highest = max((max(line.get_ydata(), default=0) for line in ax.lines), default=0)
-    return min(100.0, max(10.0, 2.5 * highest))
+    seen = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines] + [[0.0]])
+    return min(100.0, max(10.0, 2.5 * float(np.nanmax(seen))))
 
 def finished(ax, state: State, title: str, unit: str, top: float): # Axes
     "With its words."
@@ -160,7 +169,7 @@ def finished(ax, state: State, title: str, unit: str, top: float): # Axes
         ax.legend(fontsize=10)
     return ax
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #608b7c44
+# %% ../../nbs/serving/23_rollout_page.ipynb #c376f522
 def as_picture(ax) -> dict: # alt, png in base64
     "A figure for a page; it is closed."
     import matplotlib.pyplot as plt
@@ -170,6 +179,7 @@ def as_picture(ax) -> dict: # alt, png in base64
     plt.close(ax.figure)
     return {"alt": alt, "png": base64.b64encode(data.getvalue()).decode()}
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #159a3712
 def plots(state: State) -> list[dict]: # see `as_picture`; empty: nothing was seen yet
     "The pictures of a rollout."
     import matplotlib
@@ -179,7 +189,7 @@ def plots(state: State) -> list[dict]: # see `as_picture`; empty: nothing was se
     drawn += [disagreement_plot] if any(p.disagreed[1] for ps in seen for p in ps) else []
     return [as_picture(draw(state)) for draw in drawn]
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #f539551d
+# %% ../../nbs/serving/23_rollout_page.ipynb #95004f3b
 ROLLOUT_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 {% if not over %}<meta http-equiv="refresh" content="10">{% endif %}
 <title>Rollout · mlkit</title><style>{{ css|safe }}</style></head><body>
@@ -204,6 +214,7 @@ the candidate is rolled back. The counts are those of the present step; disagree
 <div><time datetime="{{ iso(e.when) }}">{{ moment(e.when) }}</time> · {{ e.who }}</div><p>{{ e.why }}</p></li>
 {% endfor %}</ol></section></main></body></html>"""
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #d398ae9c
 ROLLOUT_CSS = """
 .bar { padding-top: 1rem; max-width: 76rem } .soft { color: var(--soft) } .verdict p { overflow-wrap: anywhere }
 .facts > div { grid-template-columns: 6.5rem 1fr } .verdict > dl { flex: 1 1 19rem }
@@ -215,7 +226,7 @@ figure img { display: block; width: 100%; mix-blend-mode: multiply } tbody th { 
 .moments li::marker { color: var(--soft) }
 """
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #e74f8494
+# %% ../../nbs/serving/23_rollout_page.ipynb #758e038c
 def moment(when: float) -> str: # '27 November 2026, 02:14:05 UTC'
     "Seconds since 1970, for people."
     return f"{datetime.fromtimestamp(when, timezone.utc):%-d %B %Y, %H:%M:%S} UTC"
@@ -228,30 +239,33 @@ def place(p: Place) -> str: # 'version 5 (555555555555)'
     "A version, with its bundle."
     return f"{p} ({p.bundle[:12]})" if p.version else str(p)
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #69e0eeb9
 def facts_of(state: State) -> list[tuple[str, str]]: # what, its value
     "The head of the page."
     plan, groups = state.plan, state.evidence.groups
     steps = ", ".join(f"{100 * s:g}" for s in plan.steps) + " %"
     facts = [("mode", plan.mode), ("stable", place(plan.stable)), ("candidate", place(plan.candidate)),
-             ("steps", f"{steps}, {minutes(plan.every)} and {plan.least:,} requests each"), ("user", plan.header or "each request by itself"),
-             ("started by", state.events[0].who)]
+             ("steps", f"{steps}, {minutes(plan.every)} and {plan.least:,} requests each"),
+             ("user", plan.header or "each request by itself"), ("started by", state.events[0].who)]
     if state.plan.mode == "shadow":
-        return [f for f in facts if f[0] != "steps"] + [("this step", f"{state.evidence.mirrored:,} mirrored requests")]
+        return [f for f in facts if f[0] != "steps"] + [("seen", f"{state.evidence.mirrored:,} mirrored requests")]
     counted = ", ".join(f"{name} {g.n:,}" for name, g in groups.items())
     return facts + [("this step", f"{counted}; {state.evidence.mirrored:,} mirrored in all")]
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #7c00f44b
+# %% ../../nbs/serving/23_rollout_page.ipynb #a32db8ec
 def rollout_page(state: State, now: float) -> str: # HTML, complete
     "A rollout, as it stands."
     from jinja2 import Environment
     over = state.phase in OVER
     moods = {"promoted": "good", "rolled back": "bad", "aborted": "warned", "waiting": "warned"}
-    shown = {"s": state, "over": over, "mood": "warned" if is_alone(state, now) else moods.get(state.phase, ""),
-             "outcome": capital(outcome(state)), "why": capital(state.events[-1].why) + "." if over else "",
+    mood = "warned" if is_alone(state, now) else moods.get(state.phase, "")
+    why = f"{capital(state.events[-1].why)}." if over else ""
+    shown = {"s": state, "over": over, "mood": mood, "outcome": capital(outcome(state)), "why": why,
              "next_step": next_step(state, now), "facts": facts_of(state), "rows": rows_of(state), "pictures": plots(state)}
     template = Environment(autoescape=True, trim_blocks=True).from_string(ROLLOUT_PAGE)
     return template.render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + ROLLOUT_CSS, moment=moment, iso=iso)
 
+# %% ../../nbs/serving/23_rollout_page.ipynb #7b07c872
 def capital(text): # 'version 5' to 'Version 5'
     return text[:1].upper() + text[1:]
 
@@ -261,18 +275,24 @@ def write_page(root: Path, state: State, now: float) -> Path:
     "Write `reports/rollout.html`."
     return write_atomic(root / PAGE, rollout_page(state, now))
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #c692693c
+# %% ../../nbs/serving/23_rollout_page.ipynb #9e13a279
+def event_line(e: Event) -> str: # '02:14:05  step, 10 %: 400 requests, … (mlkit)'
+    "An event for a terminal."
+    return f"{moment(e.when)[-12:-4]}  {e.what}, {100 * e.share:g} %: {e.why} ({e.who})"
+
+# %% ../../nbs/serving/23_rollout_page.ipynb #3d9cfa88
 def terminal_view(state: State, now: float): # for rich to print
     "The same, for a terminal."
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
     colors = {"promoted": "green", "rolled back": "red", "aborted": "yellow", "waiting": "yellow"}
-    head = Text(f"{state.plan.model}: {outcome(state)}", f"bold {'yellow' if is_alone(state, now) else colors.get(state.phase, '')}".strip())
+    color = "yellow" if is_alone(state, now) else colors.get(state.phase, "")
+    head = Text(f"{state.plan.model}: {outcome(state)}", f"bold {color}".strip())
     facts = Text("\n".join(f"{k:>10}  {v}" for k, v in facts_of(state)), "dim")
     table = Table("test", "against it", "share", "allowed", "", box=None, pad_edge=False)
     for r in rows_of(state):
         mark = ("worse", "red") if r["harm"] else ("no harm seen", "green")
         table.add_row(*(Text(r[k]) for k in ("test", "counts", "share", "allowed")), Text(*mark))
-    events = [Text(f"{moment(e.when)[-12:-4]}  {e.what}, {100 * e.share:g} %: {e.why} ({e.who})") for e in state.events[-6:]]
+    events = [Text(event_line(e)) for e in state.events[-6:]]
     return Group(head, Text(next_step(state, now)), Text(), facts, Text(), *([table, Text()] if table.rows else []), *events)
