@@ -3709,6 +3709,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlkit.serving.rollout.with_point': ('serving/rollout.html#with_point', 'mlkit/serving/rollout.py')},
             'mlkit.serving.rollout_file': { 'mlkit.serving.rollout_file._to_the_end': ( 'serving/rollout_file.html#_to_the_end',
                                                                                         'mlkit/serving/rollout_file.py'),
+                                            'mlkit.serving.rollout_file.check_champion': ( 'serving/rollout_file.html#check_champion',
+                                                                                           'mlkit/serving/rollout_file.py'),
                                             'mlkit.serving.rollout_file.check_over': ( 'serving/rollout_file.html#check_over',
                                                                                        'mlkit/serving/rollout_file.py'),
                                             'mlkit.serving.rollout_file.check_state': ( 'serving/rollout_file.html#check_state',

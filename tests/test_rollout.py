@@ -112,6 +112,16 @@ def test_a_bad_version_is_gone_within_a_minute():
         assert all(played(seed, fault)[2] < 60 for seed in range(3)), fault
 
 
+def test_other_answers_are_counted_over_all_steps():
+    state = running(0.5, least=10)
+    for now in range(2, 70):
+        for group in "baseline", "candidate": record(state.evidence, group, 200, 0.01)
+        record_mirrored(state.evidence, observed(200, 0.01, 1), observed(200, 0.01, 1 + (now % 50 == 0)))
+        state, _ = advance(state, state.evidence, float(now))
+    assert state.step == 1 and state.evidence.groups["baseline"].n < 20
+    assert state.evidence.counts["disagreement"] == [1, 68] and state.evidence.counts["mirrored_latency"][1] < 20
+
+
 def test_the_same_version_is_promoted():
     for seed in range(15):
         state, _, _ = played(seed, Fault(errors=0.001))

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ROLLOUT', 'LOCK', 'FORMAT', 'MOST_BYTES', 'MEND', 'PHASES', 'to_text', 'from_text', 'check_state', 'is_sound',
            'read_state', 'write_state', 'locked', 'order', 'started', 'check_over', 'existing', 'note_events',
-           'line_of', 'place_in', 'tick', 'promote_in_registry', 'set_aside']
+           'line_of', 'place_in', 'tick', 'promote_in_registry', 'check_champion', 'set_aside']
 
 # %% ../../nbs/serving/22_rollout_file.ipynb #44d38aad
 import time
@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..core import MlkitError, RegistryError, write_atomic
-from ..registry.history import append, event, read_history
+from ..registry.history import append, event, holder, read_history
 from .evidence import Evidence, N_BINS
-from .rollout import Event, MODES, OVER, Plan, RolloutError, State, advance, begin, finish
+from .rollout import Event, MODES, OVER, Place, Plan, RolloutError, State, advance, begin, finish
 
 # %% ../../nbs/serving/22_rollout_file.ipynb #b462a741
 ROLLOUT, LOCK = ".mlkit/rollout.json", ".mlkit/rollout.lock"
@@ -72,7 +72,7 @@ def is_sound(evidence: Evidence) -> bool:
     shares = [*counts.values(), *((g.failed, g.n) for g in groups)]
     return histograms and all(0 <= against <= of for against, of in shares)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #964c8a39
+# %% ../../nbs/serving/22_rollout_file.ipynb #58a88bb0
 def read_state(root: Path) -> State | None: # None: there is no rollout
     "The rollout of a project, running or over. Raises `RolloutError` where its file is damaged."
     path = root / ROLLOUT
@@ -87,12 +87,12 @@ def read_state(root: Path) -> State | None: # None: there is no rollout
         raise RolloutError(f"{path}: is larger than any rollout; {MEND}")
     return from_text(text, str(path))
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #60663f9c
+# %% ../../nbs/serving/22_rollout_file.ipynb #dc966522
 def write_state(root: Path, state: State):
     "Whole, or not at all."
     write_atomic(root / ROLLOUT, to_text(state))
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #4b2dc9a7
+# %% ../../nbs/serving/22_rollout_file.ipynb #395648b5
 @contextmanager
 def locked(root: Path, seconds: float = 10.0) -> Iterator[None]:
     "Nobody else changes the rollout meanwhile. Raises `RolloutError` where somebody holds it for longer."
@@ -110,7 +110,7 @@ def locked(root: Path, seconds: float = 10.0) -> Iterator[None]:
     finally:
         lock.release()
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #4ff7036c
+# %% ../../nbs/serving/22_rollout_file.ipynb #7aa724fa
 def order(
     root: Path,
     change: Callable[[State | None], State], # raises `RolloutError` where it may not be
@@ -122,7 +122,7 @@ def order(
         write_state(root, state)
         return note_events(root, state)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #0a2e1dcf
+# %% ../../nbs/serving/22_rollout_file.ipynb #3bc05331
 def started(plan: Plan, who: str, why: str, now: float | None = None) -> Callable[[State | None], State]:
     "For `order`: a new rollout. Raises `RolloutError` where one is under way."
     def change(before):
@@ -135,14 +135,14 @@ def check_over(state: State | None):
     if state and state.phase not in OVER:
         raise RolloutError(f"a rollout of {state.plan.candidate} is {state.phase}; 'mlkit rollout abort' ends it")
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #4217fd15
+# %% ../../nbs/serving/22_rollout_file.ipynb #fc4d68c0
 def existing(state: State | None) -> State:
     "Raises `RolloutError` where there is no rollout."
     if state is None:
         raise RolloutError("there is no rollout; 'mlkit rollout start VERSION' begins one")
     return state
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #682d096d
+# %% ../../nbs/serving/22_rollout_file.ipynb #dd6694cd
 def note_events(root: Path, state: State) -> State: # that knows what is noted
     "Bring the history up to date. The caller holds the lock."
     if state.noted == len(state.events):
@@ -155,7 +155,7 @@ def note_events(root: Path, state: State) -> State: # that knows what is noted
     write_state(root, state)
     return state
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #1b3d81cd
+# %% ../../nbs/serving/22_rollout_file.ipynb #442f0127
 def line_of(state: State, e: Event) -> dict: # see `history.event`
     "An event as the history has it."
     stable, candidate = ({"version": p.version or None, "bundle": p.bundle} for p in (state.plan.stable, state.plan.candidate))
@@ -164,12 +164,12 @@ def line_of(state: State, e: Event) -> dict: # see `history.event`
     known = {"rollout": state.plan.salt, "event": e.n, "who": e.who, "when": when}
     return event("rollout", state.plan.model, candidate, why, "rollout", stable, **known)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #4e0e1100
+# %% ../../nbs/serving/22_rollout_file.ipynb #2ecea5a9
 def place_in(state: State) -> tuple: # of its rollout
     "What must be equal, so that evidence belongs to a state."
     return state.plan.salt, state.step, state.phase
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #f9346690
+# %% ../../nbs/serving/22_rollout_file.ipynb #a7619f0d
 def tick(
     root: Path,
     held: State | None, # what this process holds; its evidence is up to date
@@ -190,7 +190,7 @@ def tick(
             write_state(root, after)
         return _to_the_end(root, note_events(root, after), now, promote)
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #d856fe68
+# %% ../../nbs/serving/22_rollout_file.ipynb #535291c1
 def _to_the_end(root, state, now, promote):
     if state.phase != "promoting" or promote is None:
         return state
@@ -210,10 +210,19 @@ def promote_in_registry(root: Path) -> Callable[[State], None]: # for `tick`
         version = state.plan.candidate.version
         if not version:
             raise RegistryError(f"{state.plan.candidate} has no version in this registry")
+        check_champion(root, state.plan)
         give(root, state.plan.model, version, "champion", f"rollout: {state.events[-1].why}")
     return promote
 
-# %% ../../nbs/serving/22_rollout_file.ipynb #3c05fc4f
+# %% ../../nbs/serving/22_rollout_file.ipynb #164d7290
+def check_champion(root: Path, plan: Plan):
+    "Raises `RegistryError` where the champion is neither the stable version nor the candidate."
+    held = holder(read_history(root), "champion")
+    if held and held["to"]["bundle"] not in (plan.stable.bundle, plan.candidate.bundle):
+        now = Place(held["to"]["version"] or "", held["to"]["bundle"])
+        raise RegistryError(f"{now} has become champion meanwhile, and the candidate was compared with {plan.stable}")
+
+# %% ../../nbs/serving/22_rollout_file.ipynb #adc2e971
 def set_aside(root: Path) -> Path | None: # where it is now; None: there was none
     "Take a file away that nobody can read."
     with locked(root):

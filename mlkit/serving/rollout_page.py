@@ -169,7 +169,7 @@ def finished(ax, state: State, title: str, unit: str, top: float): # Axes
         ax.legend(fontsize=10)
     return ax
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #c376f522
+# %% ../../nbs/serving/23_rollout_page.ipynb #44a61c5d
 def as_picture(ax) -> dict: # alt, png in base64
     "A figure for a page; it is closed."
     import matplotlib.pyplot as plt
@@ -179,7 +179,7 @@ def as_picture(ax) -> dict: # alt, png in base64
     plt.close(ax.figure)
     return {"alt": alt, "png": base64.b64encode(data.getvalue()).decode()}
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #159a3712
+# %% ../../nbs/serving/23_rollout_page.ipynb #0a972585
 def plots(state: State) -> list[dict]: # see `as_picture`; empty: nothing was seen yet
     "The pictures of a rollout."
     import matplotlib
@@ -189,7 +189,7 @@ def plots(state: State) -> list[dict]: # see `as_picture`; empty: nothing was se
     drawn += [disagreement_plot] if any(p.disagreed[1] for ps in seen for p in ps) else []
     return [as_picture(draw(state)) for draw in drawn]
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #95004f3b
+# %% ../../nbs/serving/23_rollout_page.ipynb #2f9a3191
 ROLLOUT_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 {% if not over %}<meta http-equiv="refresh" content="10">{% endif %}
 <title>Rollout · mlkit</title><style>{{ css|safe }}</style></head><body>
@@ -214,7 +214,7 @@ the candidate is rolled back. The counts are those of the present step; disagree
 <div><time datetime="{{ iso(e.when) }}">{{ moment(e.when) }}</time> · {{ e.who }}</div><p>{{ e.why }}</p></li>
 {% endfor %}</ol></section></main></body></html>"""
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #d398ae9c
+# %% ../../nbs/serving/23_rollout_page.ipynb #21d04321
 ROLLOUT_CSS = """
 .bar { padding-top: 1rem; max-width: 76rem } .soft { color: var(--soft) } .verdict p { overflow-wrap: anywhere }
 .facts > div { grid-template-columns: 6.5rem 1fr } .verdict > dl { flex: 1 1 19rem }
@@ -226,7 +226,7 @@ figure img { display: block; width: 100%; mix-blend-mode: multiply } tbody th { 
 .moments li::marker { color: var(--soft) }
 """
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #758e038c
+# %% ../../nbs/serving/23_rollout_page.ipynb #7a023a67
 def moment(when: float) -> str: # '27 November 2026, 02:14:05 UTC'
     "Seconds since 1970, for people."
     return f"{datetime.fromtimestamp(when, timezone.utc):%-d %B %Y, %H:%M:%S} UTC"
@@ -239,7 +239,7 @@ def place(p: Place) -> str: # 'version 5 (555555555555)'
     "A version, with its bundle."
     return f"{p} ({p.bundle[:12]})" if p.version else str(p)
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #69e0eeb9
+# %% ../../nbs/serving/23_rollout_page.ipynb #a77029df
 def facts_of(state: State) -> list[tuple[str, str]]: # what, its value
     "The head of the page."
     plan, groups = state.plan, state.evidence.groups
@@ -252,7 +252,7 @@ def facts_of(state: State) -> list[tuple[str, str]]: # what, its value
     counted = ", ".join(f"{name} {g.n:,}" for name, g in groups.items())
     return facts + [("this step", f"{counted}; {state.evidence.mirrored:,} mirrored in all")]
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #a32db8ec
+# %% ../../nbs/serving/23_rollout_page.ipynb #8ebd1fb7
 def rollout_page(state: State, now: float) -> str: # HTML, complete
     "A rollout, as it stands."
     from jinja2 import Environment
@@ -265,7 +265,7 @@ def rollout_page(state: State, now: float) -> str: # HTML, complete
     template = Environment(autoescape=True, trim_blocks=True).from_string(ROLLOUT_PAGE)
     return template.render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + ROLLOUT_CSS, moment=moment, iso=iso)
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #7b07c872
+# %% ../../nbs/serving/23_rollout_page.ipynb #aa31bafe
 def capital(text): # 'version 5' to 'Version 5'
     return text[:1].upper() + text[1:]
 
@@ -275,12 +275,12 @@ def write_page(root: Path, state: State, now: float) -> Path:
     "Write `reports/rollout.html`."
     return write_atomic(root / PAGE, rollout_page(state, now))
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #9e13a279
+# %% ../../nbs/serving/23_rollout_page.ipynb #1f770159
 def event_line(e: Event) -> str: # '02:14:05  step, 10 %: 400 requests, … (mlkit)'
     "An event for a terminal."
     return f"{moment(e.when)[-12:-4]}  {e.what}, {100 * e.share:g} %: {e.why} ({e.who})"
 
-# %% ../../nbs/serving/23_rollout_page.ipynb #3d9cfa88
+# %% ../../nbs/serving/23_rollout_page.ipynb #1ccb6be0
 def terminal_view(state: State, now: float): # for rich to print
     "The same, for a terminal."
     from rich.console import Group
