@@ -189,7 +189,7 @@ def status(once, wait):
     from mlkit.serving.rollout_file import existing, read_state
     from mlkit.serving.rollout_page import terminal_view, write_page
     root = project_root()
-    console = Console(file=click.get_text_stream("stdout"), highlight=False)
+    console = Console(highlight=False)
     state = existing(read_state(root))
     path = write_page(root, state, time.time())
     if not once and (wait or console.is_terminal):
