@@ -207,7 +207,7 @@ def advance(
     before = len(state.events)
     if state.phase in OVER or state.phase == "promoting":
         return state, []
-    state = with_point(replace(passed(state, now), evidence=evidence), now)
+    state = seen = with_point(replace(passed(state, now), evidence=evidence), now)
     if golden:
         state = roll_back(state, now, f"golden answers: {golden}")
     elif state.phase == "checking":
@@ -216,6 +216,8 @@ def advance(
         state = roll_back(state, now, harm)
     elif state.phase == "running":
         state = _judge(state, now)
+    if len(state.events) > before: # what the decision rests on is kept
+        state = replace(state, points=with_point(seen, now, 0.0).points)
     return state, list(state.events[before:])
 
 # %% ../../nbs/serving/21_rollout.ipynb #5ef85d79
@@ -296,10 +298,11 @@ def _passed_step(state, now, n):
     return noted(state, now, "mlkit", "promoting", why, phase="promoting")
 
 # %% ../../nbs/serving/21_rollout.ipynb #6bef19ab
-def with_point(state: State, now: float) -> State:
+def with_point(state: State, now: float, span: float | None = None) -> State: # seconds between two points
     "Remember what is known now. The points get sparser as a rollout gets longer."
-    points, span = state.points, max(2.0, state.plan.every / 40)
-    if points and points[-1].step == state.step and now - points[-1].when < span:
+    points = state.points
+    span = max(0.9, state.plan.every / 40) if span is None else span
+    if points and points[-1].step == state.step and abs(now - points[-1].when) < span:
         return state
     e = state.evidence
     two = [e.groups[g] for g in ("baseline", "candidate")]

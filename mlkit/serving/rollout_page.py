@@ -123,7 +123,7 @@ def draw_share(ax, state: State, of, name: str, color: str, width: float = 1.5):
         counts = [of(p) for p in points]
         shares = [100 * a / n if n else float("nan") for a, n in counts]
         low, high = 100 * np.array([confidence_sequence(a, n) for a, n in counts]).T
-        ax.plot(clock(state, points), shares, color=color, lw=width, label=None if i else name)
+        ax.plot(clock(state, points), shares, ".-", ms=3, color=color, lw=width, label=None if i else name)
         ax.fill_between(clock(state, points), low, high, color=color, alpha=0.15, lw=0)
 
 # %% ../../nbs/serving/23_rollout_page.ipynb #dd8b154e
@@ -139,10 +139,10 @@ def latency_plot(state: State): # Axes
     "Half of the requests, and 95 % of them, are faster."
     ax = axes(1, height=2.8)
     for group, name, color, width in (0, "baseline", BLUE, 3.5), (1, "candidate", ORANGE, 1.5):
-        for which, style, said in ("seconds", "-", "median"), ("slowest", "--", "95 %"):
+        for which, style, said in ("seconds", ".-", "median"), ("slowest", ".--", "95 %"):
             for i, points in enumerate(by_step(state)):
                 ms = 1000 * np.array([getattr(p, which)[group] for p in points], float) # None is NaN
-                ax.plot(clock(state, points), ms, style, color=color, lw=width, label=None if i else f"{name}, {said}")
+                ax.plot(clock(state, points), ms, style, ms=3, color=color, lw=width, label=None if i else f"{name}, {said}")
     return finished(ax, state, "Latency", "ms", 1.25 * ax.dataLim.y1)
 
 def disagreement_plot(state: State): # Axes
@@ -259,7 +259,7 @@ def rollout_page(state: State, now: float) -> str: # HTML, complete
     over = state.phase in OVER
     moods = {"promoted": "good", "rolled back": "bad", "aborted": "warned", "waiting": "warned"}
     mood = "warned" if is_alone(state, now) else moods.get(state.phase, "")
-    why = f"{capital(state.events[-1].why)}." if over else ""
+    why = f"{capital(state.events[-1].why)}." if over and state.phase != "promoted" else ""
     shown = {"s": state, "over": over, "mood": mood, "outcome": capital(outcome(state)), "why": why,
              "next_step": next_step(state, now), "facts": facts_of(state), "rows": rows_of(state), "pictures": plots(state)}
     template = Environment(autoescape=True, trim_blocks=True).from_string(ROLLOUT_PAGE)
