@@ -122,7 +122,7 @@ finally: socket_path().unlink(missing_ok=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 def test_two_parents_stay_a_third_replaces_the_one_that_waited_longest():
-    code = "from mlkit.flow.warm import ask; import os, sys; os.environ['TZ'] = sys.argv[1]; assert ask({'argv': ['-f', '/dev/null']}, dict(os.environ), '/'); print(__import__('mlkit.flow.warm').flow.warm.socket_path())"
+    code = "from mlkit.flow.warm import ask; import os, sys; os.environ['TZ'] = sys.argv[1]; assert ask({'argv': ['-f', os.environ['XDG_RUNTIME_DIR'] + '/k.json']}, dict(os.environ), '/'); print(__import__('mlkit.flow.warm').flow.warm.socket_path())"
     with tempfile.TemporaryDirectory() as d:
         def asked(zone): return ROOT.__class__(Project(ROOT).run("env", f"XDG_RUNTIME_DIR={d}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code, zone).stdout.strip())
         try:
