@@ -182,8 +182,8 @@ def _known(self: Layout, sent, outputs) -> pl.DataFrame: # `outputs` None: there
     answer = pl.Series("answer", joined[1][:, 0].tolist(), dtype=pl.String)
     return pl.DataFrame([*out, answer, pl.Series("probabilities", joined[0].astype(np.float32))])
 
-# %% ../../nbs/serving/17_request_log.ipynb #f21c276f
-SAVE_S, FILE_S = 10.0, 3600.0 # seconds until rows are on disk; that a file is open
+# %% ../../nbs/serving/17_request_log.ipynb #54887e30
+SAVE_S, FILE_S = 5.0, 3600.0 # seconds until rows are on disk; that a file is open
 FILE_ROWS, FILE_BYTES = 50_000, 32 << 20
 NAME = re.compile(r"\d{8}T\d{6}-\d+-\d+\.parquet")
 _numbers = itertools.count(1)

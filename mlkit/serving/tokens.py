@@ -4,8 +4,8 @@
 __all__ = ['KIND', 'N_ENDS', 'UNITS', 'FOLDER', 'TOKENS', 'Token', 'new_token', 'hash_of', 'per_second', 'write_private',
            'check_private', 'read_tokens', 'write_tokens', 'add_token', 'remove_token', 'Tokens', 'Bucket']
 
-# %% ../../nbs/serving/15_tokens.ipynb #be33c232
-import hashlib, hmac, os, re, secrets, time
+# %% ../../nbs/serving/15_tokens.ipynb #10d69479
+import hashlib, hmac, math, os, re, secrets, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -123,14 +123,20 @@ class Tokens:
         path: Path,
         always: bool, # Whether a token is asked for where there is no file
         say: Callable[[str], None] = print, # Called with a line where the file cannot be read
+        every: float = 0.1, # Seconds between two looks at the file
     ):
-        self.path, self.asked, self.say = path, always, say
+        self.path, self.asked, self.say, self.every = path, always, say, every
         self.seen, self.by_end = None, {} # State of the file; last digits: tokens
+        self.looked = -math.inf # monotonic
 
     def refresh(self):
         "Read the file again, if it has changed."
+        now = time.monotonic()
+        if now - self.looked < self.every:
+            return
+        self.looked = now
         try:
-            s = self.path.stat()
+            s = os.stat(self.path)
             state = s.st_mtime_ns, s.st_size, s.st_ino, s.st_mode
         except OSError:
             state = None
