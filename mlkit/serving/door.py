@@ -38,27 +38,7 @@ class Access:
     @property
     def scheme(self) -> str: return "https" if self.certificate else "http"
 
-@patch
-def asked(self: Access) -> bool:
-    "Whether a token is asked for on loopback; elsewhere it always is."
-    return bool(self.tokens) and Path(self.tokens).exists()
-
-@patch
-def for_curl(self: Access) -> str:
-    "What a request by curl needs besides."
-    trust = f" --cacert {shlex.quote(self.certificate.cert)}" if self.certificate else ""
-    return trust + (' -H "Authorization: Bearer $TOKEN"' if self.asked() else "")
-
-@patch
-def in_words(self: Access) -> list[str]:
-    "Lines that say what a server asks for and writes down."
-    lines = [f"Asks for a token ({self.tokens}; 'mlkit keys add NAME' makes one)"] if self.asked() else []
-    if self.log and self.log.share:
-        share = "All" if self.log.share >= 1 else f"{self.log.share:.2%}".replace(".00%", "%") + " of all"
-        bounds = f"{self.log.days:g} days, {self.log.max_mb:g} MB"
-        lines.append(f"{share} requests are logged in {self.log.folder} ({bounds}; 'request_log' in params.yaml, or --no-log)")
-    return lines
-
+# %% ../../nbs/serving/18_door.ipynb #84fe1edc
 def is_loopback(host: str) -> bool:
     "Whether only this machine reaches an address. Raises `ServeError` where it is no IPv4 address."
     try:
@@ -80,11 +60,33 @@ def check_access(host: str, access: Access) -> str: # `host`
         raise ServeError(f"--host {host}: other machines may ask only over TLS and with a token; first {', then '.join(needed)}")
     return host
 
+# %% ../../nbs/serving/18_door.ipynb #d9596e80
+@patch
+def asked(self: Access) -> bool:
+    "Whether a token is asked for on loopback; elsewhere it always is."
+    return bool(self.tokens) and Path(self.tokens).exists()
+
+@patch
+def for_curl(self: Access) -> str:
+    "What a request by curl needs besides."
+    trust = f" --cacert {shlex.quote(self.certificate.cert)}" if self.certificate else ""
+    return trust + (' -H "Authorization: Bearer $TOKEN"' if self.asked() else "")
+
+@patch
+def in_words(self: Access) -> list[str]:
+    "Lines that say what a server asks for and writes down."
+    lines = [f"Asks for a token ({self.tokens}; 'mlkit keys add NAME' makes one)"] if self.asked() else []
+    if self.log and self.log.share:
+        share = "All" if self.log.share >= 1 else f"{self.log.share:.2%}".replace(".00%", "%") + " of all"
+        bounds = f"{self.log.days:g} days, {self.log.max_mb:g} MB"
+        lines.append(f"{share} requests are logged in {self.log.folder} ({bounds}; 'request_log' in params.yaml, or --no-log)")
+    return lines
+
 def shown_host(host: str) -> str:
     "How a client names the address."
     return socket.gethostname() if host == "0.0.0.0" else host
 
-# %% ../../nbs/serving/18_door.ipynb #8af99cea
+# %% ../../nbs/serving/18_door.ipynb #dbe6117f
 FAILURES, HELD, MAX_PEERS = 10, 100, 4096
 ASK_TOKEN = "this server asks for a token; send the header 'Authorization: Bearer TOKEN' ('mlkit keys add NAME' makes one)"
 WRONG_TOKEN = "this token is not known; it may have been removed"
@@ -113,7 +115,7 @@ class Gate:
             self._hold(token)
         return token
 
-# %% ../../nbs/serving/18_door.ipynb #f069279c
+# %% ../../nbs/serving/18_door.ipynb #6c8d4952
 class Guessing(Refused):
     "Too many wrong tokens from one address."
 
@@ -152,7 +154,7 @@ def charge(self: Gate, token: Token | None, n: int):
     if bucket := self.buckets.get((token.hashed, token.rate)):
         bucket.take(n - 1)
 
-# %% ../../nbs/serving/18_door.ipynb #948529b6
+# %% ../../nbs/serving/18_door.ipynb #eb84f690
 async def send_answer(send, answer: Answer):
     "As ASGI has it."
     headers = {"content-length": str(len(answer.body))} | answer.headers
@@ -187,7 +189,7 @@ class Door:
         if self.log:
             self.log.put(call)
 
-# %% ../../nbs/serving/18_door.ipynb #8a500fbf
+# %% ../../nbs/serving/18_door.ipynb #a53999bb
 SMALL = 1 << 16 # bytes
 
 def has_large_body(headers: dict[bytes, bytes]) -> bool:
@@ -206,7 +208,7 @@ async def _turn_away(self: Door, e: Refused, headers, answer):
     close = {"connection": "close"} if has_large_body(headers) else {}
     await send_answer(answer, as_json({"error": str(e)}, e.status, **e.headers, **close))
 
-# %% ../../nbs/serving/18_door.ipynb #1952c144
+# %% ../../nbs/serving/18_door.ipynb #ecb81531
 def operators(gateway: Gateway) -> Callable:
     "An ASGI application with `/metrics`, `/v2/health/live` and `/v2/health/ready`."
     def answer(scope) -> Answer:
@@ -230,7 +232,7 @@ def operators(gateway: Gateway) -> Callable:
         await send_answer(send, found)
     return app
 
-# %% ../../nbs/serving/18_door.ipynb #4195c077
+# %% ../../nbs/serving/18_door.ipynb #a296f54c
 HEAD_S, HEAD_BYTES = 10.0, 1 << 16
 
 def http_protocol(seconds: float = HEAD_S, most: int = HEAD_BYTES) -> type: # For uvicorn's `http`
@@ -265,7 +267,7 @@ def http_protocol(seconds: float = HEAD_S, most: int = HEAD_BYTES) -> type: # Fo
             super().connection_lost(exc)
     return Bounded
 
-# %% ../../nbs/serving/18_door.ipynb #83c9f36d
+# %% ../../nbs/serving/18_door.ipynb #7d20f9f4
 @patch
 @asynccontextmanager
 async def opened(
@@ -287,7 +289,7 @@ async def opened(
         if log:
             await asyncio.to_thread(log.close)
 
-# %% ../../nbs/serving/18_door.ipynb #96b41520
+# %% ../../nbs/serving/18_door.ipynb #29e2748b
 class Tail:
     "New lines of a file that grows."
     def __init__(self, path: Path):
