@@ -304,7 +304,7 @@ def test_from_the_command_line(project):
     key.chmod(0o600)
     assert not subprocess.run(["git", "status", "--porcelain", ".mlkit"], cwd=project.root, capture_output=True).stdout
     with project.started(*serve) as p:
-        said = wait_for(lambda: "Try:" in p.out.read_text() and p.out.read_text(), "the server", 60)
+        said = wait_for(lambda: ("Try:" in p.out.read_text() or p.poll() is not None) and p.out.read_text() + p.err.read_text(), "the server", 60)
         port = re.search(r"at https://[^ ]+:(\d+),", said)[1]
         assert "requests are logged in" in said and "Asks for a token" in said and "--cacert" in said and "$TOKEN" in said
         image = re.search(r"@(\S+)", said)[1]

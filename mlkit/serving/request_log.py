@@ -36,8 +36,8 @@ class LogSettings:
     max_mb: float = USUAL["max_mb"] # Of all files: the oldest are removed
     images: str = USUAL["images"] # 'hash', 'thumbnail' (64 pixels at most), 'whole'
 
-# %% ../../nbs/serving/17_request_log.ipynb #d3af8086
-SANE = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+# %% ../../nbs/serving/17_request_log.ipynb #e4d95b40
+SANE = re.compile(rb"[\w.:/+=-]{1,128}")
 _made = f"{secrets.token_hex(8)}-", itertools.count(1)
 
 def request_id(headers: dict[bytes, bytes]) -> str:
@@ -87,7 +87,10 @@ def column(t: Tensor, x: np.ndarray) -> pl.Series: # `x`: (n,), as on the wire
         return pl.Series(t.name, x.view("datetime64[us]")).dt.replace_time_zone("UTC")
     return pl.Series(t.name, x, dtype=pl.Float64, nan_to_null=True)
 
-def png(x: np.ndarray, longest: int | None) -> bytes: # `x`: (height, width, channels) uint8; `longest`: side in pixels, None: as it is
+def png(
+    x: np.ndarray, # (height, width, channels) uint8, red first
+    longest: int | None, # Side in pixels; None: as it is
+) -> bytes:
     "An image as a file."
     import cv2
     if longest and max(x.shape[:2]) > longest:
@@ -145,9 +148,9 @@ class Layout:
 def requests(model, calls: list[Call]) -> pl.DataFrame: # `model`: `Served`
     "A row a request."
     columns = {
-        "time": [c.came // 1000 for c in calls], "request_id": [c.id for c in calls], "client": [c.client for c in calls],
-        "model": [model.name] * len(calls), "version": [model.bundle] * len(calls), "status": [c.status for c in calls],
-        "latency_ms": [c.seconds * 1e3 for c in calls]}
+        "time": [c.came // 1000 for c in calls], "request_id": [c.id for c in calls],
+        "client": [c.client for c in calls], "model": [model.name] * len(calls), "version": [model.bundle] * len(calls),
+        "status": [c.status for c in calls], "latency_ms": [c.seconds * 1e3 for c in calls]}
     return pl.DataFrame(columns, schema=REQUEST)
 
 # %% ../../nbs/serving/17_request_log.ipynb #f048e11e
@@ -217,7 +220,8 @@ class OpenFile:
 def trim(folder: Path, days: float, max_mb: float):
     "Remove the oldest files, and what a killed process left half-written."
     import psutil
-    files = sorted((f for f in folder.glob("*/*/*.parquet") if NAME.fullmatch(f.name)), key=lambda f: f.name, reverse=True)
+    ours = [f for f in folder.glob("*/*/*.parquet") if NAME.fullmatch(f.name)]
+    files = sorted(ours, key=lambda f: f.name, reverse=True)
     total, oldest = 0, time.time() - days * 86400
     for f in files:
         s = f.stat()
@@ -253,7 +257,7 @@ class RequestLog:
         self.ended, self.fails, self.trimmed = threading.Event(), False, -1e9
         def counter(name, meaning): return Counter(f"mlkit_log_{name}", meaning, registry=registry)
         self.rows = counter("rows", "Rows that were written to the request log.")
-        self.dropped = counter("dropped_rows", "Rows that the request log dropped: its buffer was full, or no file could be written.")
+        self.dropped = counter("dropped_rows", "Rows that were dropped: the buffer was full, or no file could be written.")
         self.failed = counter("failed_writes", "Files of the request log that could not be written.")
         self.thread = threading.Thread(target=self._run, name="request log", daemon=True)
 

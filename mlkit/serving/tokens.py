@@ -33,7 +33,8 @@ def new_token(name: str, rate: str = "") -> tuple[str, Token]: # The text, which
     if rate:
         per_second(rate)
     text = KIND + secrets.token_hex(24)
-    return text, Token(name, hash_of(text), text[-N_ENDS:], datetime.now(timezone.utc).isoformat(timespec="seconds"), rate)
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return text, Token(name, hash_of(text), text[-N_ENDS:], created, rate)
 
 def hash_of(text: str) -> str:
     "SHA-256 in hex digits."
@@ -73,7 +74,8 @@ def check_private(path: Path, what: str):
     s = path.stat()
     if s.st_mode & 0o077 or s.st_uid not in (0, os.getuid()):
         mode = oct(s.st_mode & 0o777)[2:]
-        raise ConfigError(f"{path}: {what} has mode {mode}, so others can read or change it; chown it to you, then chmod 600 {path}")
+        do = f"chown it to you, then chmod 600 {path}"
+        raise ConfigError(f"{path}: {what} has mode {mode}, so others can read or change it; {do}")
 
 # %% ../../nbs/serving/15_tokens.ipynb #a35e737a
 def read_tokens(path: Path) -> list[Token]:
@@ -89,7 +91,8 @@ def read_tokens(path: Path) -> list[Token]:
 def write_tokens(path: Path, tokens: list[Token]) -> Path: # `path`
     "All of them, in place of what was there."
     import json
-    return write_private(path, (json.dumps({"tokens": [asdict(t) for t in tokens]}, indent=2) + "\n").encode())
+    text = json.dumps({"tokens": [asdict(t) for t in tokens]}, indent=2)
+    return write_private(path, f"{text}\n".encode())
 
 # %% ../../nbs/serving/15_tokens.ipynb #13b3126f
 def add_token(path: Path, name: str, rate: str = "") -> str: # The token, to be shown once
