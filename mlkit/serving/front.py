@@ -351,11 +351,11 @@ def how_to_ask(front: Front) -> str:
     "A line for a shell."
     contract = load_contract(front.bundled.file("contract.json"))
     signatures = Signatures.load(front.bundled.model.with_name("signatures.json"))
-    curl = f"curl{front.access.for_curl()} {front.url}/predict"
+    curl, url = f"curl{front.access.for_curl()}", f"{front.url}/predict"
     if contract.modality == "image":
-        return f"{curl} --data-binary @{example_image(front, signatures)}"
+        return f"{curl} --data-binary @{example_image(front, signatures)} {url}"
     row = example_row(contract, [t.name for t in signatures.served.inputs])
-    return f"{curl} -d {shlex.quote(json.dumps(row, ensure_ascii=False))}"
+    return f"{curl} {url} -d {shlex.quote(json.dumps(row, ensure_ascii=False))}"
 
 # %% ../../nbs/serving/14_front.ipynb #3d3a2448
 def serve_until_told(
