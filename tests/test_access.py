@@ -257,7 +257,7 @@ def certificate(folder):
 
 
 def test_other_machines_need_tls_and_a_token(bundle, folder, certificate):
-    "On 0.0.0.0: TLS 1.2 or newer, no plain HTTP, any name, no foreign page; metrics stay on loopback; a renewal is no restart."
+    "On 0.0.0.0: TLS 1.2 or newer, no plain HTTP, any name, no foreign page; metrics stay on loopback."
     token = add_token(folder / "tokens.json", "shop")
     with serving(bundle, Access(str(folder / "tokens.json"), certificate), host="0.0.0.0") as front:
         def secure(context, **headers):

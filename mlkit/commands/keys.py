@@ -62,6 +62,7 @@ def add(name, rate):
     click.echo(add_token(path, name, rate))
     click.echo(f"Shown once: {TOKENS} has only its hash. To send it: curl -H \"Authorization: Bearer $TOKEN\" ...", err=True)
 
+# %% ../../nbs/commands/19_keys.ipynb #70174fc1
 @keys.command("list")
 def list_tokens():
     "Show names, last digits, rates and days of the tokens; nobody can show the tokens."
@@ -72,6 +73,7 @@ def list_tokens():
     if not tokens:
         click.echo("no tokens; 'mlkit keys add NAME' makes one")
 
+# %% ../../nbs/commands/19_keys.ipynb #b17a9146
 @keys.command()
 @click.argument("name")
 def remove(name):
