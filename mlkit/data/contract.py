@@ -41,6 +41,7 @@ class Feature(Strict):
     max_null: float = Field(1.0, ge=0, le=1) # Share of missing values, where nullable
     max_bad: float = Field(0.0, ge=0, le=1) # Share of values that cannot be read; they become missing
     unique: bool = False # Whether every value occurs once
+    private: bool = False # Whether it stays out of the server's request log
     why: str = "" # One line: why it is taken for this; for people
 
     @model_validator(mode="after")
@@ -148,7 +149,7 @@ def feature_row(contract: Contract, f: Feature) -> dict:
     return {
         "column": f.name, "role": role(contract, f), "type": f.dtype, "shape": shape, "range": type_of(f).show_range(f),
         "unit": f.unit, "categories": first_names(f.categories), "missing": missing_words(f),
-        "unique": "yes" if f.unique else "", "why": f.why}
+        "unique": "yes" if f.unique else "", "private": "yes" if f.private else "", "why": f.why}
 
 def contract_rows(contract: Contract) -> list[dict]:
     "A row a column, for people."

@@ -76,6 +76,7 @@ MAKERS = {"numbers": Ranges, "dates": lambda columns: Ranges(columns, microsecon
 class Enforcer:
     "What a contract allows of a model's inputs."
     def __init__(self, contract: Contract, signature: Signature): # Of raw samples, see `Signatures.served`
+        self.contract = contract
         named = {f.name: f for f in contract.inputs}
         packs = {tensor.name: ts for tensor, ts in signature.packs() if tensor.name in MAKERS}
         self.columns = {name: [named[t.name] for t in ts] for name, ts in packs.items()}

@@ -20,6 +20,7 @@ from ..export.signature import Signatures, arrays
 from .enforce import Enforcer
 from .protocol import DATATYPES, decoded, read_request, write_answer
 from .queue import Busy, Queue, Unanswered
+from .request_log import note
 
 # %% ../../nbs/serving/13_gateway.ipynb #e9174341
 class Refused(MlkitError):
@@ -81,14 +82,18 @@ async def _read_pieces(receive, bounds):
 # %% ../../nbs/serving/13_gateway.ipynb #5f893694
 OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 
-def check_caller(headers: dict[bytes, bytes]):
+def check_caller(
+    headers: dict[bytes, bytes],
+    scheme: str = "http", # That this server speaks
+    names: set[str] | None = OWN_NAMES, # That it goes by; None: any
+):
     "Raises `Refused` where a web page of another origin asks."
     host = headers.get(b"host", b"").decode("latin-1")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name not in OWN_NAMES:
+    if names is not None and name not in names:
         raise Refused(403, f"this server is not '{name[:60]}'; ask for 127.0.0.1 or localhost")
     origin = headers.get(b"origin", b"").decode("latin-1")
-    if origin and origin != f"http://{host}":
+    if origin and origin != f"{scheme}://{host}":
         raise Refused(403, "web pages may not ask this server")
 
 # %% ../../nbs/serving/13_gateway.ipynb #f6914b09
@@ -108,8 +113,11 @@ class Served:
 async def infer(self: Served, sent: list[np.ndarray]) -> list[np.ndarray]: # On the wire
     "Held to the contract, then queued."
     names = [t.name for t in self.signatures.wire.inputs]
+    note(self, sent)
     self.enforcer.check(dict(zip(names, sent)))
-    return await self.queue.ask(sent)
+    outputs = await self.queue.ask(sent)
+    note(self, sent, outputs)
+    return outputs
 
 @patch
 def metadata(self: Served) -> dict:
@@ -161,6 +169,7 @@ class Gateway:
     def __init__(self, models: list[Served], bounds: Bounds = Bounds(), log: Callable[[str], None] = print):
         self.models, self.bounds, self.log = models, bounds, log
         self.metrics = Metrics()
+        self.check = check_caller # Of a request's headers; see `mlkit.serving.door`
 
     def find(self, name: str, version: str = "") -> Served:
         "Raises `Refused` where there is no such model."
@@ -280,7 +289,7 @@ MAX_SAID = 1000 # characters of a refusal, which may name what was sent
 async def _respond(self: Gateway, scope, parts, receive) -> Answer:
     try:
         headers = dict(scope["headers"])
-        check_caller(headers)
+        self.check(headers)
         if scope["method"] == "GET":
             return await self._get(parts)
         if scope["method"] == "POST":
