@@ -23,7 +23,8 @@ from tritonclient.utils import InferenceServerException
 from mlkit.core import RegistryError, ServeError
 from mlkit.registry.bundle import read_manifest, write_bundle
 from mlkit.serving.client import Client
-from mlkit.serving.front import Front, private_copy
+from mlkit.serving.front import Front
+from mlkit.serving.hosted import private_copy
 from mlkit.export.fuse import write_fused
 from mlkit.serving.load import measure_load
 from mlkit.serving.repository import write_repository

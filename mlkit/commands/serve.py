@@ -80,4 +80,4 @@ def serve(alias, port, metrics_port, host, tls_cert, tls_key, log, workers, engi
     from mlkit.serving.front import Front, serve_until_told
     files = read_manifest(folder)["files"]
     hashes = {path: entry["sha256"] for path, entry in files.items()}
-    serve_until_told(Front(folder, hashes, identity_of(files)[:12], port, metrics_port, host, workers, access), click.echo)
+    serve_until_told(Front(folder, hashes, identity_of(files)[:12], port, metrics_port, host, workers, access, root), click.echo)

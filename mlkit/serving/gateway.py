@@ -20,7 +20,7 @@ from ..export.signature import Signatures, arrays
 from .enforce import Enforcer
 from .protocol import DATATYPES, decoded, read_request, write_answer
 from .queue import Busy, Queue, Unanswered
-from .request_log import note
+from .request_log import asked_model, note
 
 # %% ../../nbs/serving/13_gateway.ipynb #e9174341
 class Refused(MlkitError):
@@ -108,6 +108,7 @@ class Served:
     queue: Queue
     config: dict = field(default_factory=dict) # Triton's ModelConfig, for clients that ask for it
     image: Callable[[bytes], np.ndarray] | None = None # A file's bytes to (1, *shape); None: the model takes rows
+    under_way: int = 0 # Requests
 
 @patch
 async def infer(self: Served, sent: list[np.ndarray]) -> list[np.ndarray]: # On the wire
@@ -115,7 +116,11 @@ async def infer(self: Served, sent: list[np.ndarray]) -> list[np.ndarray]: # On 
     names = [t.name for t in self.signatures.wire.inputs]
     note(self, sent)
     self.enforcer.check(dict(zip(names, sent)))
-    outputs = await self.queue.ask(sent)
+    self.under_way += 1
+    try:
+        outputs = await self.queue.ask(sent)
+    finally:
+        self.under_way -= 1
     note(self, sent, outputs)
     return outputs
 
@@ -169,6 +174,7 @@ class Gateway:
     def __init__(self, models: list[Served], bounds: Bounds = Bounds(), log: Callable[[str], None] = print):
         self.models, self.bounds, self.log = models, bounds, log
         self.metrics = Metrics()
+        self.traffic: dict[str, Any] = {} # name of a model: `mlkit.serving.traffic.Traffic`, where it may have several versions
         self.check = check_caller # Of a request's headers; see `mlkit.serving.door`
 
     def find(self, name: str, version: str = "") -> Served:
@@ -254,13 +260,23 @@ def _stats(self: Gateway, model: Served) -> dict: # as Triton has them: perf_ana
 async def _post(self: Gateway, parts: list[str], headers: dict[bytes, bytes], receive) -> Answer:
     if parts[:1] == ["predict"] and len(parts) < 3:
         model = self.find(parts[1]) if len(parts) == 2 else self._only()
-        answers = await model.predict(await read_body(receive, headers, self.bounds))
+        body = await read_body(receive, headers, self.bounds)
+        model, answers = await self._shared(model, headers, lambda m: m.predict(body))
         self.metrics.count(model, len(answers) if isinstance(answers, list) else 1)
         return as_json(answers)
     model, rest = self._model(parts)
     if rest != ("infer",):
         raise Refused(404, "no such address; see /v2")
-    return await self._infer(model, await read_body(receive, headers, self.bounds), headers)
+    body = await read_body(receive, headers, self.bounds)
+    ask = lambda m: self._infer(m, body, headers)
+    model, (answer, n) = (model, await ask(model)) if "versions" in parts else await self._shared(model, headers, ask)
+    self.metrics.count(model, n)
+    return answer
+
+@patch
+async def _shared(self: Gateway, model, headers, ask): # which version answers, and what
+    traffic = self.traffic.get(model.name)
+    return await traffic.answer(ask, headers) if traffic else (model, await ask(model))
 
 @patch
 def _only(self: Gateway):
@@ -276,11 +292,11 @@ async def _infer(self: Gateway, model, body, headers):
     wire = model.signatures.wire
     request, sent = read_request(body, wire, model.queue.limits.max_batch, None if length is None else int(length))
     outputs = await model.infer(sent)
-    self.metrics.count(model, len(sent[0]))
     body, n = write_answer(model.name, model.version, request, wire, outputs)
     if n is None:
-        return Answer(200, body, {"content-type": "application/json"})
-    return Answer(200, body, {"content-type": "application/octet-stream", "inference-header-content-length": str(n)})
+        return Answer(200, body, {"content-type": "application/json"}), len(sent[0])
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(n)}
+    return Answer(200, body, headers), len(sent[0])
 
 # %% ../../nbs/serving/13_gateway.ipynb #3e22f2e6
 MAX_SAID = 1000 # characters of a refusal, which may name what was sent
@@ -307,7 +323,7 @@ async def __call__(self: Gateway, scope, receive, send):
         return
     began, parts = time.perf_counter(), scope["path"].strip("/").split("/")
     answer = await self._respond(scope, parts, receive)
-    if model := next((m for m in self.models if m.name in parts or parts == ["predict"]), None):
+    if model := asked_model() or next((m for m in self.models if m.name in parts or parts == ["predict"]), None):
         self.metrics.seconds.labels(model.name, model.bundle, str(answer.status)).observe(time.perf_counter() - began)
     headers = {"content-length": str(len(answer.body))} | answer.headers
     await send({"type": "http.response.start", "status": answer.status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})

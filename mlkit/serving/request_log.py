@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'SANE', 'CALL', 'SIDES', 'REQUEST', 'SAVE_S', 'FILE_S', 'FILE_ROWS', 'FILE_BYTES', 'NAME', 'MAX_ROWS',
-           'MAX_BYTES', 'PAUSE', 'LogSettings', 'request_id', 'is_sampled', 'Call', 'note', 'column', 'png',
-           'picture_columns', 'Layout', 'requests', 'OpenFile', 'trim', 'size_of', 'RequestLog']
+           'MAX_BYTES', 'PAUSE', 'LogSettings', 'request_id', 'is_sampled', 'Call', 'note', 'asked_model', 'column',
+           'png', 'picture_columns', 'Layout', 'requests', 'OpenFile', 'trim', 'size_of', 'RequestLog']
 
 # %% ../../nbs/serving/17_request_log.ipynb #d9f5785d
 import hashlib, io, itertools, json, os, re, secrets, threading, time
@@ -77,6 +77,11 @@ def note(model, sent: list[np.ndarray], outputs: list[np.ndarray] | None = None)
     call = CALL.get()
     if call is not None:
         call.model, call.sent, call.outputs = model, sent, outputs
+
+def asked_model(): # `Served`; None: nobody was asked
+    "Who answers the request under way."
+    call = CALL.get()
+    return call.model if call else None
 
 # %% ../../nbs/serving/17_request_log.ipynb #def3c9b4
 def column(t: Tensor, x: np.ndarray) -> pl.Series: # `x`: (n,), as on the wire

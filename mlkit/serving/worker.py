@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'Array', 'to_message', 'from_message', 'Ask', 'Reply', 'packed', 'die_with', 'load_model', 'answer',
-           'read_message', 'converse', 'work', 'start_worker']
+           'read_message', 'converse', 'work', 'start_worker', 'last_words']
 
 # %% ../../nbs/serving/09_worker.ipynb #3eeab52d
 import ctypes, os, signal, socket, struct, sys, threading
@@ -124,4 +124,11 @@ def start_worker(model: Path, path: Path, n_threads: int = 1): # Popen
     import subprocess
     code = "import sys; from mlkit.serving.worker import work; work(int(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4]))"
     args = [str(os.getpid()), str(model), str(path), str(n_threads)]
-    return subprocess.Popen([sys.executable, "-c", code, *args], stdin=subprocess.DEVNULL, process_group=0)
+    with open(f"{path}.log", "wb") as log: # the last words of the worker before are of no use any more
+        return subprocess.Popen([sys.executable, "-c", code, *args], stdin=subprocess.DEVNULL, stderr=log, process_group=0)
+
+def last_words(path: Path) -> str: # Empty: none
+    "The last line that the worker with this socket has said."
+    log = Path(f"{path}.log")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
