@@ -58,7 +58,7 @@ class Parting:
             return f"{where} holds what is no number"
         if self.error > APART:
             return f"{where} is off by {self.error:.0%}"
-        return f"no tensor is off by more than {APART:.0%}; {where} by {self.error:.1%}"
+        return f"no tensor above {APART:.0%}; most {where}, {self.error:.1%}"
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     "Of `b`, where `a` is right."

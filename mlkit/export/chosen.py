@@ -60,8 +60,9 @@ def take_chosen(
 def answer_rows(rows: list[Judged]) -> list[dict]:
     "How each variant answers, beside the base."
     def shown(r):
-        apart = {f"largest difference, {way}": f"{d:.1e}" for way, d in r.differences.items()}
-        return {"variant": r.name, "same answer": f"{r.agreement:.2%}"} | apart | {"moves with its batch": f"{r.moves:.1e}", "where it parts": r.parts or "nowhere"}
+        apart = {way: f"{d:.1e}" for way, d in r.differences.items()}
+        ends = {"moves with its batch": f"{r.moves:.1e}", "where it parts": r.parts or "nowhere"}
+        return {"variant": r.name, "same answer": f"{r.agreement:.2%}"} | apart | ends
     return [shown(r) for r in rows if not r.why]
 
 def verdict_rows(
@@ -79,7 +80,7 @@ def verdict_rows(
     def shown(r):
         figures = [f"{r.n_bytes / 1000:,.0f}", f"{r.score:.4f}", f"{r.loss:+.4f}", r.slice or "none", f"{r.slice_loss:+.4f}"]
         names = ["kB", metric, "loss", "worst slice", "error there"]
-        return {"variant": r.name, "runs in": r.engine} | dict(zip(names, [""] * 5 if r.why else figures)) | {"": word(r)}
+        return {"variant": r.name, "runs in": r.engine} | dict(zip(names, [""] * 5 if r.why else figures)) | {"verdict": word(r)}
     return [shown(r) for r in rows]
 
 # %% ../../nbs/export/10_chosen.ipynb #18f65b70
