@@ -1766,6 +1766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mlkit.export.chain.signatures': ('export/chain.html#signatures', 'mlkit/export/chain.py'),
                                     'mlkit.export.chain.torch_to_onnx': ('export/chain.html#torch_to_onnx', 'mlkit/export/chain.py'),
                                     'mlkit.export.chain.without_traces': ('export/chain.html#without_traces', 'mlkit/export/chain.py')},
+            'mlkit.export.check': {'mlkit.export.check.choice_is_known': ('export/check.html#choice_is_known', 'mlkit/export/check.py')},
             'mlkit.export.chosen': { 'mlkit.export.chosen.answer_rows': ('export/chosen.html#answer_rows', 'mlkit/export/chosen.py'),
                                      'mlkit.export.chosen.may_serve': ('export/chosen.html#may_serve', 'mlkit/export/chosen.py'),
                                      'mlkit.export.chosen.over_budget': ('export/chosen.html#over_budget', 'mlkit/export/chosen.py'),

@@ -182,6 +182,7 @@ def variant_specs(
     names = [s["name"] for s in specs]
     if len(set(names)) < len(names):
         raise ConfigError("params.yaml: export.variants names one twice; give each once")
+    VARIANTS.find(chosen, "export.choose")
     if chosen not in (BASE, *names):
         raise ConfigError(f"params.yaml: export.choose: '{chosen}' is not among export.variants ({', '.join(names)}); add it there")
     if engine_of(chosen) != SERVED:
