@@ -1927,6 +1927,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'mlkit/export/variants.py'),
                                        'mlkit.export.variants.quiet': ('export/variants.html#quiet', 'mlkit/export/variants.py'),
                                        'mlkit.export.variants.reader': ('export/variants.html#reader', 'mlkit/export/variants.py'),
+                                       'mlkit.export.variants.stacked': ('export/variants.html#stacked', 'mlkit/export/variants.py'),
                                        'mlkit.export.variants.training_samples': ( 'export/variants.html#training_samples',
                                                                                    'mlkit/export/variants.py'),
                                        'mlkit.export.variants.variant': ('export/variants.html#variant', 'mlkit/export/variants.py'),

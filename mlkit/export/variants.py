@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SERVED', 'VARIANTS', 'EXACT', 'LARGEST', 'QUANTIZED', 'BASE', 'Network', 'evenly', 'training_samples', 'need_network',
-           'variant', 'engine_of', 'fp32', 'most_codes', 'fp16', 'in_order', 'quiet', 'calibration', 'reader', 'int8',
-           'openvino', 'openvino_int8', 'variant_specs', 'write_variant', 'put_variant']
+           'variant', 'engine_of', 'fp32', 'most_codes', 'fp16', 'in_order', 'quiet', 'calibration', 'reader',
+           'stacked', 'int8', 'openvino', 'openvino_int8', 'variant_specs', 'write_variant', 'put_variant']
 
 # %% ../../nbs/export/06_variants.ipynb #14d650a2
 import logging, shutil, tempfile
@@ -139,10 +139,15 @@ def reader(name: str, X: np.ndarray, batch_size: int = 64) -> Any: # Of the inpu
     return Reader()
 
 # %% ../../nbs/export/06_variants.ipynb #c5725840
+def stacked(proto: Any) -> bool: # Of a ModelProto
+    "Whether several layers are multiplied at once, as TabM does: ONNX Runtime then takes one scale for all of their outputs."
+    ranks = {t.name: len(t.dims) for t in proto.graph.initializer}
+    return any(ranks.get(n.input[1], 0) > 2 for n in proto.graph.node if n.op_type == "MatMul")
+
 @variant()
 def int8(network: Network, *,
     n_samples: PositiveInt = 256, # Of the training split
-    per_channel: bool = True, # A scale for each output of a layer
+    per_channel: bool = True, # A scale for each output of a layer, see `stacked`
     symmetric: bool = False, # For TensorRT
     reduce_range: bool = True, # The same answers on every x86 processor
 ) -> Any:
@@ -154,7 +159,7 @@ def int8(network: Network, *,
     signs = {"ActivationSymmetric": symmetric, "WeightSymmetric": True}
     with tempfile.TemporaryDirectory() as d, quiet():
         quantize_static(network.path, Path(d) / "int8.onnx", reader(proto.graph.input[0].name, X), quant_format=QuantFormat.QDQ,
-                        op_types_to_quantize=list(QUANTIZED), per_channel=per_channel, reduce_range=reduce_range,
+                        op_types_to_quantize=list(QUANTIZED), per_channel=per_channel and not stacked(proto), reduce_range=reduce_range,
                         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8, extra_options=signs)
         return replace(network, path=Path(d) / "int8.onnx").proto()
 
