@@ -206,5 +206,5 @@ def test_openvino(digits, tmp_path):
         found = speeds([digits.judge(tmp_path, "fp32")[0], row], digits.chain.signatures.served.pack(list(digits.held.inputs.values())), 8, 1, turns=1)
         assert set(found) == {"fp32", "openvino"}
     else:
-        assert row.why == eight.why == "openvino is not installed; pip install 'mlkit-lifecycle[openvino]' adds it"
+        assert row.why == eight.why == "openvino is not installed; 'pip install openvino' adds it"
     assert may_serve([replace(row, name="fp32", engine="onnxruntime"), row, eight], "accuracy", BUDGET) == ["fp32"]

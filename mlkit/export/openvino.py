@@ -13,7 +13,7 @@ import numpy as np
 from ..core import ExportError, SetupError
 
 # %% ../../nbs/export/07_openvino.ipynb #05283124
-HOW_TO_ADD = "pip install 'mlkit-lifecycle[openvino]' adds it"
+HOW_TO_ADD = "'pip install openvino' adds it"
 
 def need_openvino():
     "Raises `SetupError` where it is not installed."
