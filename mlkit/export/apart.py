@@ -15,7 +15,7 @@ from ..core import ExportError
 # %% ../../nbs/export/08_apart.ipynb #c7ecb966
 MOST_SAMPLES = 16 # All tensors are kept in memory
 
-def tensors_of(proto: Any) -> dict[str, str]: # Of a ModelProto; name: the operator that gives it, in the order of the graph
+def tensors_of(proto: Any) -> dict[str, str]: # Of a ModelProto; name: its operator, in the order of the graph
     "What the nodes give."
     return {name: n.op_type for n in proto.graph.node for name in n.output if name}
 

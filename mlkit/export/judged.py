@@ -48,11 +48,12 @@ def held_out(
     raw, (_, y) = task.input.raw(prepared, split), load_split(prepared / f"{split}.safetensors")
     rows, served = evenly(len(y), MOST_SAMPLES), chain.signatures.served
     if not len(rows):
-        raise ExportError(f"the {split} split is empty, and variants are compared on it; give it a share in prepare.shares")
+        raise ExportError(f"the {split} split is empty, and variants are compared on it; see prepare.shares")
     def inputs(samples):
         return dict(zip((t.name for t in served.inputs), raw_arrays(served, task.input.sent(samples))))
     slices = slices_of(with_own(task.input.traits(prepared, split)[rows]))
-    return HeldOut(task, inputs(raw[rows]), inputs(task.input.odd(raw)[0]), np.asarray(y)[rows], slices, metric, n_bins)
+    odd = inputs(task.input.odd(raw)[0])
+    return HeldOut(task, inputs(raw[rows]), odd, np.asarray(y)[rows], slices, metric, n_bins)
 
 # %% ../../nbs/export/09_judged.ipynb #205b3d4c
 SOME = 48 # Samples that are asked again
@@ -85,7 +86,8 @@ MIXED = (1, 2, 3, 5, 8, 13, 21)
 
 def in_ways(chain: OnnxChain, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]: # Way: (n, k)
     "The answers to the same samples, in other batches."
-    return {"padded": padded(chain, inputs), "mixed": batched(chain, inputs, MIXED * SOME), "one by one": batched(chain, inputs, [1] * SOME)}
+    return {"padded": padded(chain, inputs), "mixed": batched(chain, inputs, MIXED * SOME),
+            "one by one": batched(chain, inputs, [1] * SOME)}
 
 # %% ../../nbs/export/09_judged.ipynb #0f536011
 def scored(
@@ -127,7 +129,7 @@ class Judged:
     n_bytes: int = 0 # Of the fused graph
     build_s: float = 0.0 # Seconds; measured
     agreement: float = 0.0 # Share of samples with the answer of the base
-    differences: dict[str, float] = field(default_factory=dict) # Batches: largest difference to the base, in the target's unit
+    differences: dict[str, float] = field(default_factory=dict) # Batches: largest difference to the base
     moves: float = 0.0 # Largest difference of a sample's answers between batches
     parts: str = "" # Where it parts from the base; '' where it does not
     score: float = 0.0 # The metric
@@ -146,7 +148,8 @@ def compared(
         raise ExportError(NOT_A_NUMBER)
     def apart(a, b):
         return float(target.difference(a, b).max())
-    differences = {"full": apart(base["full"], p), "odd": apart(base["odd"], odd)} | {way: apart(base["full"][:SOME], a) for way, a in ways.items()}
+    differences = {"full": apart(base["full"], p), "odd": apart(base["odd"], odd)}
+    differences |= {way: apart(base["full"][:SOME], a) for way, a in ways.items()}
     name, loss = slice_loss(held, base["full"], p)
     return replace(row, agreement=float(target.same(base["full"], p).mean()), differences=differences,
                    moves=max(apart(p[:SOME], a) for a in ways.values()), score=score_of(held, p),
