@@ -162,7 +162,7 @@ def int8(network: Network, *,
         "quant_format": QuantFormat.QDQ, "op_types_to_quantize": QUANTIZED, "reduce_range": reduce_range,
         "per_channel": per_channel and not stacked(proto), "weight_type": QuantType.QInt8,
         "activation_type": QuantType.QInt8 if symmetric else QuantType.QUInt8,
-        "extra_options": {"ActivationSymmetric": symmetric, "WeightSymmetric": True},
+        "extra_options": {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric},
     }
     with tempfile.TemporaryDirectory() as d, quiet():
         quantize_static(network.path, Path(d) / "int8.onnx", reader(proto.graph.input[0].name, X), **settings)
