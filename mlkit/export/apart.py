@@ -25,6 +25,7 @@ def as_scaled(names: list[str], inside: dict[str, str]) -> list[str]: # Of the s
     "The names of the same tensors in a graph that may be quantized."
     return [name + SCALED if name + SCALED in inside else name for name in names]
 
+# %% ../../nbs/export/08_apart.ipynb #106576cf
 def values_of(
     proto: Any, # ModelProto with one input
     names: list[str], # Of tensors

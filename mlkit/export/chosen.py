@@ -69,6 +69,7 @@ def answer_rows(rows: list[Judged]) -> list[dict]:
         return {"variant": r.name, "same answer": f"{r.agreement:.2%}"} | apart | ends
     return [shown(r) for r in rows if not r.why]
 
+# %% ../../nbs/export/10_chosen.ipynb #1d1179c7
 def verdict_rows(
     rows: list[Judged],
     chosen: str, metric: str, budget: dict[str, float], # See `take_chosen`

@@ -72,6 +72,7 @@ def batched(
         at += size
     return np.concatenate(answers)
 
+# %% ../../nbs/export/09_judged.ipynb #efd0d6a8
 def padded(
     chain: OnnxChain,
     inputs: dict[str, np.ndarray], # (n, …) each
@@ -82,6 +83,7 @@ def padded(
     filled = {t.name: np.concatenate([inputs[t.name], t.blank(n_blank)]) for t in served}
     return chain(filled)[:-n_blank]
 
+# %% ../../nbs/export/09_judged.ipynb #48e0eded
 MIXED = (1, 2, 3, 5, 8, 13, 21)
 
 def in_ways(chain: OnnxChain, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]: # Way: (n, k)
@@ -108,6 +110,7 @@ def metric_loss(held: HeldOut, base: np.ndarray, p: np.ndarray) -> float: # Of (
     sign = 1 if held.task.target.scores(held.n_bins)[held.metric].higher_is_better else -1
     return sign * (score_of(held, base) - score_of(held, p))
 
+# %% ../../nbs/export/09_judged.ipynb #d99fd5be
 def slice_loss(held: HeldOut, base: np.ndarray, p: np.ndarray) -> tuple[str, float]: # Name, loss; '' where it grows in none
     "The slice in which the mean error grows most, and by how much."
     target = held.task.target

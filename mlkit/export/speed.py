@@ -40,6 +40,7 @@ def timed(
         took.append(time.perf_counter() - began)
     return float(np.median(took))
 
+# %% ../../nbs/export/11_speed.ipynb #64c0eadf
 def sized(sent: list[np.ndarray], n: int) -> list[np.ndarray]: # n samples each
     "The first samples, again and again where they are too few."
     return [np.resize(x, (n, *x.shape[1:])) for x in sent]
@@ -85,6 +86,7 @@ def quickest(
     best = max(names, key=lambda name: speed(found[name]))
     return best if speed(found[best]) > GAIN * speed(found[BASE]) else BASE
 
+# %% ../../nbs/export/11_speed.ipynb #03f5d3cd
 def advice(
     found: dict[str, Speed],
     names: list[str], # That may be served: within the budget, and run by what serves

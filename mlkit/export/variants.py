@@ -41,6 +41,7 @@ def evenly(
     "Positions that are evenly apart, so that a sorted split gives samples of each part."
     return np.unique(np.linspace(0, n - 1, min(n, wanted)).astype(int)) if n else np.zeros(0, int)
 
+# %% ../../nbs/export/06_variants.ipynb #17574466
 def training_samples(
     task: Task,
     prepared: Path, # Folder of `prepare`
@@ -72,10 +73,12 @@ def variant(
         return VARIANTS(f)
     return add
 
+# %% ../../nbs/export/06_variants.ipynb #7e27256d
 def engine_of(name: str) -> str: # Of a variant
     "What runs it."
     return getattr(VARIANTS.find(name, "export.variants"), "engine", SERVED)
 
+# %% ../../nbs/export/06_variants.ipynb #02187f36
 @variant()
 def fp32(network: Network) -> Any:
     "As it was trained."
@@ -90,6 +93,7 @@ def most_codes(proto: Any) -> int: # Of a ModelProto
     sizes = {t.name: t.dims[0] for t in proto.graph.initializer if t.dims}
     return max((sizes.get(n.input[0], 0) for n in proto.graph.node if n.op_type == "Gather"), default=0)
 
+# %% ../../nbs/export/06_variants.ipynb #2b09f27a
 @variant()
 def fp16(network: Network) -> Any:
     "By ONNX Runtime's converter. Where a processor cannot compute in it, ONNX Runtime computes in single precision."
@@ -132,6 +136,7 @@ def calibration(network: Network, n: int) -> np.ndarray: # (≤ n, …)
         raise ExportError(NO_SAMPLES.format("one of them holds what is no number"))
     return np.asarray(X, np.float32)
 
+# %% ../../nbs/export/06_variants.ipynb #60a06c49
 def reader(name: str, X: np.ndarray, batch_size: int = 64) -> Any: # Of the input; a CalibrationDataReader
     "The samples, batch by batch."
     from onnxruntime.quantization import CalibrationDataReader
@@ -146,6 +151,7 @@ def stacked(proto: Any) -> bool: # Of a ModelProto
     ranks = {t.name: len(t.dims) for t in proto.graph.initializer}
     return any(ranks.get(n.input[1], 0) > 2 for n in proto.graph.node if n.op_type == "MatMul")
 
+# %% ../../nbs/export/06_variants.ipynb #cca82185
 @variant()
 def int8(network: Network, *,
     n_samples: PositiveInt = 256, # Of the training split
