@@ -89,8 +89,8 @@ class Project:
     def strays(self):
         "Files that a stage which was stopped should not have left: those aside, and the temporary ones."
         found = [f for d in ("data", "models", "serving", "reports", ".mlkit/aside") if (self / d).exists() for f in (self / d).rglob("*")]
-        measured = [f"reports/measurements/{name}" for name in ("serve.json", "train.json", "verdict.json")]
-        pages = [f"reports/measurements/{stage}.{ext}" for stage in ("serve", "train") for ext in ("html", "ipynb")]
+        measured = [f"reports/measurements/{name}" for name in ("export.json", "serve.json", "train.json", "verdict.json")]
+        pages = [f"reports/measurements/{stage}.{ext}" for stage in ("export", "serve", "train") for ext in ("html", "ipynb")]
         kept = {*self.outputs(), "reports/index.html", "reports/registry.html", "reports/verdict.json", *measured, *pages}
         return sorted(f.relative_to(self.root).as_posix() for f in found if f.is_file() and f.relative_to(self.root).as_posix() not in kept)
 

@@ -273,6 +273,6 @@ def test_measurements_of_other_values_are_not_shown(project):
     project.param(serve__concurrency=[2])
     assert ran(project.mlkit("repro").stdout) == ["serve", "release"] and measured(project)["serve.json"] != before["serve.json"]
     project.param(serve__concurrency=[1, 4])
-    assert "serve" in project.mlkit("repro").stdout and set(measured(project)) == {"train.json", "train.ipynb", "train.html"} # restored
+    assert "serve" in project.mlkit("repro").stdout and set(measured(project)) == {f"{s}.{ext}" for s in ("export", "train") for ext in ("json", "ipynb", "html")} # restored
     project.mlkit("run", "release")
     assert set(measured(project)) == set(before)

@@ -52,7 +52,7 @@ def test_what_is_measured_is_recorded_nowhere(finished):
     "Neither by git nor by DVC."
     measured = sorted(p.relative_to(finished.root).as_posix() for p in (finished / "reports/measurements").iterdir())
     known = finished.git("ls-files").stdout + (finished / "dvc.lock").read_text() + (finished / "dvc.yaml").read_text()
-    assert len(measured) == 7 and [p for p in measured if p in known] == []
+    assert len(measured) == 10 and [p for p in measured if p in known] == []
     p99 = finished.json("reports/measurements/serve.json")["p99_ms"]
     recorded, shown = finished.json("reports/metrics/verdict.json"), (finished / "reports/index.html").read_text()
     assert recorded["criteria"]["serve.p99_ms"].items() >= {"value": None, "met": True, "measured": True, "undecided": ""}.items()

@@ -103,11 +103,13 @@ def raw_arrays(signature: Signature, raw) -> tuple[np.ndarray, ...]: # One an in
 def onnx_session(
     file: Path,
     spinning: bool = True, # Whether its threads wait busily: quicker for one request, dearer for others on the machine
+    n_threads: int | None = None, # None: one a core
 ): # InferenceSession
     "Raises `ExportError` where ONNX Runtime cannot load it."
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = n_threads or 0
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

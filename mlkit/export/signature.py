@@ -91,6 +91,7 @@ class Signatures:
     steps: dict[str, Signature] # {'preprocess': ..., 'model': ...}; each step has `<name>.onnx` beside the file
     classes: tuple[str, ...] # What the columns of the last output mean
     decision: tuple[float, ...] = () # What a probability of each class counts for the answer; empty: alike
+    variant: str = "fp32" # How the network was built, see `mlkit.export.variants`
 
     @property
     def served(self) -> Signature: # What a client sees
@@ -129,7 +130,8 @@ def save(self: Signatures, path: str | Path) -> Path:
     "Write as JSON."
     steps = {name: step.to_dict() for name, step in self.steps.items()}
     decision = {"decision": list(self.decision)} if self.decision else {}
-    return write_json(path, {"steps": steps, "classes": list(self.classes)} | decision)
+    variant = {"variant": self.variant} if self.variant != "fp32" else {}
+    return write_json(path, {"steps": steps, "classes": list(self.classes)} | decision | variant)
 
 @patch(cls_method=True)
 def load(cls: Signatures, path: str | Path) -> Signatures:
@@ -137,7 +139,7 @@ def load(cls: Signatures, path: str | Path) -> Signatures:
     d = read_json(path)
     try:
         steps = {name: Signature.from_dict(step) for name, step in d["steps"].items()}
-        return cls(steps, tuple(d["classes"]), tuple(d.get("decision", ())))
+        return cls(steps, tuple(d["classes"]), tuple(d.get("decision", ())), d.get("variant", "fp32"))
     except (KeyError, TypeError) as e:
         raise DataError(f"{path}: not a signature file ({e!r})") from None
 

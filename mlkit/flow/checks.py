@@ -33,6 +33,7 @@ CHECKS = [ # quick ones first
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:weights_are_known",
     "mlkit.training.check:components_are_known",
+    "mlkit.export.check:choice_is_known",
 ]
 GROUP = "mlkit.values" # of entry points
 
