@@ -40,14 +40,14 @@ ROW = {"age": 41, "income": 2000, "town": "Bonn"}
 def hashes(bundle): return {f: e["sha256"] for f, e in read_manifest(bundle)["files"].items()}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    "A table's model: who is older than 50 leaves; a year in Ulm counts double."
+def shop(out, model=None, spoil=None):
+    """A bundle in `out` of a table's model: who is older than 50 leaves; a year in Ulm counts double.
+
+    `model(helper, TensorProto)` gives other nodes and weights from `x` to `s`; `spoil(repository)` damages the files before they are listed."""
     import onnx
     from onnx import TensorProto, helper
-    out = tmp_path_factory.mktemp("gateway")
     export = out / "export"
-    export.mkdir()
+    export.mkdir(parents=True)
     def info(name, kind, width): return helper.make_tensor_value_info(name, kind, ["batch", width])
     def save(name, nodes, inputs, output, constants):
         graph = helper.make_graph(nodes, "g", inputs, [output], constants)
@@ -57,17 +57,29 @@ def bundle(tmp_path_factory):
                         helper.make_node("Add", ["t", "one"], ["factor"]), helper.make_node("Mul", ["age", "factor"], ["years"]),
                         helper.make_node("Cast", ["years"], ["x"], to=TensorProto.FLOAT)],
          [info("age", TensorProto.DOUBLE, 1), info("income", TensorProto.DOUBLE, 1), info("town", TensorProto.STRING, 1)], info("x", TensorProto.FLOAT, 1), constants)
-    weights = [helper.make_tensor("w", TensorProto.FLOAT, [1, 2], [-0.1, 0.1]), helper.make_tensor("b", TensorProto.FLOAT, [2], [5.0, -5.0])]
-    save("model", [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Add", ["z", "b"], ["s"]), helper.make_node("Softmax", ["s"], ["probabilities"])],
-         [info("x", TensorProto.FLOAT, 1)], info("probabilities", TensorProto.FLOAT, 2), weights)
+    nodes, weights = model(helper, TensorProto) if model else older_than(50)(helper, TensorProto)
+    save("model", [*nodes, helper.make_node("Softmax", ["s"], ["probabilities"])], [info("x", TensorProto.FLOAT, 1)], info("probabilities", TensorProto.FLOAT, 2), weights)
     x = Tensor("x", "float32", (1,))
     columns = tuple(Tensor(n, d, (1,)) for n, d in (("age", "float64"), ("income", "float64"), ("town", "str")))
     Signatures({"preprocess": Signature(columns, (x,)), "model": Signature((x,), (Tensor("probabilities", "float32", (2,)),))}, ("no", "yes")).save(export / "signatures.json")
     write_fused(export)
     (out / "contract.json").write_text(json.dumps(CONTRACT))
-    parts = {"contract.json": out / "contract.json", "model_repository": write_repository(export, out / "repository", "shop", max_batch_size=16)}
-    write_bundle(out / "bundle", parts, {})
+    repository = write_repository(export, out / "repository", "shop", max_batch_size=16)
+    if spoil:
+        spoil(repository)
+    write_bundle(out / "bundle", {"contract.json": out / "contract.json", "model_repository": repository}, {})
     return out / "bundle"
+
+
+def older_than(years):
+    def model(helper, kinds):
+        weights = [helper.make_tensor("w", kinds.FLOAT, [1, 2], [-0.1, 0.1]), helper.make_tensor("b", kinds.FLOAT, [2], [years / 10, -years / 10])]
+        return [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Add", ["z", "b"], ["s"])], weights
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory): return shop(tmp_path_factory.mktemp("gateway"))
 
 
 @pytest.fixture(scope="module")

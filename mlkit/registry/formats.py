@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['DANGEROUS', 'MAX_TEXT', 'BACKENDS', 'NAMES', 'MAX_HEADER', 'CHECKS', 'refuse', 'check_start', 'text_of', 'check_json',
-           'places_in', 'check_config', 'check_safetensors', 'parts_of', 'check_onnx', 'check_parquet', 'check_formats']
+           'places_in', 'check_config', 'check_safetensors', 'parts_of', 'check_onnx', 'check_golden', 'check_parquet',
+           'check_formats']
 
 # %% ../../nbs/registry/04_formats.ipynb #8825961b
 import json, re
@@ -142,6 +143,16 @@ def check_onnx(path: Path):
             where = next((e.value for e in t.external_data if e.key == "location"), "another file")
             refuse(path, f"its tensor '{t.name[:40]}' lies elsewhere, in {where[:80]!r}")
 
+# %% ../../nbs/registry/04_formats.ipynb #fb85041a
+def check_golden(path: Path):
+    "Raises `RegistryError` where a file holds no golden answers."
+    from mlkit.core import ServeError
+    from mlkit.serving.golden import read_golden
+    try:
+        read_golden(path.with_name("model.onnx"))
+    except ServeError:
+        refuse(path, "holds no golden answers")
+
 # %% ../../nbs/registry/04_formats.ipynb #5d98dab4
 def check_parquet(path: Path):
     "Raises `RegistryError` where a file neither starts nor ends as Parquet does."
@@ -153,7 +164,8 @@ def check_parquet(path: Path):
 
 CHECKS = { # ending of a name: how such a file is checked, beside its first bytes
     ".json": check_json, ".pbtxt": check_config, ".txt": text_of, ".md": text_of, ".csv": text_of, ".safetensors": check_safetensors,
-    ".onnx": check_onnx, ".parquet": check_parquet, ".engine": check_start, ".plan": check_start, ".ubj": check_start}
+    ".onnx": check_onnx, ".parquet": check_parquet, ".engine": check_start, ".plan": check_start, ".ubj": check_start,
+    ".msgpack": check_golden}
 
 def check_formats(
     folder: Path, # of a bundle, without links

@@ -79,7 +79,7 @@ def read_golden(model: Path) -> Golden | None: # None: of a time before there we
         return None
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Golden)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, RecursionError) as e:
         raise ServeError(f"{path}: damaged ({e}); fetch the bundle again") from None
 
 # %% ../../nbs/serving/24_golden.ipynb #84b58640

@@ -239,6 +239,8 @@ def _again(self: Queue, batch: list[Waiting]):
 async def _run(self: Queue, batch: list[Waiting], connection):
     joined = [np.concatenate(parts) if len(batch) > 1 else parts[0] for parts in zip(*(r.inputs for r in batch))]
     reply = await connection.exchange(Ask([to_message(x) for x in joined]))
+    if wrong := [y.shape for y in reply.outputs if y.shape[:1] != (len(joined[0]),)]:
+        reply = Reply([], f"it gives {wrong[0]} for {len(joined[0])} samples")
     if reply.error and len(batch) > 1: # one of them costs its sender an error, and nobody else
         for request in batch:
             await self._run([request], connection)
