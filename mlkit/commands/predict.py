@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from .serve import bundle_to_serve
 from ..core import harmless, project_root
 
 # %% ../../nbs/commands/20_predict.ipynb #125dcfb6
@@ -80,6 +79,7 @@ def predict(source, out, alias, columns, strict, force):
     SOURCE is a file, a folder, a pattern, a database or a URL, as in ingest.source. Rows that cannot be read, or that the
     contract refuses, go to a file of their own. A run that was stopped goes on when the same command runs again.
     """
+    from mlkit.registry.released import bundle_to_serve
     from mlkit.serving.batch import predict as answer
     root, meter = project_root(), Meter(sys.stdout)
     wanted = None if columns is None else [c.strip() for c in columns.split(",") if c.strip()]

@@ -657,7 +657,7 @@ def run_job(job: Job, force: bool) -> Predicted: # `force`: see `check_free`
 # %% ../../nbs/serving/08_batch.ipynb #f3ee13df
 def predict(
     source: str, # A file, a folder, a pattern, a database, a URL: what `ingest.source` takes; of images any folder
-    bundle: Path, # A verified bundle, see `mlkit.commands.serve.bundle_to_serve`
+    bundle: Path, # A verified bundle, see `mlkit.registry.released.bundle_to_serve`
     root: Path, # The project
     out: str | None = None, # A file (.parquet, .csv) or a folder; None: in `here`, named after the source
     columns: list[str] | None = None, # Of the source, beside the answers; None: all
