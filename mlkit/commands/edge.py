@@ -18,7 +18,8 @@ def megabytes(n: int) -> str: # `n`: bytes
 def told(edge, out: str, sums: str) -> list[str]: # `edge`: a `mlkit.edge.write.Edge`; `sums`: SHA-256 of the list
     "The lines about a folder that was written."
     versions = " and ".join(f"{name} {v}" for name, v in edge.packages.items())
-    same = f"{edge.samples - edge.refused} answers and {edge.refused} refusals equal the server's exactly"
+    refusals = f"{edge.refused} refusal{'s' * (edge.refused != 1)}"
+    same = f"{edge.samples - edge.refused} answers and {refusals} equal the server's exactly"
     return [f"{out}: model {edge.model}, {megabytes(edge.bytes)}, needs {versions}",
             f"Proved in a Python without mlkit: {same}",
             f"Measured here: first answer {edge.start_s:.2f} s after the start, {edge.memory_mb:.0f} MB of memory at most",

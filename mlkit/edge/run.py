@@ -8,12 +8,13 @@ __all__ = ['WHITE', 'NULLS', 'MISSING', 'PLAIN', 'SYMBOLS', 'CURRENCIES', 'AFFIX
            'number_in_text', 'read_number', 'read_whole', 'as_text', 'read_words', 'read_truth', 'date_pattern',
            'midnight', 'minutes_from_utc', 'time_of_day', 'read_date', 'plain', 'microseconds', 'Column', 'in_words',
            'asked', 'shown', 'said_of', 'flat', 'as_in_source', 'columns_of', 'Table', 'images', 'image_file', 'listed',
-           'checked_files', 'load_graph', 'Model', 'csv_rows', 'no_number', 'json_rows', 'in_batches', 'asked_of',
-           'main']
+           'checked_files', 'load_graph', 'Model', 'csv_rows', 'no_number', 'json_rows', 'in_batches', 'shown_name',
+           'pixels_of', 'rows_of', 'asked_of', 'main']
 
 # %% ../../nbs/edge/00_run.ipynb #dc0d23f0
-import argparse, csv, hashlib, json, math, re, sys
+import argparse, csv, hashlib, io, json, math, re, sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -520,23 +521,39 @@ def in_batches(rows: Iterator) -> Iterator[tuple[int, list]]: # number of the fi
         yield first, batch
         first += len(batch)
 
+def shown_name(name: str) -> str:
+    "The name of a file in a message."
+    return "standard input" if name == "-" else name
+
+def pixels_of(name: str, stdin, shape: list[int]) -> np.ndarray: # As `images`
+    "Raises `Refused` where the file holds no pixels."
+    if Path(name).suffix.lower() not in ("", ".npy"):
+        return image_file(Path(name), shape)
+    try:
+        return np.load(io.BytesIO(stdin.read()) if name == "-" else name, allow_pickle=False)
+    except (EOFError, ValueError):
+        raise Refused(f"{shown_name(name)}: is no .npy file of an array; write it by numpy.save") from None
+
+@contextmanager
+def rows_of(name: str, stdin) -> Iterator[Iterator]: # Of dicts
+    "A context with the rows of a file."
+    if name.lower().endswith(".csv"):
+        with open(name, encoding="utf-8-sig", newline="") as f:
+            yield csv_rows(f, name)
+    else:
+        data = stdin.read() if name == "-" else Path(name).read_bytes()
+        yield iter(json_rows(data.decode("utf-8-sig"), shown_name(name)))
+
 def asked_of(model: Model, name: str, stdin) -> Iterator[dict]: # `name`: of a file; '-': `stdin`, in bytes
     "The answers for a file. Raises `Refused` and `OSError`."
-    path, kind = Path(name), Path(name).suffix.lower()
+    if model.image:
+        yield from model.predict(pixels_of(name, stdin, model.image["shape"]))
+        return
     try:
-        if model.image:
-            x = image_file(path, model.image["shape"]) if kind not in ("", ".npy") else np.load(stdin if name == "-" else path, allow_pickle=False)
-            yield from model.predict(x)
-        elif kind == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as f:
-                yield from (a for first, rows in in_batches(csv_rows(f, name)) for a in model.predict(rows, first))
-        else:
-            text = (stdin.read() if name == "-" else path.read_bytes()).decode("utf-8-sig")
-            yield from (a for first, rows in in_batches(iter(json_rows(text, name))) for a in model.predict(rows, first))
+        with rows_of(name, stdin) as rows:
+            yield from (answer for first, batch in in_batches(rows) for answer in model.predict(batch, first))
     except UnicodeDecodeError as e:
-        raise Refused(f"{name}: is no UTF-8 (byte {e.start})") from None
-    except (EOFError, ValueError) as e:
-        raise e if isinstance(e, Refused) else Refused(f"{name}: is no .npy file of an array ({' '.join(str(e).split())})") from None
+        raise Refused(f"{shown_name(name)}: is no UTF-8 (byte {e.start})") from None
 
 # %% ../../nbs/edge/00_run.ipynb #5803311e
 HOW = "Answer rows (.csv, .json, JSON on standard input) or images (.npy, and files where Pillow is installed), one line of JSON each."
