@@ -37,7 +37,7 @@ def odd_values(n):
         rest = pick("", "", f"{pick('.', ',')}{digits()[:4]}", ".", f"e{random.integers(-40, 40)}", f"E+{random.integers(9)}")
         sign, beside = pick("", "", "-", "+", "−", "- "), pick("", "", "€", "$", "%", "US$", "kr.", "Kč", "₿", *CURRENCIES[:3])
         text = pick(f"{sign}{whole}{rest}", f"{beside}{sign}{whole}{rest}", f"{sign}{beside} {whole}{rest}", f"{sign}{whole}{rest} {beside}")
-        return pick(text, text, f"({text})", f"( {text}", f"{text})")
+        return pick(text, text, f"({text})", f"( {text}", f"{text})", f"-{text}", f"{text} $")
     def day():
         y, m, d = pick(1, 1899, 1970, 2024, 9999), random.integers(1, 14), random.integers(1, 33)
         name = pick("Jan", "FEB", "mar", "Xyz", "Dec")
@@ -88,6 +88,10 @@ def test_values_are_read_as_in_mlkit(dtype, max_bad):
         assert [(v, a, b) for v, a, b in pairs if not same(a, b)][:5] == [], form
         read = sum(a != "refused" for _, a, _ in pairs)
         assert 50 < read and (max_bad or dtype == "category" or read < 2950), (form, read)
+    for words in ({"categories": ("NA", "EU")}, {"not_missing": ("None", "?")}) if dtype == "category" else (): # a spelling of 'missing' that is a value
+        f = Feature(name="x", dtype=dtype, **words)
+        column = run.Column({"name": "x", "dtype": wire, "column": f.model_dump(mode="json", exclude_defaults=True)}, {})
+        assert [read_by_run(column, v) for v in run.NULLS] == read_by_mlkit(f, wire, run.NULLS) != [""] * len(run.NULLS)
 
 
 INPUTS = (Feature(name="age", dtype="float64", range=(0, 120), unit="years"), Feature(name="paid", dtype="float64", format=",€", nullable=True),
