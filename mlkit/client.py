@@ -46,6 +46,7 @@ def json_value(v: Any, form: str = "") -> Any: # `form`: how the column writes i
     clock = f" {v:%H:%M:%S.%f}{'+00:00' * (v.tzinfo is not None)}" if isinstance(v, datetime) else ""
     return v.strftime(form or "%Y-%m-%d") + clock
 
+# %% ../nbs/11_client.ipynb #9a6fa126
 def as_rows(samples: Any) -> list[dict] | None: # None: these are no rows
     "Rows of a dict, a list of dicts, or a frame of Polars or pandas."
     if isinstance(samples, dict):
@@ -65,6 +66,7 @@ def png_of(x: np.ndarray) -> bytes: # `x`: (height, width, 1 or 3) or (height, w
         raise DataError(f"an array {x.dtype} {x.shape} is no image; give uint8 (height, width, channels), grey or RGB")
     return cv2.imencode(".png", np.ascontiguousarray(x[..., ::-1]))[1].tobytes()
 
+# %% ../nbs/11_client.ipynb #bf8a8fac
 def image_bodies(samples: Any) -> Iterator[bytes]:
     "A file for each image: of arrays, PIL images, paths or bytes. Raises `DataError`."
     if isinstance(samples, np.ndarray) and samples.ndim == 4 or isinstance(samples, (list, tuple)):
@@ -98,6 +100,7 @@ class Judge:
         sent = self.signature.pack(arrays(self.signature, rows))
         self.enforcer.check({t.name: x for (t, _), x in zip(self.signature.packs(), sent)})
 
+# %% ../nbs/11_client.ipynb #8cab1ce1
 def judge_of(folder: Path) -> Judge:
     "Of a bundle, or of an edge folder. Raises `DataError` where a document is missing."
     from mlkit.core import read_json
@@ -108,6 +111,7 @@ def judge_of(folder: Path) -> Judge:
 HERE = {"127.0.0.1", "localhost", "::1"}
 AGAIN = (ConnectionError, HTTPException) # Refused, reset, or broken off
 
+# %% ../nbs/11_client.ipynb #7f05ae5e
 @dataclass
 class Client:
     "A served model. Raises `ConfigError` where it is asked in a way that is not safe."
@@ -148,6 +152,7 @@ def once(self: Client, method: str, path: str, body: bytes | None, seconds: floa
     finally:
         connection.close()
 
+# %% ../nbs/11_client.ipynb #1d9d5e18
 @patch
 def request(self: Client, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]: # status, body
     "Asked again where it is safe. Raises `ServeError` where there is no answer in time."
@@ -169,6 +174,7 @@ def request(self: Client, method: str, path: str, body: bytes | None = None) -> 
         time.sleep(pause if attempt + 1 < self.attempts else 0)
     raise ServeError(f"{self.url}: no answer within {self.attempts} attempts and {self.seconds:g} s: {why}")
 
+# %% ../nbs/11_client.ipynb #9138e37f
 def said(data: bytes) -> str:
     "The message of a refusal, as the gateway writes it."
     try:
@@ -190,6 +196,7 @@ def tell(self: Client, what: str) -> dict | None: # `what`: 'config', 'contract'
         return None
     return self.read(status, data)
 
+# %% ../nbs/11_client.ipynb #2ff88d50
 @patch
 def read(self: Client, status: int, data: bytes) -> Any:
     "A body that was answered. Raises `DataError` where the request was wrong, `ServeError` where the server says no."
@@ -200,6 +207,7 @@ def read(self: Client, status: int, data: bytes) -> Any:
     todo = {401: "; give a token that 'mlkit keys' made", 403: "; this token may not"}.get(status, "")
     raise ServeError(f"{self.url}: {status}: {said(data)}{todo}")
 
+# %% ../nbs/11_client.ipynb #b4308a33
 class Known:
     "What a client knows of its model, once it was asked."
     def __init__(self, client: Client):
@@ -219,6 +227,7 @@ def known(self: Client) -> Known:
         self._known = Known(self)
     return self._known
 
+# %% ../nbs/11_client.ipynb #b46496d0
 @patch
 def predict(self: Client, samples: Any) -> list[Answer]: # `samples`: rows, a frame, pixels, PIL images, files
     "An answer a sample. Raises `DataError` on what the model does not take, `ServeError` where the server fails."

@@ -9,7 +9,7 @@ import pytest
 from mlkit.client import Client
 from mlkit.core import DataError, ServeError
 from mlkit.serving.front import Front
-from test_gateway import ROW, bundle, front, hashes # noqa: F401: fixtures
+from test_gateway import ROW, bundle, front, hashes # noqa: F401
 
 ROWS = [ROW | {"age": age, "town": town} for age in range(0, 100, 5) for town in ("Bonn", "Ulm")] # more than the server takes at once
 

@@ -15,6 +15,7 @@ def megabytes(n: int) -> str: # `n`: bytes
     "'0.3 MB', '41 MB'."
     return f"{n / 1e6:.1f} MB" if n < 1e7 else f"{n / 1e6:.0f} MB"
 
+# %% ../../nbs/commands/21_edge.ipynb #99dbfeb0
 def told(edge, out: str, sums: str) -> list[str]: # `edge`: a `mlkit.edge.write.Edge`; `sums`: SHA-256 of the list
     "The lines about a folder that was written."
     versions = " and ".join(f"{name} {v}" for name, v in edge.packages.items())

@@ -28,6 +28,7 @@ def load(folder: Path): # The module
     spec.loader.exec_module(module)
     return module
 
+# %% ../../nbs/edge/01_alone.ipynb #031ae689
 def ask(module, model, sample) -> dict: # `sample`: a row, or the nested lists of an image
     "The answer, or {'error': the message}."
     try:
@@ -35,12 +36,14 @@ def ask(module, model, sample) -> dict: # `sample`: a row, or the nested lists o
     except module.Refused as e:
         return {"error": str(e)}
 
+# %% ../../nbs/edge/01_alone.ipynb #76ac02c1
 def most_memory() -> float: # MB
     "The most that this process had. `resource` would count the process that started it too."
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return round(int(kib) * 1024 / 1e6, 1)
 
+# %% ../../nbs/edge/01_alone.ipynb #0f7bdff0
 def report(folder: Path, samples: list) -> dict:
     "What the folder says to samples, in this process."
     before = set(sys.modules)

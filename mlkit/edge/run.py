@@ -31,6 +31,7 @@ class Broken(RuntimeError):
 class Unread(ValueError):
     "A value that is not of its column's type; its kind may be one that the contract tolerates."
 
+# %% ../../nbs/edge/00_run.ipynb #4c93e350
 def nearest(name: str, known: list[str]) -> str: # '; did you mean …?', or all that are known
     "The end of a message about an unknown name."
     import difflib
@@ -62,6 +63,7 @@ AFFIX = rf"%|[A-Z]{{0,3}}[{SYMBOLS}]|{CURRENCIES}|kr\.?|zł|Kč|Ft|Fr\.|Rs\.?|л
 DRESSED = re.compile(rf"(\()?[{WHITE}]*+([-+−])?[{WHITE}]*+({AFFIX})?[{WHITE}]*+([-+−])?[{WHITE}]*+"
                      rf"([0-9.,'’{WHITE}]*[0-9][.,]?(?:[eE][-+]?[0-9]+)?)[{WHITE}]*+({AFFIX})?[{WHITE}]*+(\))?")
 
+# %% ../../nbs/edge/00_run.ipynb #6b73469a
 def digits_pattern(sign: str) -> re.Pattern: # `sign`: '.' or ','
     "What the digits of a number look like with this decimal sign."
     point, comma = re.escape(sign), re.escape("," if sign == "." else ".")
@@ -80,6 +82,7 @@ def digits_value(body: str, sign: str) -> float | None: # `body`: digits and sig
     plain = re.sub(f"[{WHITE}'’]", "", body).replace("," if sign == "." else ".", "")
     return plain_number(plain.replace(sign, "."))
 
+# %% ../../nbs/edge/00_run.ipynb #277611c0
 def dressed_number(text: str, form: str) -> float | None: # `text`: trimmed; `form`: of the contract, such as ',€()'
     "A number of one form; None: it is not written so."
     found = DRESSED.fullmatch(text)
@@ -109,6 +112,7 @@ def number_in_text(text: str, form: str = "") -> float: # NaN: missing
         raise Unread("type")
     return NAN if x is None else x
 
+# %% ../../nbs/edge/00_run.ipynb #2fa0fafe
 def read_number(v, written: dict) -> float: # NaN: missing; `written`: the column, as `signatures.json` has it
     "Raises `Unread`."
     x = number_in_text(v, written.get("format", "")) if isinstance(v, str) else float(v)
@@ -116,6 +120,7 @@ def read_number(v, written: dict) -> float: # NaN: missing; `written`: the colum
         raise Unread("infinite" if math.isinf(x) else "huge")
     return x
 
+# %% ../../nbs/edge/00_run.ipynb #d9a17092
 def read_whole(v, written: dict) -> float: # As `read_number`
     "Raises `Unread`."
     if isinstance(v, str) and re.fullmatch(r"[-+]?\d{1,20}", v, re.ASCII):
@@ -138,6 +143,7 @@ def as_text(v) -> str: # `v`: text, a truth value or a number
         return re.sub(r"e-0", "e-", repr(v))
     return str(v).removesuffix(".0") if isinstance(v, float) else str(v)
 
+# %% ../../nbs/edge/00_run.ipynb #f3ed5a6b
 def read_words(v, written: dict) -> str: # '': missing
     "A category."
     text = as_text(v).strip(WHITE)
@@ -149,6 +155,7 @@ def read_words(v, written: dict) -> str: # '': missing
 YES, NO = ("true", "t", "yes", "y", "on", "1", "1.0"), ("false", "f", "no", "n", "off", "0", "0.0")
 TRUTH = {**dict.fromkeys(YES, 1.0), **dict.fromkeys(NO, 0.0)}
 
+# %% ../../nbs/edge/00_run.ipynb #ae42e4b7
 def read_truth(v, written: dict) -> float: # 0, 1; NaN: missing
     "Raises `Unread`."
     text = as_text(v).lower()
@@ -185,12 +192,14 @@ def midnight(p: dict[str, str | None]) -> int | None: # Microseconds since 1970;
         return None
     return int(day.astype(np.int64))
 
+# %% ../../nbs/edge/00_run.ipynb #3dbc1173
 def minutes_from_utc(offset: str | None) -> int:
     "'+02:00' is 120; none, Z and UTC are 0."
     digits = (offset or "").replace(":", "")
     minutes = 60 * int(digits[1:3]) + int(digits[3:5] or 0) if digits[:1] in ("+", "-") and digits else 0
     return -minutes if digits[:1] == "-" else minutes
 
+# %% ../../nbs/edge/00_run.ipynb #f123fde2
 def time_of_day(p: dict[str, str | None]) -> int | None: # Microseconds; None: no such time
     "How long after midnight in UTC."
     hour, minute, second = (int(p[k] or 0) for k in ("hour", "minute", "second"))
@@ -223,6 +232,7 @@ USUAL = {"float64": "float64", "str": "category", "datetime64[us]": "datetime"} 
 ABSENT = {"float64": NAN, "str": "", "datetime64[us]": NAT} # The missing value on the wire
 TOLERABLE = ("type", "infinite", "huge")
 
+# %% ../../nbs/edge/00_run.ipynb #32a8832a
 def plain(v): # None, text, a truth value, a number, or a date
     "A value as JSON has it. Raises `Unread` where it is another thing."
     v = v.item() if isinstance(v, np.generic) else v
@@ -236,6 +246,7 @@ def plain(v): # None, text, a truth value, a number, or a date
         raise Unread("other")
     return v
 
+# %% ../../nbs/edge/00_run.ipynb #d6881f19
 def microseconds(text: str) -> float: # Since 1970
     "A date of a contract."
     when = datetime.fromisoformat(text)
@@ -288,6 +299,7 @@ def in_words(form: str) -> str:
     more = f" and '{affix}'" if affix else " and digits in groups" if form[0] == "." else ""
     return sign + more + (", (5) for -5," if form.endswith("()") else "")
 
+# %% ../../nbs/edge/00_run.ipynb #9826534d
 def asked(written: dict) -> str:
     "What a value must be."
     dtype, form = written["dtype"], written.get("format", "")
@@ -297,6 +309,7 @@ def asked(written: dict) -> str:
         return f"a date as {form} writes it" if form else "a date as ISO 8601 writes it"
     return {"float64": "a number", "int64": "a whole number", "bool": "a yes or no", "category": "text"}[dtype]
 
+# %% ../../nbs/edge/00_run.ipynb #a0af169b
 def shown(v) -> str:
     "A value in a message."
     text = repr(v)
@@ -327,10 +340,12 @@ def flat(row: dict) -> dict:
         out |= flat({f"{name}.{k}": x for k, x in v.items()}) if isinstance(v, dict) else {name: v}
     return out
 
+# %% ../../nbs/edge/00_run.ipynb #8d10da1b
 def as_in_source(name) -> str:
     "The name of a column as the header of a file gives it."
     return name.strip().removeprefix("\ufeff").strip() or "unnamed_1" if isinstance(name, str) else str(name)
 
+# %% ../../nbs/edge/00_run.ipynb #dad92ee6
 def columns_of(row, number: int, names: list[str], aside: list[str]) -> dict: # name: value, of the model's columns
     "Raises `Refused` where a column is unknown or missing. `number` is the row's."
     if not isinstance(row, dict):
@@ -351,6 +366,7 @@ def columns_of(row, number: int, names: list[str], aside: list[str]) -> dict: # 
 PACKS = {"float64": "numbers", "str": "texts", "datetime64[us]": "dates"} # dtype of a column: its tensor
 STORED = {"float64": np.float64, "str": object, "datetime64[us]": np.int64}
 
+# %% ../../nbs/edge/00_run.ipynb #5c4eff76
 class Table:
     "The columns of a model, from rows to tensors."
     def __init__(self, inputs: list[dict], aside: list[str], contract: dict): # Of `signatures.json`; of `contract.json`
@@ -400,6 +416,7 @@ def images(x: np.ndarray, shape: list[int]) -> np.ndarray: # (n, *shape) uint8
         raise Refused(f"the image is {x.dtype} {list(x.shape)} where the model takes uint8 [n, {takes}]; bring it to this size first")
     return x
 
+# %% ../../nbs/edge/00_run.ipynb #bdb27f55
 def image_file(path: Path, shape: list[int]) -> np.ndarray: # As `images`
     "A file by Pillow. Raises `Refused`, or `Broken` where there is no Pillow."
     try:
@@ -427,6 +444,7 @@ def listed(folder: Path) -> dict[str, str]: # name of a file: its SHA-256
         raise Broken(f"{folder / SUMS}: cannot be read; copy the whole folder that 'mlkit edge' wrote") from None
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
+# %% ../../nbs/edge/00_run.ipynb #3b50c1e4
 def checked_files(folder: Path) -> dict[str, bytes]: # name: content
     "Raises `Broken` where a file is missing or is another."
     found = {}
@@ -446,6 +464,7 @@ def checked_files(folder: Path) -> dict[str, bytes]: # name: content
 # %% ../../nbs/edge/00_run.ipynb #7677db51
 BATCH = 1024 # Samples that the graph gets at once
 
+# %% ../../nbs/edge/00_run.ipynb #b555a053
 def load_graph(data: bytes): # onnxruntime.InferenceSession
     "The graph on the CPU. Raises `Broken` where it cannot be loaded."
     try:
@@ -461,6 +480,7 @@ def load_graph(data: bytes): # onnxruntime.InferenceSession
         why = " ".join(str(e).split())[:300]
         raise Broken(f"{GRAPH}: ONNX Runtime cannot load it ({why}); install the versions of requirements.txt") from None
 
+# %% ../../nbs/edge/00_run.ipynb #cabbab85
 class Model:
     "A released model. Raises `Broken` where its folder is not whole."
     def __init__(self, folder: str | Path | None = None): # None: where this file is
@@ -499,9 +519,11 @@ def csv_rows(lines: Iterator[str], where: str) -> Iterator[dict[str, str]]:
             raise Refused(f"{where}, line {reader.line_num + 1}: other fields than the {len(reader.fieldnames)} of the header")
         yield row
 
+# %% ../../nbs/edge/00_run.ipynb #d848a9bd
 def no_number(word: str): # NaN and the like, which JSON does not have
     raise ValueError(f"{word} is no JSON")
 
+# %% ../../nbs/edge/00_run.ipynb #9e06e2d6
 def json_rows(text: str, where: str) -> list[dict]:
     "A row, a list of rows, or a row a line. Raises `Refused`."
     try:
@@ -525,6 +547,7 @@ def shown_name(name: str) -> str:
     "The name of a file in a message."
     return "standard input" if name == "-" else name
 
+# %% ../../nbs/edge/00_run.ipynb #e8796830
 def pixels_of(name: str, stdin, shape: list[int]) -> np.ndarray: # As `images`
     "Raises `Refused` where the file holds no pixels."
     if Path(name).suffix.lower() not in ("", ".npy"):
@@ -534,6 +557,7 @@ def pixels_of(name: str, stdin, shape: list[int]) -> np.ndarray: # As `images`
     except (EOFError, ValueError):
         raise Refused(f"{shown_name(name)}: is no .npy file of an array; write it by numpy.save") from None
 
+# %% ../../nbs/edge/00_run.ipynb #209700ef
 @contextmanager
 def rows_of(name: str, stdin) -> Iterator[Iterator]: # Of dicts
     "A context with the rows of a file."
@@ -544,6 +568,7 @@ def rows_of(name: str, stdin) -> Iterator[Iterator]: # Of dicts
         data = stdin.read() if name == "-" else Path(name).read_bytes()
         yield iter(json_rows(data.decode("utf-8-sig"), shown_name(name)))
 
+# %% ../../nbs/edge/00_run.ipynb #4a29f8e4
 def asked_of(model: Model, name: str, stdin) -> Iterator[dict]: # `name`: of a file; '-': `stdin`, in bytes
     "The answers for a file. Raises `Refused` and `OSError`."
     if model.image:
@@ -558,6 +583,7 @@ def asked_of(model: Model, name: str, stdin) -> Iterator[dict]: # `name`: of a f
 # %% ../../nbs/edge/00_run.ipynb #5803311e
 HOW = "Answer rows (.csv, .json, JSON on standard input) or images (.npy, and files where Pillow is installed), one line of JSON each."
 
+# %% ../../nbs/edge/00_run.ipynb #84ce936a
 def main(args: list[str] | None = None) -> int: # Exit code: 0; 1 where something is wrong, told in one line
     "The command line."
     parser = argparse.ArgumentParser(prog="run.py", description=HOW)

@@ -31,12 +31,14 @@ def number_of(f: Feature, random: np.random.Generator) -> float:
     low, high = f.range or (-1e3, 1e3)
     return float(random.uniform(low, high)) if f.dtype != "int64" else int(random.integers(low, high, endpoint=True))
 
+# %% ../../nbs/edge/02_write.ipynb #b5cd81c6
 def date_of(f: Feature, random: np.random.Generator) -> str:
     "A date that the contract allows, in its format."
     ends = [np.datetime64(end[:10]) for end in f.range or ("1990-01-01", "2030-01-01")]
     day = ends[0] + int(random.integers((ends[1] - ends[0]).astype(int) + 1))
     return day.item().strftime(f.format or "%Y-%m-%d")
 
+# %% ../../nbs/edge/02_write.ipynb #11e3cada
 def value_of(f: Feature, random: np.random.Generator):
     "A value that the contract allows."
     if f.dtype == "category":
@@ -58,6 +60,7 @@ def sample_rows(contract: Contract, signature: Signature, n: int) -> list[dict]:
         rows.append(row)
     return rows + [dict(list(rows[0].items())[1:]), rows[0] | {"no_such_column": 1}]
 
+# %% ../../nbs/edge/02_write.ipynb #6f9dd635
 def sample_images(signature: Signature, n: int) -> list[list]: # Nested lists of bytes
     "Images of chance, a black one, and one of a wrong size."
     shape = signature.inputs[0].shape
@@ -102,6 +105,7 @@ def asked_alone(folder: Path, samples: list) -> dict: # As `mlkit.edge.alone.rep
         raise ExportError(f"the folder does not run without mlkit: {why[0]}")
     return json.loads(done.stdout)
 
+# %% ../../nbs/edge/02_write.ipynb #1e7fb7b4
 def start_seconds(folder: Path, sample, tries: int = 3) -> float:
     "From the start of Python until it has answered one sample and ended; the quickest of some tries."
     def once():
@@ -110,11 +114,13 @@ def start_seconds(folder: Path, sample, tries: int = 3) -> float:
         return time.perf_counter() - began
     return min(once() for _ in range(tries))
 
+# %% ../../nbs/edge/02_write.ipynb #77c23c73
 def compare(samples: list, ours: list[dict], theirs: list[dict]):
     "Raises `ExportError` for the first sample that the folder answers otherwise than the server."
     for sample, a, b in zip(samples, ours, theirs, strict=True):
         if a != b:
-            raise ExportError(f"run.py says {str(b)[:200]} where the server says {str(a)[:200]}, to {str(sample)[:200]}; do not ship it")
+            says, where = str(b)[:200], f"where the server says {str(a)[:200]}, to {str(sample)[:200]}"
+            raise ExportError(f"run.py says {says} {where}; do not ship it")
 
 # %% ../../nbs/edge/02_write.ipynb #eec8bbb4
 @dataclass(frozen=True)
@@ -128,14 +134,17 @@ class Edge:
     memory_mb: float # At most
     packages: dict[str, str] # Those that were loaded, and their versions
 
+# %% ../../nbs/edge/02_write.ipynb #f14727a0
 def write_sums(folder: Path) -> Path:
     "List the hash of each file, as `sha256sum` does."
     files = sorted(p for p in folder.iterdir() if p.name != run.SUMS)
     return write_atomic(folder / run.SUMS, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
+# %% ../../nbs/edge/02_write.ipynb #73ccf462
 def copy_files(bundle: Path, folder: Path):
     "Everything that the device needs."
-    for source, name in ((f"onnx/{FUSED}", run.GRAPH), ("onnx/signatures.json", run.SIGNATURES), ("contract.json", run.CONTRACT)):
+    copied = {f"onnx/{FUSED}": run.GRAPH, "onnx/signatures.json": run.SIGNATURES, "contract.json": run.CONTRACT}
+    for source, name in copied.items():
         shutil.copyfile(bundle / source, folder / name)
     shutil.copyfile(run.__file__, folder / "run.py")
     write_atomic(folder / "requirements.txt", "".join(f"{name}=={version(name)}\n" for name in alone.PACKAGES))
@@ -151,6 +160,7 @@ def check_place(out: Path):
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first")
 
+# %% ../../nbs/edge/02_write.ipynb #8d96c3b8
 def check_columns(bundle: Path):
     "Raises `ExportError` where a column has values that `run.py` cannot read."
     served, contract = Signatures.load(bundle / "onnx/signatures.json").served, load_contract(bundle / "contract.json")
@@ -162,6 +172,7 @@ def check_columns(bundle: Path):
         except run.Broken as e:
             raise ExportError(str(e)) from None
 
+# %% ../../nbs/edge/02_write.ipynb #5562df6a
 def proved(bundle: Path, folder: Path) -> Edge:
     "Compare a folder with its bundle. Raises `ExportError` where they differ."
     server = Server(bundle)
@@ -173,11 +184,13 @@ def proved(bundle: Path, folder: Path) -> Edge:
         raise ExportError(f"none of {len(ours)} samples that the contract allows is answered: {ours[0]['error']}")
     if strange := set(found["packages"]) - {*alone.PACKAGES, "run"}:
         raise ExportError(f"run.py loads {min(strange)}; it may load {' and '.join(alone.PACKAGES)} only")
-    size, refused = sum(p.stat().st_size for p in folder.iterdir() if p.name != run.SUMS), sum("error" in a for a in ours)
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.name != run.SUMS)
     versions = {name: version(name) for name in alone.PACKAGES}
-    identity = identity_of(read_manifest(bundle)["files"])
-    return Edge(identity[:12], size, len(samples), refused, round(start_seconds(folder, samples[0]), 2), found["memory_mb"], versions)
+    identity = identity_of(read_manifest(bundle)["files"])[:12]
+    start, n_refused = round(start_seconds(folder, samples[0]), 2), sum("error" in a for a in ours)
+    return Edge(identity, size, len(samples), n_refused, start, found["memory_mb"], versions)
 
+# %% ../../nbs/edge/02_write.ipynb #811ffc26
 def write_edge(
     bundle: Path, # A verified bundle, see `mlkit.registry.released.bundle_to_serve`
     out: Path, # A new folder, or an empty one

@@ -38,6 +38,7 @@ class Topics:
     def url(self) -> str: # For messages
         return f"kafka://{self.brokers}/{self.given}"
 
+# %% ../../nbs/serving/25_topics.ipynb #76df7341
 def place(url: str) -> tuple[str, str, dict[str, str]]: # brokers; topic; options
     "The parts of a locator. Raises `DataError` where it is none."
     where, options = split_options(without_password(url))
@@ -46,6 +47,7 @@ def place(url: str) -> tuple[str, str, dict[str, str]]: # brokers; topic; option
         raise DataError(f"{where}: write kafka://HOST:PORT/TOPIC; a user and the like stand in ~/.config/kcat.conf")
     return brokers, topic, options
 
+# %% ../../nbs/serving/25_topics.ipynb #dd954b63
 def topics(
     given: str, answers: str, # 'kafka://HOST:PORT/TOPIC?group=NAME', 'kafka://HOST:PORT/TOPIC?rejected=TOPIC'
 ) -> Topics:
@@ -69,12 +71,14 @@ class Judged:
     rows: dict[int, dict] = field(default_factory=dict) # Those that could be read
     refused: dict[int, str] = field(default_factory=dict) # Why
 
+# %% ../../nbs/serving/25_topics.ipynb #70302e76
 def no_number(word: str):
     "JSON has no NaN and no infinity; NaN is taken as missing."
     if word == "NaN":
         return None
     raise ValueError(f"{word} is no JSON")
 
+# %% ../../nbs/serving/25_topics.ipynb #f8214355
 def row_of(value: bytes | None) -> dict:
     "Raises `ValueError`, with the reason, where a message is no row."
     if value is None:
@@ -87,6 +91,7 @@ def row_of(value: bytes | None) -> dict:
         raise ValueError("is not one JSON object")
     return row
 
+# %% ../../nbs/serving/25_topics.ipynb #435d3b1e
 def sound_parts(
     tensors: Callable[[list], list[np.ndarray]], # Raises `DataError`
     rows: dict[int, dict], # position: row
@@ -157,6 +162,7 @@ class Sent:
     partition: int # Of the message that it is about
     headers: dict[str, str]
 
+# %% ../../nbs/serving/25_topics.ipynb #0dd54d93
 def outgoing(
     messages: list, # Of confluent-kafka
     done: Judged,
@@ -179,6 +185,7 @@ CONSUMER = {"enable.auto.commit": False, "enable.auto.offset.store": False, "iso
 PRODUCER = {"partitioner": "murmur2_random", "linger.ms": 5, "compression.type": "lz4", "transaction.timeout.ms": 60_000,
             "allow.auto.create.topics": False, "log_level": 0}
 
+# %% ../../nbs/serving/25_topics.ipynb #341328ec
 @contextmanager
 def clients(to: Topics): # A consumer and a producer of confluent-kafka
     "A context; what goes wrong becomes a `DataError` of one line. Raises `SetupError` where the package is missing."
@@ -199,12 +206,14 @@ def clients(to: Topics): # A consumer and a producer of confluent-kafka
         if consumer:
             consumer.close()
 
+# %% ../../nbs/serving/25_topics.ipynb #2487f945
 def fault(error, trouble: list, to: Topics) -> str: # As of `kafka_fault`
     "What went wrong, in one line."
     if error.name() in ("_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"):
         return f"another 'mlkit predict' has taken over the group '{to.group}'; name another one by ?group= to run both"
     return kafka_fault(error, trouble)
 
+# %% ../../nbs/serving/25_topics.ipynb #c7befed0
 def partitions(consumer, topic: str, url: str) -> int:
     "How many the topic has. Raises `DataError` where there is no such topic."
     found = consumer.list_topics(topic, timeout=WAIT).topics[topic]
@@ -218,6 +227,7 @@ BATCH = 1000 # Messages, at most
 PAUSE = 0.2 # Seconds that the first message is waited for
 TRIES = 5 # Of one batch
 
+# %% ../../nbs/serving/25_topics.ipynb #512f31e4
 @dataclass
 class Streamed:
     "What a run has done so far."
@@ -228,6 +238,7 @@ class Streamed:
     @property
     def answered(self) -> int: return self.rows - self.refused
 
+# %% ../../nbs/serving/25_topics.ipynb #bfcec219
 @dataclass
 class Stream:
     "A topic that is being answered."
@@ -240,6 +251,7 @@ class Stream:
     widths: dict[str, int] = field(default_factory=dict) # topic: its partitions
     next: dict[int, int] = field(default_factory=dict) # partition: the offset that the next batch begins at
 
+# %% ../../nbs/serving/25_topics.ipynb #cbc07397
 @patch
 def begin(self: Stream):
     "Take the group over from a run before, and stand where it has ended. Raises `DataError` on a missing topic."
@@ -253,6 +265,7 @@ def begin(self: Stream):
         self.next[t.partition] = max(t.offset, low)
     self.rewind()
 
+# %% ../../nbs/serving/25_topics.ipynb #0204fd16
 @patch
 def rewind(self: Stream):
     "Stand where the last committed batch has ended."
@@ -276,6 +289,7 @@ def step(self: Stream) -> int: # Messages that were answered or rejected
     self.done.refused += len(done.refused)
     return len(messages)
 
+# %% ../../nbs/serving/25_topics.ipynb #0ba04a50
 @patch
 def commit(self: Stream, messages: list, sent: list[Sent]):
     "Answers and offsets, together or not at all. Raises `KafkaException`."
@@ -305,6 +319,7 @@ def transact(self: Stream, sent: list[Sent], after: dict[int, int]): # `after`: 
     self.again(lambda: self.producer.send_offsets_to_transaction(offsets, group, WAIT))
     self.again(lambda: self.producer.commit_transaction(4 * WAIT))
 
+# %% ../../nbs/serving/25_topics.ipynb #b4b29b3f
 @patch
 def produce(self: Stream, s: Sent):
     "Queue a message; where the queue is full, wait for the broker."
@@ -315,6 +330,7 @@ def produce(self: Stream, s: Sent):
         except BufferError:
             self.producer.poll(PAUSE)
 
+# %% ../../nbs/serving/25_topics.ipynb #71b377c2
 @patch
 def again(self: Stream, call: Callable[[], None]):
     "Ask again what the broker calls retriable. Raises `KafkaException`."
@@ -342,6 +358,7 @@ def told_to_stop() -> Iterator[threading.Event]: # Set, once the process is told
         for number, handler in before.items():
             signal.signal(number, handler)
 
+# %% ../../nbs/serving/25_topics.ipynb #c774b9ac
 def stream(
     source: str, out: str, # See `topics`
     bundle: Path, # A verified bundle
