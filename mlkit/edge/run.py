@@ -420,11 +420,12 @@ def images(x: np.ndarray, shape: list[int]) -> np.ndarray: # (n, *shape) uint8
 def image_file(path: Path, shape: list[int]) -> np.ndarray: # As `images`
     "A file by Pillow. Raises `Refused`, or `Broken` where there is no Pillow."
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import UnidentifiedImageError
+        from PIL.Image import open as open_image
     except ImportError:
         raise Broken(f"{path}: to read image files, 'pip install pillow', or save the pixels as .npy") from None
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             mode = {1: "L", 3: "RGB"}.get(shape[-1])
             if picture.mode != mode:
                 raise Refused(f"{path}: has the mode {picture.mode} where the model takes {mode}; save it so")
