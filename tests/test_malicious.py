@@ -11,7 +11,7 @@ import zipfile
 import joblib
 import numpy as np
 import pytest
-from mlkit.commands.serve import bundle_to_serve
+from mlkit.registry.released import bundle_to_serve
 from mlkit.core import RegistryError, write_json
 from mlkit.registry.bundle import BUNDLE, write_bundle
 from mlkit.registry.store import checked_bundle, fetch

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, one_line
 from mlkit.commands.reproduce import fetch_version
-from mlkit.commands.serve import bundle_to_serve
+from mlkit.registry.released import bundle_to_serve
 from mlkit.core import MlkitError, write_json
 from mlkit.registry.bundle import BUNDLE, MANIFEST, list_files, write_bundle
 from mlkit.registry.history import HISTORY, read_history
