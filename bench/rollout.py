@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import Pool
 from statistics import median
 
-from mlkit.serving.evidence import Evidence, Fault, Unlabelled, observed, record, record_mirrored, should_stop
+from mlkit.rollout.evidence import Evidence, Fault, Unlabelled, observed, record, record_mirrored, should_stop
 
 N_STEPS = 4
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from conftest import one_line
 from mlkit.registry.history import read_history
-from mlkit.serving.evidence import Evidence, Fault, observed, record, record_mirrored
-from mlkit.serving.rollout import LONGEST_TICK, OVER, Place, Plan, RolloutError, abort, advance, assign, begin, mirrored, share_of
-from mlkit.serving.rollout_file import ROLLOUT, from_text, locked, order, read_state, started, tick, to_text
+from mlkit.rollout.evidence import Evidence, Fault, observed, record, record_mirrored
+from mlkit.rollout.state import LONGEST_TICK, OVER, Place, Plan, RolloutError, abort, advance, assign, begin, mirrored, share_of
+from mlkit.rollout.file import ROLLOUT, from_text, locked, order, read_state, started, tick, to_text
 
 FORK = multiprocessing.get_context("fork")
 

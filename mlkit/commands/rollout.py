@@ -13,7 +13,7 @@ import click
 
 from .reproduce import last_model
 from ..core import MlkitError, RegistryError, project_root
-from ..serving.rollout import Place, Plan, RolloutError
+from ..rollout.state import Place, Plan, RolloutError
 
 # %% ../../nbs/commands/26_rollout.ipynb #30946083
 class Duration(click.ParamType):
@@ -71,7 +71,7 @@ USUAL = 0.05
 def expected_disagreement(root: Path, model: str, stable: Place, candidate: Place) -> tuple[float, str]: # share; a sentence
     "What `Allowed.disagreement` should be, and why."
     from mlkit.registry.side_by_side import paired, version_side
-    from mlkit.serving.evidence import allowed_disagreement
+    from mlkit.rollout.evidence import allowed_disagreement
     try:
         if not stable.version:
             raise RegistryError(f"{stable} has no version in this registry")
@@ -95,7 +95,7 @@ def rollout():
 # %% ../../nbs/commands/26_rollout.ipynb #fcc42335
 def show(root: Path, state):
     "Write the page, and say where it is."
-    from mlkit.serving.rollout_page import capital, next_step, outcome, write_page
+    from mlkit.rollout.page import capital, next_step, outcome, write_page
     now = time.time()
     path = write_page(root, state, now)
     click.echo(f"{capital(outcome(state))}. {next_step(state, now)}")
@@ -120,9 +120,9 @@ def start(version, mode, steps, every, least, patience, header, disagreement, wh
 
     'mlkit serve --alias champion' does it, one that runs or the next one. Commit history.jsonl."""
     from mlkit.registry.history import whoever
-    from mlkit.serving.evidence import Allowed
-    from mlkit.serving.rollout import check_plan
-    from mlkit.serving.rollout_file import check_over, order, read_state, started
+    from mlkit.rollout.evidence import Allowed
+    from mlkit.rollout.state import check_plan
+    from mlkit.rollout.file import check_over, order, read_state, started
     root = project_root()
     check_over(read_state(root)) # before anything is fetched
     check_header(header)
@@ -150,7 +150,7 @@ def check_header(header: str):
 @click.option("--why", default="", help="Your reason, for the history.")
 def promote(why):
     "Make the version champion now, without further steps."
-    from mlkit.serving.rollout import promote_now
+    from mlkit.rollout.state import promote_now
     _decide(lambda state, who: promote_now(state, who, why, time.time()))
 
 # %% ../../nbs/commands/26_rollout.ipynb #4959b6fc
@@ -159,8 +159,8 @@ def promote(why):
 @click.option("--force", is_flag=True, help="Also where the rollout's file is damaged: it is set aside.")
 def abort(why, force):
     "Give everybody the champion again."
-    from mlkit.serving.rollout import abort as end
-    from mlkit.serving.rollout_file import read_state, set_aside
+    from mlkit.rollout.state import abort as end
+    from mlkit.rollout.file import read_state, set_aside
     root = project_root()
     if force:
         try:
@@ -172,7 +172,7 @@ def abort(why, force):
 
 def _decide(change): # (state, person) -> state
     from mlkit.registry.history import whoever
-    from mlkit.serving.rollout_file import existing, order
+    from mlkit.rollout.file import existing, order
     root = project_root()
     show(root, order(root, lambda state: change(existing(state), whoever(root))))
 
@@ -185,9 +185,9 @@ PAGE_EVERY = 5.0 # seconds
 def status(once, wait):
     "Show how it stands: live in a terminal, and as a page."
     from rich.console import Console
-    from mlkit.serving.rollout import OVER
-    from mlkit.serving.rollout_file import existing, read_state
-    from mlkit.serving.rollout_page import terminal_view, write_page
+    from mlkit.rollout.state import OVER
+    from mlkit.rollout.file import existing, read_state
+    from mlkit.rollout.page import terminal_view, write_page
     root = project_root()
     console = Console(highlight=False)
     state = existing(read_state(root))
@@ -206,9 +206,9 @@ def follow(root: Path, console, every: float = 1.0): # the last state
     "Show a rollout until it is over, or Ctrl-C."
     from contextlib import nullcontext, suppress
     from rich.live import Live
-    from mlkit.serving.rollout import OVER
-    from mlkit.serving.rollout_file import existing, read_state
-    from mlkit.serving.rollout_page import terminal_view, write_page
+    from mlkit.rollout.state import OVER
+    from mlkit.rollout.file import existing, read_state
+    from mlkit.rollout.page import terminal_view, write_page
     written = time.monotonic()
     state = existing(read_state(root))
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live, suppress(KeyboardInterrupt):

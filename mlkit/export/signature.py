@@ -126,12 +126,17 @@ def wire(self: Signatures) -> Signature:
 
 # %% ../../nbs/export/00_signature.ipynb #9016691c
 @patch
-def save(self: Signatures, path: str | Path) -> Path:
-    "Write as JSON."
+def to_dict(self: Signatures) -> dict:
+    "As JSON has it."
     steps = {name: step.to_dict() for name, step in self.steps.items()}
     decision = {"decision": list(self.decision)} if self.decision else {}
     variant = {"variant": self.variant} if self.variant != "fp32" else {}
-    return write_json(path, {"steps": steps, "classes": list(self.classes)} | decision | variant)
+    return {"steps": steps, "classes": list(self.classes)} | decision | variant
+
+@patch
+def save(self: Signatures, path: str | Path) -> Path:
+    "Write as JSON."
+    return write_json(path, self.to_dict())
 
 @patch(cls_method=True)
 def load(cls: Signatures, path: str | Path) -> Signatures:
