@@ -50,6 +50,9 @@ def web_server(app, grace: float, context: ssl.SSLContext | None = None): # uvic
 async def run_gateway(plan: Plan):
     "Serve until SIGTERM; what is under way ends first, within the grace."
     bundled = Bundled(**plan.bundled | {"folder": Path(plan.bundled["folder"])})
+    for left in bundled.folder.parent.glob("*-*"): # of a gateway that was killed
+        if left != bundled.folder:
+            shutil.rmtree(left, ignore_errors=True)
     try:
         stable = await Hosted(bundled, plan.n_workers).start()
     except ServeError as e:

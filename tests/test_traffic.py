@@ -1,0 +1,162 @@
+"A new version beside the one that serves, on a real server under load: good ones take its place, bad ones go, and no user notices."
+import json
+import os
+import random
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPException
+from threading import Event, Thread
+
+import psutil
+import pytest
+from test_gateway import ask, hashes, older_than, shop
+
+from mlkit.registry.bundle import identity_of, read_manifest
+from mlkit.rollout.evidence import Allowed
+from mlkit.rollout.file import order, read_state, started
+from mlkit.rollout.state import OVER, Place, Plan, promote_now
+from mlkit.serving.front import Front
+
+def identity(bundle): return identity_of(read_manifest(bundle)["files"])
+
+def damaged(repository):
+    "A file that is no model, listed with its own hash."
+    (repository / "shop/1/model.onnx").write_bytes(b"\x08\x0a no graph")
+
+def not_a_number(helper, kinds):
+    nodes, (w, b) = older_than(50)(helper, kinds)
+    return nodes, [w, helper.make_tensor("b", kinds.FLOAT, [2], [float("nan")] * 2)]
+
+def failing(helper, kinds):
+    "Fails for whoever is 80 years or more, 40 in Ulm: more than every third of those who ask."
+    nodes, weights = older_than(50)(helper, kinds)
+    weights += [helper.make_tensor("eighty", kinds.FLOAT, [1], [80.0]), helper.make_tensor("known", kinds.FLOAT, [1], [0.0])]
+    return [*nodes[:1], helper.make_node("Div", ["x", "eighty"], ["share"]), helper.make_node("Cast", ["share"], ["index"], to=kinds.INT64),
+            helper.make_node("Gather", ["known", "index"], ["zero"]), helper.make_node("Add", ["z", "zero"], ["z0"]),
+            helper.make_node("Add", ["z0", "b"], ["s"])], weights
+
+def slow(helper, kinds):
+    "The same answers, after some hundred million multiplications."
+    nodes, weights = older_than(50)(helper, kinds)
+    n = 1200
+    weights += [helper.make_tensor("ones", kinds.FLOAT, [1, n], [0.0] * n), helper.make_tensor("square", kinds.FLOAT, [n, n], [0.0] * n * n),
+                helper.make_tensor("end", kinds.FLOAT, [n, 2], [0.0] * n * 2)]
+    chain = [helper.make_node("MatMul", ["x", "ones"], ["h0"]), *(helper.make_node("MatMul", [f"h{i}", "square"], [f"h{i + 1}"]) for i in range(40))]
+    return [*nodes[:1], *chain, helper.make_node("MatMul", ["h40", "end"], ["nothing"]), helper.make_node("Add", ["z", "nothing"], ["z0"]),
+            helper.make_node("Add", ["z0", "b"], ["s"])], weights
+
+def two_for_one(helper, kinds):
+    "Two answers for each question."
+    nodes, weights = older_than(50)(helper, kinds)
+    return [*nodes[:1], helper.make_node("Concat", ["z", "z"], ["twice"], axis=0), helper.make_node("Add", ["twice", "b"], ["s"])], weights
+
+@pytest.fixture
+def root(tmp_path):
+    "A project with version 1, and a server of it. Versions are added as `mlkit rollout start` would have fetched them."
+    (tmp_path / ".mlkit").mkdir()
+    shop(tmp_path / "1")
+    return tmp_path
+
+def version(root, number, **how):
+    bundle = shop(root / number, **how)
+    to = root / f".mlkit/fetched/shop/{number}/bundle"
+    to.parent.mkdir(parents=True)
+    shutil.copytree(bundle, to)
+    return Place(number, identity(bundle))
+
+@contextmanager
+def serving(root, monkeypatch):
+    monkeypatch.setattr("mlkit.serving.front.promote_in_registry", lambda root: lambda state: None) # there is no registry here
+    bundle = root / "1/bundle"
+    with Front(bundle, hashes(bundle), identity(bundle)[:12], root=root) as front:
+        watching = Thread(target=lambda: front.watch(lambda line: None), daemon=True)
+        watching.start()
+        yield front
+    watching.join(20)
+
+@contextmanager
+def users(front, n=4):
+    "People who ask without a break; each answer must be that of somebody older than 50 or not, and none may fail."
+    over, answers, wrong = Event(), [], []
+    def one(seed):
+        drawn = random.Random(seed)
+        while not over.is_set():
+            age = drawn.choice([drawn.uniform(0, 45), drawn.uniform(55, 120)])
+            row = json.dumps({"age": age, "income": 1, "town": "Bonn"}).encode()
+            try: status, body = ask(front, "POST", "/predict", row)
+            except (OSError, HTTPException): status, body = ask(front, "POST", "/predict", row) # its gateway was killed: a client asks once more
+            answers.append((age, status))
+            if status != 200: wrong.append((status, body))
+            elif front.right and json.loads(body)["answer"] != ("yes" if age > 50 else "no"): wrong.append((age, body))
+            time.sleep(0.002)
+    front.right = True # whether each answer must be right; a worse version's are not
+    with ThreadPoolExecutor(n) as pool:
+        asking = [pool.submit(one, i) for i in range(n)]
+        try: yield answers, wrong
+        finally: over.set()
+        for a in asking: a.result()
+
+def rolled_out(root, candidate, stable, steps=(0.5, 1.0), least=20, seconds=60, **plan):
+    "Start, and wait for the end."
+    plan = Plan("shop", stable, candidate, steps=steps, every=0.0, least=least, patience=600.0, mirror=0.5, **plan)
+    order(root, started(plan, "a test", ""))
+    return over(root, seconds)
+
+def over(root, seconds=60):
+    end = time.monotonic() + seconds
+    while (state := read_state(root)).phase not in OVER and time.monotonic() < end: time.sleep(0.05)
+    return state
+
+BAD = {"crash at load": dict(spoil=damaged), "NaN": dict(model=not_a_number), "10 points worse": dict(model=older_than(62)),
+       "slower": dict(model=slow), "wrong shape": dict(model=two_for_one), "errors": dict(model=failing)}
+
+def test_bad_versions_go_and_nobody_notices(root, monkeypatch):
+    stable = Place("1", identity(root / "1/bundle"))
+    with serving(root, monkeypatch) as front, users(front) as (answers, wrong):
+        for i, (what, how) in enumerate(BAD.items(), 2):
+            candidate = version(root, str(i), **how)
+            front.right = what != "10 points worse"
+            began = len(answers)
+            state = rolled_out(root, candidate, stable, allowed=Allowed(disagreement=0.01))
+            front.right = True
+            assert state.phase == "rolled back", f"{what}: {state.phase}, {[e.why for e in state.events]}"
+            assert len(answers) > began, "nobody has asked meanwhile"
+            assert wrong == [], (what, wrong[:3])
+        assert json.loads(ask(front, "GET", "/v2/models/shop")[1])["versions"] == ["1"]
+
+def test_a_good_version_takes_the_place_and_a_kill_changes_nothing(root, monkeypatch):
+    "Through its steps; by a person's word; and with every process of the server killed on the way."
+    stable, names = Place("1", identity(root / "1/bundle")), []
+    with serving(root, monkeypatch) as front, users(front) as (answers, wrong):
+        for number, years in (("2", 50.5), ("3", 49.5), ("4", 50.0001)):
+            candidate = version(root, number, model=older_than(years))
+            if number == "2":
+                state = rolled_out(root, candidate, stable)
+            else:
+                plan = Plan("shop", stable, candidate, steps=(0.5, 1.0), every=600.0, least=10, patience=6000.0)
+                order(root, started(plan, "a test", ""))
+                wait(lambda: read_state(root).phase == "running")
+                if number == "4":
+                    for worker in psutil.Process(front.process.pid).children(): worker.kill()
+                    front.process.kill()
+                    wait(lambda: b'"ready":true' in ask(front, "GET", "/v2/health/ready")[1])
+                    wait(lambda: read_state(root).evidence.groups["candidate"].n > 0)
+                order(root, lambda state: promote_now(state, "a test", "it is good", time.time()))
+                state = over(root)
+            assert state.phase == "promoted", [e.why for e in state.events]
+            wait(lambda: json.loads(ask(front, "GET", "/v2/models/shop")[1])["bundle"] == candidate.bundle[:12])
+            wait(lambda: front.bundled.version == candidate.bundle[:12])
+            names.append(candidate.bundle[:12])
+            stable = candidate
+        assert wrong == [] and len(answers) > 200, wrong[:3]
+        family = psutil.Process(front.process.pid).children()
+        assert len(family) == 2, "only the workers of the stable version are left"
+        wait(lambda: [p.name.split("-")[0] for p in os.scandir(front.folder.name) if p.is_dir()] == [names[-1]])
+
+def wait(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not within a minute"
+        time.sleep(0.05)
