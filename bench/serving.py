@@ -26,9 +26,9 @@ import psutil
 from mlkit.registry.bundle import read_manifest, verify_bundle
 from mlkit.serving.front import Front, example_row
 from mlkit.serving.protocol import DATATYPES
-from mlkit.triton.repository import write_repository
+from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import Signatures, arrays
-from mlkit.triton.server import Triton, free_port
+from mlkit.triton_server.server import Triton, free_port
 
 CONCURRENCY = 1, 8, 32
 FASTAPI = '''

@@ -7,6 +7,7 @@ __all__ = ['GREEN', 'BLUE', 'ORANGE', 'RED', 'GREY', 'WIDTH', 'SMALLEST', 'LOOK'
            'draw_column', 'histograms']
 
 # %% ../nbs/02_plot.ipynb #cbeed805
+from contextlib import suppress
 from textwrap import wrap
 
 import numpy as np
@@ -46,7 +47,8 @@ def draw_once():
     import matplotlib.pyplot as plt
     if "inline" in plt.get_backend():
         plt.switch_backend(plt.get_backend()) # which connects pyplot to the end of cells, once
-        plt.uninstall_repl_displayhook()
+        with suppress(ValueError): # another shell of this process was connected
+            plt.uninstall_repl_displayhook()
 
 def look():
     "Give matplotlib the look. Each figure that a notebook shows from now on is described, see `describe.description`."

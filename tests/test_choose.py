@@ -18,7 +18,7 @@ from mlkit.export.speed import speeds
 from mlkit.export.variants import VARIANTS, Network, training_samples, variant, variant_specs
 from mlkit.inputs.columns import Category, Date, Number
 from mlkit.inputs.rows import Rows
-from mlkit.triton.repository import parse_config, write_repository
+from mlkit.triton_server.repository import parse_config, write_repository
 from mlkit.targets.classes import Classes
 from mlkit.task import Task, load_task
 from mlkit.training.model import make_model

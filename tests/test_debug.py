@@ -5,7 +5,7 @@ import pytest
 from conftest import EVIL, brief, one_line
 from onnx import numpy_helper
 from test_new import new
-from mlkit.triton.server import Triton
+from mlkit.triton_server.server import Triton
 from mlkit.export.fuse import write_fused
 
 STEPS = ["As it stands", "What the contract says", "What the model sees", "Scores and answer", "Why this answer",

@@ -22,12 +22,12 @@ from tritonclient.utils import InferenceServerException
 
 from mlkit.core import RegistryError, ServeError
 from mlkit.registry.bundle import read_manifest, write_bundle
-from mlkit.triton.client import Client
+from mlkit.triton_server.client import Client
 from mlkit.serving.front import Front
 from mlkit.serving.hosted import private_copy
 from mlkit.export.fuse import write_fused
-from mlkit.triton.load import measure_load
-from mlkit.triton.repository import write_repository
+from mlkit.triton_server.load import measure_load
+from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import Signature, Signatures, Tensor, arrays
 
 CONTRACT = {

@@ -24,7 +24,7 @@ from mlkit.core import LONGEST, OBEYED, ConfigError, DataError, MlkitError, Regi
 from mlkit.data.shards import write_shards
 from mlkit.registry.verdict import check_model_name
 from mlkit.new import Choice, class_bound, common, judge_by, params_text, slug, split_method
-from mlkit.triton.repository import server_can_name_it
+from mlkit.triton_server.repository import server_can_name_it
 from mlkit.sources.locator import original
 from mlkit.sources.registry import open_source
 from mlkit.training.check import experiment_can_be_named

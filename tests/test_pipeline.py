@@ -106,7 +106,7 @@ def test_what_depends_on_what(finished):
     def users(module): return {n for n, d in deps.items() if f"mlkit/{module}.py" in d}
     assert users("training/fit") == users("training/run") == {"tune", "train", "stress"} and users("training/track") == {"train"}
     assert users("evaluation/explain") == {"explain"} and users("evaluation/evaluate") == {"evaluate", "stress"} and users("sources/registry") == {"ingest"}
-    assert users("audit/base") == {"audit"} and users("triton/load") == {"serve", "release"} and users("flow/stage") == {*STAGES, "index"}
+    assert users("audit/base") == {"audit"} and users("triton_server/load") == {"serve", "release"} and users("flow/stage") == {*STAGES, "index"}
     assert not users("cli") | users("flow/runner") | users("_modidx") | users("commands/repro") and users("flow/pipeline") == {"index", "release"}
     # and the same from Python itself: no module of mlkit is loaded that is not declared
     code = """

@@ -16,16 +16,16 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import mlkit.triton.server
+import mlkit.triton_server.server
 from mlkit.core import ServeError, SetupError
-from mlkit.triton.client import Client
+from mlkit.triton_server.client import Client
 from mlkit.export.fuse import write_fused
-from mlkit.triton.install import TRITONSERVER, find_triton, install_serving, serving_env
-from mlkit.triton.load import measure_load
-from mlkit.triton.repository import write_repository
+from mlkit.triton_server.install import TRITONSERVER, find_triton, install_serving, serving_env
+from mlkit.triton_server.load import measure_load
+from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import Signature, Signatures, Tensor
-from mlkit.triton.supervise import probe, repair, supervise
-from mlkit.triton.server import Triton
+from mlkit.triton_server.supervise import probe, repair, supervise
+from mlkit.triton_server.server import Triton
 
 
 def step(path, nodes, x, y, weights=()):
@@ -91,7 +91,7 @@ def test_install_is_idempotent():
 def test_install_failure_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("MLKIT_SERVING", str(tmp_path / "s"))
     packages = ("nvidia-pytriton==0.7.0", "tritonclient==2.51.0", "numpy==0.0.1")
-    monkeypatch.setattr("mlkit.triton.install.SERVING", packages)
+    monkeypatch.setattr("mlkit.triton_server.install.SERVING", packages)
     with pytest.raises(SetupError, match="cannot install numpy==0.0.1: .*") as e:
         install_serving(lambda _: None)
     assert "\n" not in str(e.value) and not (tmp_path / "s").exists()
@@ -99,7 +99,7 @@ def test_install_failure_is_one_line(monkeypatch, tmp_path):
 
 def test_setup_says_what_it_installs(tmp_path):
     "Without a terminal: each line arrives when it is written. The slow part is replaced by one that waits to be seen."
-    code = ("import sys, mlkit.triton.install as i\n"
+    code = ("import sys, mlkit.triton_server.install as i\n"
             "def fill(env, progress): env.mkdir(); progress('  downloading toy 1.0, 3 MB'); sys.stdin.readline()\n"
             "i._fill = fill\n"
             "from mlkit.cli import main; sys.argv = ['mlkit', 'setup']; main()")
@@ -153,11 +153,11 @@ def test_port_in_use_names_its_holder(server, repository):
 
 def test_a_port_that_another_has_just_taken(server, repository, monkeypatch):
     "Both found the same port free. The other's answer is not ours; where any port would do, another is taken."
-    free, given, said = mlkit.triton.server.free_port, [], []
+    free, given, said = mlkit.triton_server.server.free_port, [], []
     def found_free(host, port):
         given.append(port)
         return server.port if len(given) == 1 else free(host, port)
-    monkeypatch.setattr(mlkit.triton.server, "free_port", found_free)
+    monkeypatch.setattr(mlkit.triton_server.server, "free_port", found_free)
     with Triton(repository, progress=said.append) as ours:
         assert len(given) == 4 and ours.port not in (0, server.port) and ours.id != server.id # HTTP and metrics, twice
         assert len(said) == 1 and "already in use" in said[0] and "started once more" in said[0]
@@ -264,7 +264,7 @@ def test_dead_server_is_restarted(server):
     assert len(shared_memory(os.getpid())) == len(stubs(server)) # none is left of the dead ones
 
 
-START = ("import sys, time; from mlkit.triton.supervise import serve_forever; from mlkit.triton.server import Triton; "
+START = ("import sys, time; from mlkit.triton_server.supervise import serve_forever; from mlkit.triton_server.server import Triton; "
          "s = Triton(sys.argv[1]); ")
 
 

@@ -19,11 +19,11 @@ from mlkit.data.split import SPLITS, Split
 from mlkit.evaluation.evaluate import predict
 from mlkit.inputs.rows import Rows
 from mlkit.export.chain import OnnxChain, export_onnx
-from mlkit.triton.install import install_serving
+from mlkit.triton_server.install import install_serving
 from mlkit.export.parity import parity
-from mlkit.triton.repository import write_repository
+from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import arrays
-from mlkit.triton.server import Triton
+from mlkit.triton_server.server import Triton
 from mlkit.sources.registry import open_source
 from mlkit.task import Task
 from mlkit.training.run import Run, train_records

@@ -14,11 +14,11 @@ from mlkit.inputs.rows import Rows
 from mlkit.targets.classes import Classes
 from mlkit.targets.value import Value
 from mlkit.task import Task
-from mlkit.triton.load import measure_load
-from mlkit.triton.server import Triton
-from mlkit.triton.install import install_serving
-from mlkit.triton.supervise import probe
-from mlkit.triton.repository import write_repository
+from mlkit.triton_server.load import measure_load
+from mlkit.triton_server.server import Triton
+from mlkit.triton_server.install import install_serving
+from mlkit.triton_server.supervise import probe
+from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import arrays
 
 CITIES = ["Köln", "Bonn", 'quo"ted', "two words", "日本"]

@@ -17,7 +17,7 @@ def doctor():
     "What this machine has, what each job uses and why, and how to add what is missing."
     from mlkit.device import find
     from mlkit.doctor import doctor as look, doctor_table, failing
-    from mlkit.triton.install import find_triton
+    from mlkit.triton_server.install import find_triton
     try:
         root = project_root()
     except MlkitError:

@@ -57,8 +57,8 @@ def serve(alias, port, metrics_port, host, tls_cert, tls_key, log, workers, engi
     access = None if engine == "triton" else access_of(root, host, tls_cert, tls_key, log)
     folder = bundle_to_serve(root, alias)
     if engine == "triton":
-        from mlkit.triton.supervise import serve_forever
-        from mlkit.triton.server import Triton
+        from mlkit.triton_server.supervise import serve_forever
+        from mlkit.triton_server.server import Triton
         server = Triton(folder / "model_repository", port=port, metrics_port=metrics_port, host=host)
         return serve_forever(server, progress=click.echo)
     from mlkit.serving.front import Front, serve_until_told

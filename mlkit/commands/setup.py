@@ -29,7 +29,7 @@ def setup_project(root: Path) -> list[str]: # Lines: what changed that a person 
 def setup():
     "Install what pip does not: the serving environment (Triton with ONNX Runtime), the warm kernel for JupyterLab, git's merge driver for dvc.lock."
     from mlkit.flow.warm import install_kernel
-    from mlkit.triton.install import find_triton, install_serving
+    from mlkit.triton_server.install import find_triton, install_serving
     install_serving(click.echo)
     install_kernel()
     triton, reason = find_triton()

@@ -430,7 +430,7 @@ def asked_server(
     sample: Sample, task: Task,
 ) -> Said:
     "Ask a live server."
-    from mlkit.triton.client import Client
+    from mlkit.triton_server.client import Client
     if url is None and not listens(USUAL):
         return Said("server", None, NO_SERVER)
     found = sorted(repository.glob("*/1/signatures.json"))

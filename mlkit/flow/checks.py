@@ -28,7 +28,7 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:names_fit_files",
     "mlkit.registry.verdict:model_can_be_named",
     "mlkit.evaluation.protected_check:protected_are_columns",
-    "mlkit.triton.repository:server_can_name_it",
+    "mlkit.triton_server.repository:server_can_name_it",
     "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:weights_are_known",

@@ -83,7 +83,7 @@ def check_config(path: Path):
     "Raises `RegistryError` where Triton's configuration asks for a backend that can run code, or leaves its folder."
     from google.protobuf import json_format
     from google.protobuf.text_format import ParseError
-    from mlkit.triton.repository import parse_config
+    from mlkit.triton_server.repository import parse_config
     text_of(path)
     try:
         config = json_format.MessageToDict(parse_config(path), preserving_proto_field_name=True)

@@ -20,7 +20,7 @@ from .gateway import Gateway
 from .hosted import Bundled, ENOUGH, Hosted, private_copy
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
 from .traffic import Traffic
-from ..triton.server import free_port
+from ..triton_server.server import free_port
 from .worker import die_with
 
 # %% ../../nbs/serving/12_front.ipynb #82c3736f

@@ -19,7 +19,7 @@ from .enforce import Enforcer
 from .gateway import Served
 from .golden import read_golden
 from .queue import Limits, Queue, Unanswered
-from ..triton.repository import parse_config
+from ..triton_server.repository import parse_config
 from .worker import last_words, start_worker
 
 # %% ../../nbs/serving/10_hosted.ipynb #db28c7ed
@@ -62,7 +62,7 @@ def example_bundle(tmp: Path) -> tuple[Path, dict[str, str], str]: # A bundle, i
     "What the stage `release` would leave for a small model: four bytes in, one of three pets out."
     from mlkit.core import write_json
     from mlkit.registry.bundle import read_manifest, write_bundle
-    from mlkit.triton.repository import example_export, write_repository
+    from mlkit.triton_server.repository import example_export, write_repository
     inputs = [{"name": "pixels", "dtype": "uint8", "shape": [4]}]
     target = {"name": "pet", "dtype": "category", "categories": ["cat", "dog", "owl"]}
     write_json(tmp / "contract.json", {"modality": "image", "task": "classification", "inputs": inputs, "target": target})
