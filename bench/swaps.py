@@ -82,8 +82,8 @@ def main():
         bundle = shop(root / "1")
         stable = Place("1", identity(bundle))
         with Front(bundle, hashes(bundle), identity(bundle)[:12], root=root) as front:
-            Thread(target=lambda: front.watch(lambda line: None), daemon=True).start()
-            clients = [Thread(target=client, args=(front, i, over, seconds, failed)) for i in range(8)]
+            Thread(target=lambda: front.watch(lambda line: print(line, file=sys.stderr)), daemon=True).start()
+            clients = [Thread(target=client, args=(front, i, over, seconds, failed), daemon=True) for i in range(8)]
             for c in clients:
                 c.start()
             took, sizes = [], []
@@ -95,6 +95,7 @@ def main():
             over.set()
             for c in clients:
                 c.join()
+            time.sleep(12) # the old version may take ten seconds to end what it has
             left = len(psutil.Process(front.process.pid).children())
     seconds.sort()
     print(f"\n{machine()}\n")

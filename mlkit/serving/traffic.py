@@ -210,6 +210,11 @@ async def obey(self: Traffic, root: Path, state: State | None) -> str | None: # 
             self.forget()
         return None
     plan = state.plan
+    if self.candidate and plan.stable.bundle.startswith(self.candidate.bundled.version): # one has ended, the next has begun
+        self.replace_stable()
+        ours = self.stable.bundled.version
+    if self.candidate and not plan.candidate.bundle.startswith(self.candidate.bundled.version):
+        self.forget()
     if not plan.stable.bundle.startswith(ours):
         return f"the server answers with bundle {ours} and not with {plan.stable}; start it with 'mlkit serve --alias champion'"
     wrong = "" if self.candidate else await self.load(root, plan.model, plan.candidate)
@@ -239,12 +244,12 @@ async def follow(self: Traffic, root: Path, every: float = 1.0): # seconds betwe
             held = await asyncio.to_thread(tick, root, held, time.time(), golden)
             before, golden = golden, await self.obey(root, held)
             seen = changed(root) if golden == before else None # what is new about the candidate is told at once
-        except (MlkitError, OSError) as e: # a damaged file, a full disk: the stable version answers everybody
+        except Exception as e: # a damaged file, a full disk: whatever it is, the stable version answers everybody
             if self.candidate:
                 self.forget()
-            if str(e) != told_of:
-                self.gateway.log(f"rollout: {e}")
-            told_of, golden = str(e), None
+            if repr(e) != told_of:
+                self.gateway.log(f"rollout: {e if isinstance(e, MlkitError) else repr(e)}")
+            told_of, golden = repr(e), None
 
 @patch
 async def end(self: Traffic):
