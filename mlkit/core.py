@@ -80,7 +80,7 @@ SECRETS = [re.compile(pattern, re.I) for pattern in ( # each keeps its first gro
     rf"([?&;](?:[\w.-]*{WORDS}[\w.-]*|{SHORT})=)(?!…)[^\s&;'\"]+", # ?token=…
     r"((?<![\w?&;-])(?:password|passwd|pwd)\s*=\s*)(?!…)[^\s&;'\"]+", # host=db password=…
     r"()-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?",
-    r"()\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|hf_[a-z0-9]{30,}|xox[abprs]-[\w-]{10,})")]
+    r"()\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|hf_[a-z0-9]{30,}|xox[abprs]-[\w-]{10,}|mlkit_[0-9a-f]{48})")]
 
 def holds_secret(text: str) -> bool:
     "Whether a text carries a password, a token or a private key."
