@@ -1,6 +1,5 @@
 "A new version beside the one that serves, on a real server under load: good ones take its place, bad ones go, and no user notices."
 import json
-import os
 import random
 import shutil
 import time
@@ -17,7 +16,8 @@ from mlkit.registry.bundle import identity_of, read_manifest
 from mlkit.rollout.evidence import Allowed
 from mlkit.rollout.file import order, read_state, started
 from mlkit.rollout.state import OVER, Place, Plan, promote_now
-from mlkit.serving.front import Front
+from mlkit.serving.front import Front, Release
+from mlkit.serving.hosted import example_bundle
 
 def identity(bundle): return identity_of(read_manifest(bundle)["files"])
 
@@ -151,9 +151,31 @@ def test_a_good_version_takes_the_place_and_a_kill_changes_nothing(root, monkeyp
             names.append(candidate.bundle[:12])
             stable = candidate
         assert wrong == [] and len(answers) > 200, wrong[:3]
-        family = psutil.Process(front.process.pid).children()
-        assert len(family) == 2, "only the workers of the stable version are left"
-        wait(lambda: [p.name.split("-")[0] for p in os.scandir(front.folder.name) if p.is_dir()] == [names[-1]])
+        wait(lambda: len(psutil.Process(front.process.pid).children()) == 2) # the workers of the stable version are left
+        wait(lambda: [p.name.split("-")[0] for p in front.bundled.folder.parent.iterdir() if p.is_dir()] == [names[-1]])
+
+def test_several_models_at_once(root, tmp_path, monkeypatch):
+    "Each has its own queue, workers and rollouts; what happens to one is nothing to the others."
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr("mlkit.serving.front.promote_in_registry", lambda root: lambda state: None)
+    bundle, pets = root / "1/bundle", Release(*example_bundle(tmp_path / "b"))
+    pixels = {"inputs": [{"name": "pixels", "shape": [1, 4], "datatype": "UINT8", "data": [1, 2, 3, 4]}]}
+    with Front(bundle, hashes(bundle), identity(bundle)[:12], root=root, others=[pets]) as front:
+        Thread(target=lambda: front.watch(lambda line: None), daemon=True).start()
+        said = ask(front, "POST", "/v2/models/pets/infer", json.dumps(pixels).encode())
+        assert said[0] == 200 and ask(front, "POST", "/predict", b"{}")[0] == 404
+        row = json.dumps({"age": 41, "income": 1, "town": "Bonn"}).encode()
+        assert json.loads(ask(front, "POST", "/predict/shop", row)[1])["answer"] == "no"
+        candidate = version(root, "2", model=older_than(40))
+        order(root, started(Plan("shop", Place("1", identity(bundle)), candidate, every=600.0, patience=6000.0), "a test", ""))
+        wait(lambda: read_state(root).phase == "running")
+        order(root, lambda state: promote_now(state, "a test", "it is good", time.time()))
+        wait(lambda: json.loads(ask(front, "POST", "/predict/shop", row)[1])["answer"] == "yes")
+        assert ask(front, "POST", "/v2/models/pets/infer", json.dumps(pixels).encode()) == said
+        front.process.kill()
+        wait(lambda: json.loads(ask(front, "POST", "/predict/shop", row)[1])["answer"] == "yes")
+        assert ask(front, "POST", "/v2/models/pets/infer", json.dumps(pixels).encode()) == said
+
 
 def wait(condition, seconds=60):
     end = time.monotonic() + seconds

@@ -43,9 +43,9 @@ class Traffic:
 
     def show(self):
         "Let clients see the versions that there are."
-        hosted = [h for h in (self.stable, self.candidate) if h]
-        self.gateway.models[:] = [h.served for h in hosted]
         self.gateway.traffic[self.stable.served.name] = self
+        models = self.gateway.traffic.values()
+        self.gateway.models[:] = [h.served for m in models for h in (m.stable, m.candidate) if h]
 
     def later(self, coroutine):
         "Have something done that nobody waits for."
