@@ -317,6 +317,32 @@ def test_overload_is_told_at_once(bundle):
         assert all(b"the model is busy" in body for status, body in answers if status == 503)
 
 
+def test_who_goes_leaves_the_queue(bundle):
+    "No worker computes for a client that has closed its connection."
+    def waiting():
+        with urllib.request.urlopen(front.metrics_url) as r:
+            return next(float(line.split()[-1]) for line in r.read().decode().splitlines() if line.startswith("mlkit_waiting_samples{"))
+    body = json.dumps([ROW] * 16).encode() # a batch, so that each goes alone
+    text = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with Front(bundle, hashes(bundle), "v1") as front:
+        for worker in workers(front):
+            worker.suspend()
+        clients = [socket.create_connection((front.host, front.port)) for _ in range(10)]
+        for c in clients:
+            c.sendall(text)
+            time.sleep(0.02)
+        end = time.monotonic() + 1
+        while waiting() < 8 * 16 and time.monotonic() < end:
+            time.sleep(0.02)
+        before = waiting()
+        for c in clients:
+            c.close()
+        end = time.monotonic() + 1 # the silent workers are replaced after two seconds, and would empty the queue
+        while waiting() > 32 and time.monotonic() < end: # a worker holds one, and who came while nobody waited is not watched
+            time.sleep(0.05)
+        assert before >= 8 * 16 and waiting() <= 32
+
+
 def test_sigterm_lets_what_is_under_way_end(bundle):
     with Front(bundle, hashes(bundle), "v1") as front:
         family = [psutil.Process(front.process.pid), *workers(front)]

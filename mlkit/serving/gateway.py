@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['OWN_NAMES', 'TIMES', 'NEVER', 'MAX_SAID', 'Refused', 'refusal', 'Bounds', 'read_body', 'check_caller', 'Served',
-           'Answer', 'as_json', 'Gateway', 'Metrics', 'contract_of']
+           'Answer', 'as_json', 'Gateway', 'Metrics', 'contract_of', 'unless_gone']
 
 # %% ../../nbs/serving/06_gateway.ipynb #aa6aabb1
 import asyncio, math, time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,13 +260,26 @@ def _stats(self: Gateway, model: Served) -> dict: # as Triton has them: perf_ana
              "batch_stats": []}
     return {"model_stats": [stats]}
 
+# %% ../../nbs/serving/06_gateway.ipynb #b1094e69
+async def unless_gone(work: Coroutine, receive: Callable) -> Any: # What `work` gives
+    "Raises `Refused` where the client goes before; then `work` is cancelled."
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
 # %% ../../nbs/serving/06_gateway.ipynb #b831e1f1
 @patch
 async def _post(self: Gateway, parts: list[str], headers: dict[bytes, bytes], receive) -> Answer:
     if parts[:1] == ["predict"] and len(parts) < 3:
         model = self.find(parts[1]) if len(parts) == 2 else self._only()
         body = await read_body(receive, headers, self.bounds)
-        model, answers = await self._shared(model, headers, lambda m: m.predict(body))
+        model, answers = await self._shared(model, headers, lambda m: m.predict(body), receive)
         self.metrics.count(model, len(answers) if isinstance(answers, list) else 1)
         return as_json(answers)
     model, rest = self._model(parts)
@@ -274,14 +287,16 @@ async def _post(self: Gateway, parts: list[str], headers: dict[bytes, bytes], re
         raise Refused(404, "no such address; see /v2")
     body = await read_body(receive, headers, self.bounds)
     ask = lambda m: self._infer(m, body, headers)
-    model, (answer, n) = (model, await ask(model)) if "versions" in parts else await self._shared(model, headers, ask)
+    model, (answer, n) = (model, await ask(model)) if "versions" in parts else await self._shared(model, headers, ask, receive)
     self.metrics.count(model, n)
     return answer
 
 @patch
-async def _shared(self: Gateway, model, headers, ask): # which version answers, and what
-    traffic = self.traffic.get(model.name)
-    return await traffic.answer(ask, headers) if traffic else (model, await ask(model))
+async def _shared(self: Gateway, model, headers, ask, receive): # which version answers, and what
+    async def answered():
+        traffic = self.traffic.get(model.name)
+        return await traffic.answer(ask, headers) if traffic else (model, await ask(model))
+    return await (unless_gone(answered(), receive) if model.queue.n_waiting else answered())
 
 @patch
 def _only(self: Gateway):
