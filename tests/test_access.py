@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
 from threading import Event, Thread
 
 import polars as pl
@@ -100,7 +101,7 @@ def test_only_a_right_token_is_let_in(bundle, folder):
             assert token.encode() not in body and answered["x-request-id"]
         for path, method in (("/v2", "GET"), ("/v2/health/live", "GET"), ("/v2/models/shop/infer", "POST"), ("/nothing", "GET"), ("/predict?token=" + token, "POST")):
             assert ask(front, path=path, method=method)[0] in (401, 429)
-        said = b"".join(f.read_bytes() for f in folder.parent.rglob("*") if f.is_file()) + (front.bundled.folder / "log").read_bytes()
+        said = b"".join(f.read_bytes() for f in folder.parent.rglob("*") if f.is_file()) + (Path(front.folder.name) / "log").read_bytes()
         assert token.encode() not in said and token not in str(front.lines)
 
 
