@@ -51,7 +51,8 @@ def held_out(
         raise ExportError(f"the {split} split is empty, and variants are compared on it; see prepare.shares")
     def inputs(samples):
         return dict(zip((t.name for t in served.inputs), raw_arrays(served, task.input.sent(samples))))
-    slices = slices_of(with_own(task.input.traits(prepared, split)[rows]))
+    traits = task.input.traits(prepared, split)
+    slices = slices_of(with_own(traits[rows] if traits.width else traits)) # an input of your own may have none
     odd = inputs(task.input.odd(raw)[0])
     return HeldOut(task, inputs(raw[rows]), odd, np.asarray(y)[rows], slices, metric, n_bins)
 

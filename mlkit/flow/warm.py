@@ -19,10 +19,10 @@ from jupyter_client.provisioning import LocalProvisioner
 
 # %% ../../nbs/flow/07_warm.ipynb #9f4d7f17
 FIRST = ["ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "matplotlib_inline.backend_inline"] # what every kernel takes
-PRELOAD = [ # in the order in which a pipeline needs them
+PRELOAD = [ # in the order in which a pipeline needs them; not cleanlab, which silences all warnings when it is imported
     "numpy", "pydantic", "polars", "cv2", "pandas", "matplotlib.pyplot", "safetensors.numpy",
     "sklearn.datasets", "sklearn.linear_model", "sklearn.metrics", "scipy.stats",
-    "ruamel.yaml", "pyarrow.parquet", "sklearn.ensemble", "cleanlab.filter", "torch", "lightning_fabric", "safetensors.torch",
+    "ruamel.yaml", "pyarrow.parquet", "sklearn.ensemble", "torch", "lightning_fabric", "safetensors.torch",
     "mlflow.tracking", "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store", "alembic.command", "xgboost", "captum.attr",
     "onnxruntime", "onnx", "onnxscript", "torch.onnx", "onnxscript.function_libs.torch_lib.ops",
     "evidently", "evidently.presets", "plotly.graph_objs", "optuna"]
