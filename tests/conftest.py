@@ -189,7 +189,7 @@ def fresh(tmp_path_factory): return checkout(tmp_path_factory.mktemp("fresh") / 
 
 def quick(project):
     "The same stages with less to do in each."
-    project.param(train__n_epochs=3, export__engine="none", serve__measure_s=0.3, serve__concurrency=[1], evaluate__n_bins=5, stress__retrain_gflop=2)
+    project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], evaluate__n_bins=5, stress__retrain_gflop=2)
     project.replace("params.yaml", "evaluate.accuracy: {min: 0.97}", "evaluate.accuracy: {min: 0.5}")
     return project
 
