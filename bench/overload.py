@@ -57,7 +57,8 @@ async def closed_loop(front, n: int, seconds: float) -> float: # Answers a secon
     async def one():
         nonlocal done
         while time.monotonic() < end:
-            done += await connections.ask() == 200
+            status = await connections.ask()
+            done += status == 200
     await asyncio.gather(*(one() for _ in range(n)))
     return done / seconds
 
