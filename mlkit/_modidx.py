@@ -3334,6 +3334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlkit.registry.store.register': ('registry/store.html#register', 'mlkit/registry/store.py'),
                                       'mlkit.registry.store.release_of': ('registry/store.html#release_of', 'mlkit/registry/store.py'),
                                       'mlkit.registry.store.said_against': ('registry/store.html#said_against', 'mlkit/registry/store.py'),
+                                      'mlkit.registry.store.set_alias': ('registry/store.html#set_alias', 'mlkit/registry/store.py'),
                                       'mlkit.registry.store.set_aliases': ('registry/store.html#set_aliases', 'mlkit/registry/store.py'),
                                       'mlkit.registry.store.store_stamp': ('registry/store.html#store_stamp', 'mlkit/registry/store.py'),
                                       'mlkit.registry.store.upload': ('registry/store.html#upload', 'mlkit/registry/store.py'),
