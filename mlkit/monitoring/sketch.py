@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['N_BINS', 'N_CLASSES', 'MISSING', 'NEW', 'N_COARSE', 'STEP', 'OFFSET', 'Shape', 'fit_shape', 'known', 'positions',
            'count', 'numbers_of', 'coarse_at', 'coarse_labels', 'labels_at', 'sizes', 'size_of', 'in_order', 'quantile',
-           'Sketch', 'added', 'sketch', 'shapes_to_dict', 'shapes_from_dict', 'digest']
+           'Sketch', 'added', 'sketch', 'quantile_of', 'shapes_to_dict', 'shapes_from_dict', 'digest']
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #716a2026
+# %% ../../nbs/monitoring/06_sketch.ipynb #bf03ab5a
 import hashlib, json, math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import numpy as np, polars as pl
 
 from ..core import DataError
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #72c89ced
+# %% ../../nbs/monitoring/06_sketch.ipynb #47bdd784
 N_BINS = 64 # of a number
 N_CLASSES = 64 # the most frequent ones; the rest are counted together
 
@@ -52,7 +52,7 @@ def known(s: pl.Series) -> pl.Series:
     "Text, with null for what is missing."
     return s.cast(pl.String).replace({MISSING: None, "": None})
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #ba320375
+# %% ../../nbs/monitoring/06_sketch.ipynb #29c8484c
 def positions(
     shape: Shape,
     s: pl.Series,
@@ -82,7 +82,7 @@ def numbers_of(s: pl.Series) -> np.ndarray: # (n,) float64, NaN where missing, o
     "Values as numbers."
     return s.cast(pl.Float64, strict=False).fill_null(math.nan).to_numpy()
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #90d19f1a
+# %% ../../nbs/monitoring/06_sketch.ipynb #1febd68e
 N_COARSE = 10 # bins of a number, for people
 
 def coarse_at(shape: Shape) -> np.ndarray: # (len(shape.labels),) int64
@@ -106,7 +106,7 @@ def labels_at(shape: Shape, s: pl.Series) -> tuple[np.ndarray, list[str]]: # (n,
     "The bin of each value, of few."
     return coarse_at(shape)[positions(shape, s)], coarse_labels(shape)
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #dc23297f
+# %% ../../nbs/monitoring/06_sketch.ipynb #9f55b780
 STEP = 1.1 # from one size to the next
 OFFSET = 8192 # so that the sign of a key is that of the number
 
@@ -141,7 +141,7 @@ def quantile(
             return size_of(key)
     return None
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #3d31f9a3
+# %% ../../nbs/monitoring/06_sketch.ipynb #d069057b
 @dataclass(frozen=True)
 class Sketch:
     "What the rows of a table look like. Two of the same shapes add up."
@@ -180,7 +180,20 @@ def sketch(
     numbers = [c for c in there if shapes[c].kind == "number"]
     return Sketch(len(frame), {c: count(shapes[c], frame[c]) for c in there}, {c: sizes(numbers_of(frame[c])) for c in numbers})
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #78557abc
+# %% ../../nbs/monitoring/06_sketch.ipynb #ba34243c
+def quantile_of(
+    column: str, shape: Shape, # of numbers
+    seen: Sketch,
+    share: float, # in [0, 1]
+) -> float | None: # None: there is no number
+    "A quantile of a column: to a bin where training had such values, else to 5 %."
+    n = seen.counts[column][1:]
+    at = int(np.searchsorted(np.cumsum(n), share * n.sum(), side="left"))
+    if 1 <= at <= len(shape.bounds) and n.sum():
+        return shape.bounds[at - 1]
+    return quantile(seen.sizes[column], share)
+
+# %% ../../nbs/monitoring/06_sketch.ipynb #435cf067
 def shapes_to_dict(shapes: dict[str, Shape]) -> dict:
     "As JSON has them."
     return {c: {"kind": s.kind, "bounds": list(s.bounds)} | ({"others": list(s.others)} if s.others else {}) for c, s in shapes.items()}

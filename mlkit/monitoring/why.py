@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['DO', 'SURE', 'BROKEN', 'FAILS', 'REFUSES', 'SLOWER', 'Finding', 'Settings', 'percent', 'moved_in_words', 'of_column',
            'of_inputs', 'worth', 'costs', 'of_answers', 'shown', 'metric', 'of_quality', 'ended_with', 'of_server',
-           'of_latency', 'of_contract', 'Judged', 'judge']
+           'of_latency', 'of_contract', 'Judged', 'judge', 'finding_rows', 'profile_rows']
 
-# %% ../../nbs/monitoring/10_why.ipynb #338ed4f5
+# %% ../../nbs/monitoring/10_why.ipynb #40710076
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from .profile import Profile, Seen
 from .quality import Measured, expected, explained, measured
 from .shift import Shift, share_changed, shifts
-from .sketch import Shape, Sketch, quantile
+from .sketch import Shape, Sketch, quantile, quantile_of
 from .statistics import PREDICTION
 from ..task import Task
 
-# %% ../../nbs/monitoring/10_why.ipynb #ae1ad418
+# %% ../../nbs/monitoring/10_why.ipynb #1f5ca332
 DO = {
     "schema": "Ask whoever sends the rows to send this column again; until then the model takes it for missing.",
     "unit": "Mend it where the numbers come from, and give the column a narrower range in the contract, so that the server refuses such rows. Do not train on them.",
@@ -59,7 +59,7 @@ class Settings:
 
 SURE = 0.001 # p below which a change is no chance, where one thing is tested
 
-# %% ../../nbs/monitoring/10_why.ipynb #46ab6ba4
+# %% ../../nbs/monitoring/10_why.ipynb #5b8f0c4c
 def percent(x: float) -> str:
     "'12 %', '0.4 %'."
     return f"{100 * x:.0f} %" if x >= 0.0995 or not x else f"{100 * x:.1f} %"
@@ -67,13 +67,13 @@ def percent(x: float) -> str:
 def moved_in_words(column: str, shape: Shape, reference: Sketch, now: Sketch) -> str:
     "How a column has moved."
     if shape.kind == "number":
-        a, b = ([quantile(s.sizes[column], q) for q in (0.1, 0.5, 0.9)] for s in (reference, now))
+        a, b = ([quantile_of(column, shape, s, q) for q in (0.1, 0.5, 0.9)] for s in (reference, now))
         return f"{column}: the median is {b[1]:.3g} and was {a[1]:.3g}; eight of ten lie between {b[0]:.3g} and {b[2]:.3g}, before between {a[0]:.3g} and {a[2]:.3g}"
     p, q = (n[1:] / max(n[1:].sum(), 1) for n in (reference.counts[column], now.counts[column]))
     i = int(np.abs(q - p).argmax())
     return f"{column}: {percent(q[i])} are {shape.labels[1 + i]}, and {percent(p[i])} were"
 
-# %% ../../nbs/monitoring/10_why.ipynb #0984a789
+# %% ../../nbs/monitoring/10_why.ipynb #549ce1f8
 def of_column(column: str, shape: Shape, s: Shift, reference: Sketch, now: Sketch) -> Finding | None:
     "What is to be said of an input."
     if s.unit:
@@ -98,7 +98,7 @@ def of_inputs(profile: Profile, seen: Seen, found: dict[str, Shift], needed: lis
     told = [of_column(c, profile.shapes[c], found[c], profile.reference, seen.sketch) for c in columns]
     return lost + [f for f in told if f]
 
-# %% ../../nbs/monitoring/10_why.ipynb #8d4dccf0
+# %% ../../nbs/monitoring/10_why.ipynb #5958ae90
 BROKEN = "schema", "unit", "missing", "category", "contract" # faults, which also make a model wrong
 
 def worth(task: Task, profile: Profile, settings: Settings) -> float: # in the loss's own unit
@@ -118,7 +118,7 @@ def of_answers(found: dict[str, Shift], profile: Profile, seen: Seen, inputs: li
                     moved_in_words(c, profile.shapes[c], profile.reference, seen.sketch) + (follows if c == "predicted" else ""), c, s.distance, s.p)
             for c, s in found.items() if c in PREDICTION and s.drifted]
 
-# %% ../../nbs/monitoring/10_why.ipynb #0db2a693
+# %% ../../nbs/monitoring/10_why.ipynb #d92dc832
 def shown(task: Task, loss: float) -> str:
     "A loss as its metric."
     return percent(1 - loss) if task.target.says_class else f"{loss:.4g}"
@@ -148,7 +148,7 @@ def _measured(task, m: Measured, matters, inputs):
         return Finding("quality", "alert", text + why, effect=m.loss - m.before, p=m.p_before)
     return None
 
-# %% ../../nbs/monitoring/10_why.ipynb #4ea31cec
+# %% ../../nbs/monitoring/10_why.ipynb #7c70a82f
 FAILS, REFUSES, SLOWER = 0.01, 0.02, 2.0 # shares of requests; times
 
 def ended_with(seen: Seen, first: int, last: int) -> int:
@@ -181,7 +181,7 @@ def of_contract(seen: Seen, told: set[str], settings: Settings) -> list[Finding]
     return [Finding("contract", "alert", f"{c}: {percent(x)} of the rows have a value that the contract does not allow", c, x)
             for c, x in shares.items() if x >= settings.effect / 5 and seen.rows >= settings.least]
 
-# %% ../../nbs/monitoring/10_why.ipynb #e6337669
+# %% ../../nbs/monitoring/10_why.ipynb #d0f1ae34
 @dataclass(frozen=True)
 class Judged:
     "A window, judged."
@@ -220,3 +220,19 @@ def _with_cost(f, cost, task, profile, settings):
         return f
     more = f"{100 * cost:.1f} points of accuracy" if task.target.says_class else f"{cost:.3g} of the error"
     return replace(f, text=f"{f.text}; that alone costs about {more}", severity="alert")
+
+# %% ../../nbs/monitoring/10_why.ipynb #480d8bde
+def finding_rows(findings: list[Finding]) -> list[dict]:
+    "What a person is told, the alarms first."
+    return [{"": f.severity, "what": f.what, "found": f.text, "what to do": DO[f.what]} for f in sorted(findings, key=lambda f: f.severity)]
+
+def profile_rows(profile: Profile) -> list[dict]:
+    "What is expected of each column."
+    def usual(c, shape):
+        if shape.kind == "number":
+            low, middle, high = (quantile_of(c, shape, profile.reference, q) for q in (0.1, 0.5, 0.9))
+            return "no values" if middle is None else f"{middle:.3g}, mostly {low:.3g} to {high:.3g}"
+        n = profile.reference.counts[c]
+        return ", ".join(f"{name} {percent(k / max(n.sum(), 1))}" for name, k in list(zip(shape.labels, n))[1:5] if k)
+    return [{"column": c, "values": int(profile.reference.counts[c][1:].sum()), "missing": percent(profile.reference.counts[c][0] / max(profile.reference.counts[c].sum(), 1)), "usual": usual(c, s)}
+            for c, s in profile.shapes.items()]
