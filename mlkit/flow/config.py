@@ -238,7 +238,7 @@ WATCH = {
     "window": (Annotated[Any, Rule(is_window, "should be 1h, 1d, or a number of rows")], "1d"),
     "least": (Annotated[int, Gt(0)], 100), # Rows from which on a window is judged
     "share_false": (Annotated[float, Interval(gt=0, lt=1)], 0.05), # Of calm windows: those that may alarm
-    "effect": (Annotated[float, Interval(ge=0, le=1)], 0.05), # The distance from which on a change matters
+    "effect": (Annotated[float, Interval(ge=0, le=1)], 0.1), # The distance from which on a change matters
 }
 BESIDE = {"pipeline": PIPELINE, "request_log": REQUEST_LOG, "watch": WATCH} # sections that are no stage's
 

@@ -4,7 +4,7 @@
 __all__ = ['PROFILE', 'FORMAT', 'Profile', 'profile_from', 'answers_frame', 'said', 'fit_profile', 'profile_of', 'expected_rows',
            'Seen', 'summed', 'samples_of', 'whole_images', 'allowed', 'see', 'of_levels', 'see_samples']
 
-# %% ../../nbs/monitoring/09_profile.ipynb #c79bd7d1
+# %% ../../nbs/monitoring/09_profile.ipynb #a3ceef31
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .sketch import Shape, Sketch, digest, fit_shape, shapes_from_dict, shapes_t
 from .statistics import statistics_of
 from ..task import Task
 
-# %% ../../nbs/monitoring/09_profile.ipynb #0d190c35
+# %% ../../nbs/monitoring/09_profile.ipynb #3aaae8a2
 PROFILE = "profile.json" # in a bundle
 FORMAT = 1
 
@@ -50,7 +50,7 @@ def profile_from(path: Path) -> Profile:
     except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{path}: is no profile ({e!r}); run 'mlkit repro release'") from None
 
-# %% ../../nbs/monitoring/09_profile.ipynb #e89d6b78
+# %% ../../nbs/monitoring/09_profile.ipynb #e83a2b77
 def answers_frame(
     task: Task,
     p: np.ndarray, # (n, k) probabilities, or (n, 1) values
@@ -70,7 +70,7 @@ def said(task: Task, frame: pl.DataFrame) -> dict[str, pl.Series]: # `frame`: se
         return {"predicted": frame["answer"].cast(pl.Float64)} if task.target.says_value else {}
     return {"predicted": frame["answer"], "confidence": pl.Series(level_of(task.target, frame), nan_to_null=True)}
 
-# %% ../../nbs/monitoring/09_profile.ipynb #e3feac92
+# %% ../../nbs/monitoring/09_profile.ipynb #ef440c8d
 def fit_profile(
     task: Task,
     train, held_out, # samples as a server gets them, see `Input.raw`: all of training, and such as the model has not learned from
@@ -106,7 +106,7 @@ def expected_rows(known: Losses, level: np.ndarray) -> np.ndarray: # (n,) of eac
     from mlkit.monitoring.quality import levels_at
     return known.by_level()[0][levels_at(known.bounds, level)] * known.unit
 
-# %% ../../nbs/monitoring/09_profile.ipynb #357ddc43
+# %% ../../nbs/monitoring/09_profile.ipynb #82bb0882
 @dataclass(frozen=True)
 class Seen:
     "A window. Two of the same profile add up."
@@ -118,29 +118,30 @@ class Seen:
     latency: dict[int, int] = field(default_factory=dict) # Milliseconds, see `sketch.sizes`
     broken: dict[str, int] = field(default_factory=dict) # Column of the contract: values that it does not allow
     there: dict[str, int] = field(default_factory=dict) # Column of the contract: values
+    replay: dict[str, int] = field(default_factory=dict) # See `replay.replayed`
 
     def __add__(self, other: "Seen") -> "Seen":
         def both(name): return summed(getattr(self, name), getattr(other, name))
         had = [x for x in (self.losses, other.losses) if x]
         return Seen(self.rows + other.rows, self.sketch + other.sketch, self.levels + other.levels, had[0] + had[1] if len(had) > 1 else next(iter(had), None),
-                    *map(both, ("statuses", "latency", "broken", "there")))
+                    *map(both, ("statuses", "latency", "broken", "there", "replay")))
 
     def to_dict(self) -> dict:
         "As JSON has it; the same text for the same rows."
         return {"rows": self.rows, "sketch": self.sketch.to_dict(), "levels": np.asarray(self.levels).tolist(), "losses": self.losses and self.losses.to_dict(),
-                "statuses": self.statuses, "latency": {str(k): n for k, n in self.latency.items()}, "broken": self.broken, "there": self.there}
+                "statuses": self.statuses, "latency": {str(k): n for k, n in self.latency.items()}, "broken": self.broken, "there": self.there, "replay": self.replay}
 
     @classmethod
     def from_dict(cls, d: dict) -> "Seen":
         "The inverse of `to_dict`."
         return cls(d["rows"], Sketch.from_dict(d["sketch"]), np.array(d["levels"]), d["losses"] and Losses.from_dict(d["losses"]), d["statuses"],
-                   {int(k): n for k, n in d["latency"].items()}, d["broken"], d["there"])
+                   {int(k): n for k, n in d["latency"].items()}, d["broken"], d["there"], d["replay"])
 
 def summed(a: dict, b: dict) -> dict:
     "The sums, in order of the keys."
     return {k: a.get(k, 0) + b.get(k, 0) for k in sorted({**a, **b})}
 
-# %% ../../nbs/monitoring/09_profile.ipynb #127681f1
+# %% ../../nbs/monitoring/09_profile.ipynb #9da0b217
 def samples_of(task: Task, frame: pl.DataFrame) -> pl.DataFrame: # a row a sample, compared columns
     "What is compared of logged samples. Columns that the log lacks are left out."
     if task.input.modality == "rows":
@@ -162,7 +163,7 @@ def whole_images(s: pl.Series) -> np.ndarray | None: # (n, h, w, c) uint8; None:
     found = np.stack(images)
     return found[..., None] if found.ndim == 3 else found[..., 2::-1]
 
-# %% ../../nbs/monitoring/09_profile.ipynb #dd26474a
+# %% ../../nbs/monitoring/09_profile.ipynb #1ba4ec9a
 def allowed(contract: Contract, frame: pl.DataFrame) -> tuple[dict[str, int], dict[str, int]]: # values that are not allowed; values
     "How the columns of a contract are filled."
     broken, there = {}, {}

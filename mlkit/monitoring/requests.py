@@ -43,7 +43,7 @@ class WatchSettings:
     window: str | int = "1d" # '1h', '1d', or a number of rows
     least: int = 100 # Rows from which on a window is judged
     share_false: float = 0.05 # Of calm windows: those that may alarm
-    effect: float = 0.05 # The distance from which on a change matters
+    effect: float = 0.1 # The distance from which on a change matters
 
 def watch_settings(
     root: Path, # The project
