@@ -5,7 +5,7 @@ __all__ = ['WATCH', 'COLUMNS', 'STATUSES', 'MIB', 'GPU', 'XID', 'XID_MEANING', '
            'column_metrics', 'finding_metric', 'quality_metrics', 'window_metrics', 'watch_metrics', 'released',
            'Watched', 'temperature', 'load_nvml', 'Gpus', 'labels_of']
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #94c7578d
+# %% ../../nbs/monitoring/10_metrics.ipynb #782682ac
 import math, socket
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -13,12 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 from fastcore.basics import patch
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ..core import DataError, MlkitError, read_json
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #e1bfc464
+# %% ../../nbs/monitoring/10_metrics.ipynb #8460881c
 WATCH = "reports/watch.json"
 
 def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
@@ -34,7 +33,7 @@ def seconds_of(moment: str) -> float: # Unix time
     "A time as ISO 8601 has it. Raises `ValueError`."
     return datetime.fromisoformat(moment).timestamp()
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #7c7dd2cb
+# %% ../../nbs/monitoring/10_metrics.ipynb #1ea8c450
 COLUMNS = { # name: (key in watch.json, meaning)
     "mlkit_drift_distance": ("distance", "How far a column is from the reference."),
     "mlkit_drift_p": ("p", "p-value of a column's comparison with the reference."),
@@ -52,7 +51,7 @@ def column_metrics(model: str, columns: dict[str, dict]) -> list[GaugeMetricFami
             add(family, [model, column], figures.get(key))
     return families
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #ed31d63c
+# %% ../../nbs/monitoring/10_metrics.ipynb #79608ee9
 def finding_metric(model: str, window: dict) -> GaugeMetricFamily:
     "A 1 for each finding of a window."
     family = gauge("mlkit_finding", "What the monitor found in the newest window.", "model", "version", "what", "column", "severity")
@@ -72,7 +71,7 @@ def quality_metrics(model: str, quality: dict | None) -> list[GaugeMetricFamily]
             add(family, [model, quality["metric"], str(bool(quality.get("estimated"))).lower()], quality.get(key))
     return families
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #a2fe38bb
+# %% ../../nbs/monitoring/10_metrics.ipynb #62793ed8
 def window_metrics(model: str, window: dict) -> list[GaugeMetricFamily]:
     "Of the newest window: rows, labels, latency, errors, and its end."
     version = window.get("version", "")
@@ -88,7 +87,7 @@ def window_metrics(model: str, window: dict) -> list[GaugeMetricFamily]:
         add(latency, [model, version, f"0.{key.removeprefix('p')}"], None if value is None else value / 1000)
     return [rows, labels, ended, errors, latency]
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #e8bfc707
+# %% ../../nbs/monitoring/10_metrics.ipynb #4dbf4b6a
 STATUSES = "calm", "alert", "unknown"
 
 def watch_metrics(watch: dict) -> list[GaugeMetricFamily]:
@@ -107,7 +106,7 @@ def watch_metrics(watch: dict) -> list[GaugeMetricFamily]:
         families += column_metrics(model, window.get("columns", {})) + [finding_metric(model, window)]
     return families
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #5ad2226e
+# %% ../../nbs/monitoring/10_metrics.ipynb #a1843b5d
 def released(root: Path) -> GaugeMetricFamily:
     "When the models of the history were released, or became champion."
     from mlkit.registry.history import holder, read_history, releases
@@ -123,13 +122,13 @@ def released(root: Path) -> GaugeMetricFamily:
         pass
     return family
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #7bf740fd
+# %% ../../nbs/monitoring/10_metrics.ipynb #d8ac1f34
 class Watched:
     "A collector: what `reports/watch.json` says now."
     def __init__(self, root: Path):
         self.root = root
         self.n_runs: dict[str, int] = {} # Of the monitor: exit code, times. See `mlkit monitor up`
-        self.seconds = math.nan # That the last one took
+        self.seconds = self.failed = math.nan # That the last one took; 1 where it came to no result
 
     def collect(self) -> Iterator:
         "The registry calls it."
@@ -143,10 +142,12 @@ class Watched:
         for code, n in list(self.n_runs.items()):
             runs.add_metric([code], n)
         took = gauge("mlkit_watch_run_seconds", "That its last run took.")
+        failed = gauge("mlkit_watch_failed", "1 where its last run came to no result.")
         add(took, [], self.seconds)
-        yield from [readable, *families, runs, took, released(self.root)]
+        add(failed, [], self.failed)
+        yield from [readable, *families, runs, took, failed, released(self.root)]
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #b656c896
+# %% ../../nbs/monitoring/10_metrics.ipynb #344f88dd
 def temperature(nvml, handle) -> int: # °C
     "By the function of today, or by that of older libraries and drivers."
     try:
@@ -176,7 +177,7 @@ def load_nvml() -> ModuleType | None:
     except Exception: # its own errors, and those of a library that is not there
         return None
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #ed4cd07b
+# %% ../../nbs/monitoring/10_metrics.ipynb #491f0e39
 class Gpus:
     "A collector: the GPUs of this machine; nothing where there is none."
     def __init__(self, load: Callable[[], ModuleType | None] = load_nvml):
@@ -204,7 +205,7 @@ class Gpus:
                 break
         return self.xids.get(i, 0)
 
-# %% ../../nbs/monitoring/10_metrics.ipynb #ea2dfc59
+# %% ../../nbs/monitoring/10_metrics.ipynb #254b5b57
 def labels_of(nvml: ModuleType, i: int, handle) -> list[str]:
     "As dcgm-exporter has them."
     def text(value): return value.decode() if isinstance(value, bytes) else str(value)

@@ -5,7 +5,7 @@ __all__ = ['NAMES', 'MISSING', 'FOLDER', 'KEPT', 'USUAL', 'READY_S', 'LOOK_S', '
            'prometheus_command', 'alertmanager_command', 'target', 'prometheus_config', 'alone', 'last_words', 'end',
            'Program', 'signal_name', 'Stack']
 
-# %% ../../nbs/monitoring/13_stack.ipynb #bdaf928b
+# %% ../../nbs/monitoring/13_stack.ipynb #4d40968d
 import shutil, subprocess, time, urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .rules import Limits, rules_file, runbook_page, to_yaml
 from ..serving.tokens import write_private
 from ..triton_server.server import free_port
 
-# %% ../../nbs/monitoring/13_stack.ipynb #643c3b51
+# %% ../../nbs/monitoring/13_stack.ipynb #be6321cc
 NAMES = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager")} # Debian's name first
 MISSING = ("install it: apt-get install prometheus prometheus-alertmanager (Debian starts both as services, which are not needed here: "
            "systemctl disable --now prometheus prometheus-alertmanager), or put the program on PATH")
@@ -32,7 +32,7 @@ def find_program(name: str) -> str: # One of `NAMES`; a path
         raise SetupError(f"there is no {name} on PATH; {MISSING}")
     return found
 
-# %% ../../nbs/monitoring/13_stack.ipynb #c719cda2
+# %% ../../nbs/monitoring/13_stack.ipynb #7be8b9d2
 FOLDER = ".mlkit/monitoring"
 KEPT = "--storage.tsdb.retention.time=15d", "--storage.tsdb.retention.size=512MB"
 
@@ -46,7 +46,7 @@ def alertmanager_command(folder: Path, port: int) -> list[str]:
     return [find_program("alertmanager"), f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alertmanager'}",
             f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address=", "--log.level=warn"]
 
-# %% ../../nbs/monitoring/13_stack.ipynb #90a2a9fc
+# %% ../../nbs/monitoring/13_stack.ipynb #1ccdf165
 USUAL = "http://127.0.0.1:8002/metrics" # of 'mlkit serve'
 
 def target(url: str, **labels: str) -> dict: # As Prometheus has it
@@ -68,11 +68,11 @@ def prometheus_config(
     return {"global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every}, "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [urlsplit(alertmanager).netloc]}]}]}, "scrape_configs": scraped}
 
-# %% ../../nbs/monitoring/13_stack.ipynb #553cab44
-def alone(command: list[str], log: Path) -> subprocess.Popen:
+# %% ../../nbs/monitoring/13_stack.ipynb #2d878a67
+def alone(command: list[str], log: Path, folder: Path | None = None) -> subprocess.Popen: # `folder`: to work in
     "Start a program that ends when this process does; for the main thread. Ctrl-C does not reach it."
     with open(log, "ab") as f:
-        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, stdout=f, stderr=f, process_group=0)
+        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, stdout=f, stderr=f, process_group=0, cwd=folder)
 
 def last_words(log: Path) -> str:
     "The last line of a log."
@@ -88,7 +88,7 @@ def end(process: subprocess.Popen, grace: float = 5.0): # seconds
         process.kill()
         process.wait()
 
-# %% ../../nbs/monitoring/13_stack.ipynb #00aa46bd
+# %% ../../nbs/monitoring/13_stack.ipynb #2c186dea
 @dataclass
 class Program:
     "One of the two, which is started again where it ends or does not answer."
@@ -115,7 +115,7 @@ class Program:
         except OSError:
             return False
 
-# %% ../../nbs/monitoring/13_stack.ipynb #ee7b19e8
+# %% ../../nbs/monitoring/13_stack.ipynb #8146fff8
 READY_S = 60.0
 
 @patch
@@ -129,7 +129,7 @@ def wait_ready(self: Program):
             raise ServeError(f"{self.name} is not ready after {READY_S:g} s; {self.log} may say why")
         time.sleep(0.05)
 
-# %% ../../nbs/monitoring/13_stack.ipynb #e7f23bfb
+# %% ../../nbs/monitoring/13_stack.ipynb #c5e590e6
 LOOK_S, SILENT, QUICK = 5.0, 4, 5 # seconds; looks; starts
 
 @patch
@@ -158,7 +158,7 @@ def signal_name(code: int) -> str:
     import signal
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
-# %% ../../nbs/monitoring/13_stack.ipynb #a5baa9ad
+# %% ../../nbs/monitoring/13_stack.ipynb #96bf4009
 class Stack:
     "Prometheus and Alertmanager, from `start` to `stop`; a context manager, for the main thread."
     def __init__(self,
@@ -186,7 +186,7 @@ class Stack:
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
 
-# %% ../../nbs/monitoring/13_stack.ipynb #a06b48b7
+# %% ../../nbs/monitoring/13_stack.ipynb #22b4138c
 @patch
 def start(self: Stack) -> Stack:
     "Raises `MlkitError` where another runs here, `ServeError` where one of the two does not start."
