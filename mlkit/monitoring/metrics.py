@@ -79,12 +79,12 @@ def window_metrics(model: str, window: dict) -> list[GaugeMetricFamily]:
     rows, labels = gauge("mlkit_watch_rows", "Rows of the newest window.", *of_version), gauge("mlkit_watch_labels", "Of them with a label.", *of_version)
     ended = gauge("mlkit_watch_window_end_seconds", "When the newest window ended.", *of_version)
     errors = gauge("mlkit_window_error_share", "Share of requests that failed in the newest window.", *of_version)
-    latency = gauge("mlkit_window_latency_seconds", "Latency in the newest window.", *of_version, "quantile")
+    latency = gauge("mlkit_window_latency_seconds", "Latency in the newest window.", *of_version, "percentile")
     for family, key in ((rows, "rows"), (labels, "labels"), (errors, "errors")):
         add(family, [model, version], window.get(key))
     add(ended, [model, version], seconds_of(window["end"]))
     for key, value in (window.get("latency_ms") or {}).items():
-        add(latency, [model, version, f"0.{key.removeprefix('p')}"], None if value is None else value / 1000)
+        add(latency, [model, version, key], None if value is None else value / 1000)
     return [rows, labels, ended, errors, latency]
 
 # %% ../../nbs/monitoring/10_metrics.ipynb #4dbf4b6a
