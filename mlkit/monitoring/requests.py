@@ -44,6 +44,7 @@ class WatchSettings:
     least: int = 100 # Rows from which on a window is judged
     share_false: float = 0.05 # Of calm windows: those that may alarm
     effect: float = 0.1 # The distance from which on a change matters
+    every: float = 60.0 # Minutes between two looks of 'mlkit monitor up'
 
 def watch_settings(
     root: Path, # The project
