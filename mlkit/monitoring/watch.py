@@ -5,7 +5,7 @@ __all__ = ['WINDOWS', 'N_BEFORE', 'WATCH', 'Watched', 'versions_here', 'released
            'counted', 'typed', 'counted_windows', 'Told', 'judged_windows', 'server_side', 'row_of', 'quality_of',
            'Look', 'look']
 
-# %% ../../nbs/monitoring/13_watch.ipynb #a2b96fd2
+# %% ../../nbs/monitoring/13_watch.ipynb #8727ae52
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from ..registry.bundle import identity_of, read_manifest
 from ..registry.released import bundle_to_serve
 from ..task import Task, load_task
 
-# %% ../../nbs/monitoring/13_watch.ipynb #fac3582a
+# %% ../../nbs/monitoring/13_watch.ipynb #0fcd7937
 @dataclass(frozen=True)
 class Watched:
     "A version whose answers are watched."
@@ -66,7 +66,7 @@ def released_here(root: Path) -> Watched:
         raise DataError(f"{found.bundle}: was released by an mlkit that made no profile; run 'mlkit repro release'")
     return found
 
-# %% ../../nbs/monitoring/13_watch.ipynb #c9a1de97
+# %% ../../nbs/monitoring/13_watch.ipynb #d1437076
 WINDOWS = ".mlkit/watch" # in the project
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def keep(root: Path, window: str | int, new: Kept, known: dict[datetime, Kept]) 
         write_json(kept_path(root, window, new.start), new.to_dict())
     return new
 
-# %% ../../nbs/monitoring/13_watch.ipynb #b69560e3
+# %% ../../nbs/monitoring/13_watch.ipynb #4197de3e
 def counted(w: Window, here: dict[str, Watched], fallback: Watched) -> Kept:
     "A window of requests, counted with the profile of the version that gave most answers."
     versions = {v: n for v, n in sorted(w.frame["version"].value_counts().iter_rows(), key=lambda x: (-x[1], str(x[0]))) if v}
@@ -133,27 +133,26 @@ def typed(task: Task, frame: pl.DataFrame) -> pl.DataFrame:
 def counted_windows(
     root: Path, settings: WatchSettings,
     since: datetime | None = None, until: datetime | None = None,
-    source: str | None = None, # instead of the settings'; nothing is kept then
+    keeps: bool = True, # whether windows are kept, and those that were are among them
     progress=lambda text: None, # called with a line
 ) -> tuple[list[Kept], dict[str, int]]: # in order of time; what was left out: count
     "All windows of production, those that were kept among them."
     here, fallback = versions_here(root), released_here(root)
-    asked = replace(settings, source=source) if source else settings
-    requests = read_requests(root, asked, fallback.contract, fallback.name, since, until)
-    labels, of_labels = read_labels(root, asked, fallback.contract)
+    requests = read_requests(root, settings, fallback.contract, fallback.name, since, until)
+    labels, of_labels = read_labels(root, settings, fallback.contract)
     if len(labels):
         requests = label_requests(requests, labels, fallback.contract)
-    kept, damaged = ([], 0) if source else read_kept(root, settings.window)
+    kept, damaged = read_kept(root, settings.window) if keeps else ([], 0)
     known = {k.start: k for k in kept}
     for w in windows(requests, settings.window):
         new = counted(w, here, fallback)
-        known[w.start] = new if source else keep(root, settings.window, new, known)
+        known[w.start] = keep(root, settings.window, new, known) if keeps else new
         progress(f"{w.start:%-d %B, %H:%M}: {new.seen.rows:,} rows")
     trouble = Counter(requests.trouble) + Counter(of_labels) + Counter({f"windows of {WINDOWS} that cannot be read, left out": damaged})
     there = [k for _, k in sorted(known.items()) if (not since or k.end > since) and (not until or k.start < until)]
     return there, {text: n for text, n in trouble.items() if n}
 
-# %% ../../nbs/monitoring/13_watch.ipynb #ce744ac5
+# %% ../../nbs/monitoring/13_watch.ipynb #eac184e0
 N_BEFORE = 8 # windows that the server is compared with
 
 @dataclass(frozen=True)
@@ -182,11 +181,11 @@ def server_side(seen: Seen) -> Seen:
     "What a window says of the server: windows of different profiles add up."
     return Seen(seen.rows, statuses=seen.statuses, latency=seen.latency)
 
-# %% ../../nbs/monitoring/13_watch.ipynb #9e1a0c00
+# %% ../../nbs/monitoring/13_watch.ipynb #74726acc
 def row_of(told: Told, task: Task) -> dict:
     "A window, as `watch.json` has it."
     k, j = told.kept, told.judged
-    columns = {c: {"kind": s.kind, "distance": s.distance, "p": s.p, "drifted": s.drifted, "missing": s.missing, "invalid": k.seen.broken.get(c, 0)}
+    columns = {c: {"kind": s.kind, "distance": s.distance, "p": s.p, "drifted": s.drifted, "missing": s.missing, "invalid": k.seen.broken.get(c, 0) / max(k.seen.rows, 1)}
                for c, s in j.shifts.items()}
     failed = sum(n for s, n in k.seen.statuses.items() if int(s) >= 500)
     ms = {name: quantile(k.seen.latency, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
@@ -204,15 +203,14 @@ def quality_of(j: Judged, task: Task) -> dict | None:
     lower, upper = sorted((as_metric(q.low), as_metric(q.high)))
     return {"metric": name, "value": as_metric(q.loss), "lower": max(lower, 0.0), "upper": upper, "estimated": as_metric(q.expected), "n": q.n, "before": as_metric(q.before)}
 
-# %% ../../nbs/monitoring/13_watch.ipynb #9de1539d
+# %% ../../nbs/monitoring/13_watch.ipynb #d595394a
 WATCH = "reports/watch.json"
 
 @dataclass(frozen=True)
 class Look:
     "Production, as it stands."
     root: Path
-    settings: WatchSettings
-    source: str # For people
+    settings: WatchSettings # As they were asked for
     by: Watched # The released version
     here: dict[str, Watched] # Versions on this machine
     told: list[Told] # Windows in order of time
@@ -236,21 +234,22 @@ class Look:
 
     def to_dict(self) -> dict:
         "What `reports/watch.json` holds."
-        return {"model": self.by.name, "version": self.by.version, "made": self.made, "window": self.settings.window, "source": self.source,
+        return {"model": self.by.name, "version": self.by.version, "made": self.made, "window": self.settings.window, "source": self.settings.source or "the request log",
                 "least": self.settings.least, "effect": self.settings.effect, "status": self.status, "trouble": self.trouble,
                 "windows": [row_of(t, self.here[t.kept.version].task) for t in self.told]}
 
 def look(
     root: Path,
     since: datetime | None = None, until: datetime | None = None,
-    source: str | None = None, # see `counted_windows`
+    source: str | None = None, # of requests, instead of `watch.source`; nothing is kept then
     progress=lambda text: None,
 ) -> Look:
     "Look at production. Raises `MlkitError` where nothing can be looked at."
     settings, by = watch_settings(root), released_here(root)
+    settings = replace(settings, source=source) if source else settings
     here = {by.version: by} | versions_here(root)
-    found, trouble = counted_windows(root, settings, since, until, source, progress)
+    found, trouble = counted_windows(root, settings, since, until, source is None, progress)
     lost = Counter(k.version for k in found if k.version not in here)
     trouble |= {f"windows of version {v}, which is not on this machine ('mlkit serve --alias champion' fetches it), left out": n for v, n in lost.items()}
     told = list(judged_windows(found, here, settings))
-    return Look(root, settings, source or settings.source or "the request log", by, here, told, trouble, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    return Look(root, settings, by, here, told, trouble, datetime.now(timezone.utc).isoformat(timespec="seconds"))
