@@ -2926,7 +2926,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlkit.monitoring.page.facts_of': ('monitoring/page.html#facts_of', 'mlkit/monitoring/page.py'),
                                        'mlkit.monitoring.page.mark_alerts': ( 'monitoring/page.html#mark_alerts',
                                                                               'mlkit/monitoring/page.py'),
-                                       'mlkit.monitoring.page.middle': ('monitoring/page.html#middle', 'mlkit/monitoring/page.py'),
                                        'mlkit.monitoring.page.quality_plot': ( 'monitoring/page.html#quality_plot',
                                                                                'mlkit/monitoring/page.py'),
                                        'mlkit.monitoring.page.sentence': ('monitoring/page.html#sentence', 'mlkit/monitoring/page.py'),

@@ -5,7 +5,7 @@ __all__ = ['N_BINS', 'N_CLASSES', 'MISSING', 'NEW', 'N_COARSE', 'STEP', 'OFFSET'
            'count', 'numbers_of', 'coarse_at', 'coarse_labels', 'labels_at', 'sizes', 'size_of', 'in_order', 'quantile',
            'Sketch', 'added', 'sketch', 'quantile_of', 'shapes_to_dict', 'shapes_from_dict', 'digest']
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #bf03ab5a
+# %% ../../nbs/monitoring/06_sketch.ipynb #77c61f83
 import hashlib, json, math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import numpy as np, polars as pl
 
 from ..core import DataError
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #47bdd784
+# %% ../../nbs/monitoring/06_sketch.ipynb #d40275c3
 N_BINS = 64 # of a number
 N_CLASSES = 64 # the most frequent ones; the rest are counted together
 
@@ -30,7 +30,7 @@ class Shape:
         "What each count means."
         if self.kind == "class":
             return ["missing", *self.bounds, *(["(others)"] if self.others else []), "(new)"]
-        return ["missing", "below", *(f"{b:g}" for b in self.bounds), "above"]
+        return ["missing", "below", *(f"{b:.4g}" for b in self.bounds), "above"]
 
 def fit_shape(
     s: pl.Series, # of training: numbers, or text
@@ -52,7 +52,7 @@ def known(s: pl.Series) -> pl.Series:
     "Text, with null for what is missing."
     return s.cast(pl.String).replace({MISSING: None, "": None})
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #29c8484c
+# %% ../../nbs/monitoring/06_sketch.ipynb #75051ef4
 def positions(
     shape: Shape,
     s: pl.Series,
@@ -82,7 +82,7 @@ def numbers_of(s: pl.Series) -> np.ndarray: # (n,) float64, NaN where missing, o
     "Values as numbers."
     return s.cast(pl.Float64, strict=False).fill_null(math.nan).to_numpy()
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #1febd68e
+# %% ../../nbs/monitoring/06_sketch.ipynb #1719126d
 N_COARSE = 10 # bins of a number, for people
 
 def coarse_at(shape: Shape) -> np.ndarray: # (len(shape.labels),) int64
@@ -106,7 +106,7 @@ def labels_at(shape: Shape, s: pl.Series) -> tuple[np.ndarray, list[str]]: # (n,
     "The bin of each value, of few."
     return coarse_at(shape)[positions(shape, s)], coarse_labels(shape)
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #9f55b780
+# %% ../../nbs/monitoring/06_sketch.ipynb #105c4018
 STEP = 1.1 # from one size to the next
 OFFSET = 8192 # so that the sign of a key is that of the number
 
@@ -141,7 +141,7 @@ def quantile(
             return size_of(key)
     return None
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #d069057b
+# %% ../../nbs/monitoring/06_sketch.ipynb #1873dffc
 @dataclass(frozen=True)
 class Sketch:
     "What the rows of a table look like. Two of the same shapes add up."
@@ -180,7 +180,7 @@ def sketch(
     numbers = [c for c in there if shapes[c].kind == "number"]
     return Sketch(len(frame), {c: count(shapes[c], frame[c]) for c in there}, {c: sizes(numbers_of(frame[c])) for c in numbers})
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #ba34243c
+# %% ../../nbs/monitoring/06_sketch.ipynb #9edd0cab
 def quantile_of(
     column: str, shape: Shape, # of numbers
     seen: Sketch,
@@ -193,7 +193,7 @@ def quantile_of(
         return shape.bounds[at - 1]
     return quantile(seen.sizes[column], share)
 
-# %% ../../nbs/monitoring/06_sketch.ipynb #435cf067
+# %% ../../nbs/monitoring/06_sketch.ipynb #9c20d8a6
 def shapes_to_dict(shapes: dict[str, Shape]) -> dict:
     "As JSON has them."
     return {c: {"kind": s.kind, "bounds": list(s.bounds)} | ({"others": list(s.others)} if s.others else {}) for c, s in shapes.items()}
