@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'N_DATES', 'N_COLUMNS', 'N_SHOWN', 'WATCH_PAGE', 'WATCH_CSS', 'EVIDENTLY', 'N_SAMPLE', 'PAGE', 'when',
-           'sentence', 'episodes', 'mark_alerts', 'quality_plot', 'with_dates', 'shift_map', 'before_after', 'bars',
-           'facts_of', 'watch_page', 'evidently_page', 'write_watch']
+           'sentence', 'episodes', 'mark_alerts', 'quality_plot', 'short', 'with_dates', 'shift_map', 'before_after',
+           'bars', 'facts_of', 'watch_page', 'evidently_page', 'write_watch']
 
-# %% ../../nbs/monitoring/14_page.ipynb #8ad22f4f
+# %% ../../nbs/monitoring/14_page.ipynb #84e8bec0
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .why import DO
 from ..plot import BLUE, GREY, ORANGE, RED, axes, words
 from ..rollout.page import ROLLOUT_CSS, as_picture, capital
 
-# %% ../../nbs/monitoring/14_page.ipynb #f029936e
+# %% ../../nbs/monitoring/14_page.ipynb #471d34c5
 KINDS = {"schema": "a column is gone", "unit": "a unit has changed", "missing": "values are missing", "category": "there is a new class", "contract": "rows break the contract",
          "covariate": "the rows have moved", "answers": "the answers have moved", "confidence": "the confidence has moved", "quality": "the model has become worse",
          "concept": "the truth has changed", "latency": "answers are slow", "errors": "requests fail", "skew": "the server says otherwise than the released model",
@@ -57,7 +57,7 @@ def episodes(d: dict) -> list[dict]: # what, column, severity, text, do, first, 
             found[key] = old | f | {"severity": worst, "last": w["end"], "n": old["n"] + 1, "over": False}
     return sorted([*found.values(), *out], key=lambda e: (e["over"], e["severity"] != "alert", e["first"]), reverse=False)
 
-# %% ../../nbs/monitoring/14_page.ipynb #5453ee6c
+# %% ../../nbs/monitoring/14_page.ipynb #5502e413
 def mark_alerts(ax, windows: list[dict]):
     "Windows with an alarm are grey."
     for i, w in enumerate(windows):
@@ -79,13 +79,18 @@ def quality_plot(windows: list[dict]): # Axes; None: nothing is known of quality
         ax.axhline(labelled[-1][1]["before"], color=RED, ls=":", lw=1.2, label="when it was released")
     return with_dates(ax, capital(known[0][1]["metric"]), windows)
 
-N_DATES = 6 # on an axis
+N_DATES = 4 # on an axis
+
+def short(iso: str) -> str: # '3 Nov', '14:05'
+    "A moment on an axis."
+    t = datetime.fromisoformat(iso)
+    return f"{t:%-d %b}" if t.hour == t.minute == t.second == 0 else f"{t:%H:%M}"
 
 def with_dates(ax, title: str, windows: list[dict]): # Axes
     "With its words. Windows are equally wide, however long they took."
     at = list(range(0, len(windows), -(-len(windows) // N_DATES)))
     ax.set_title(title)
-    ax.set_xticks(at, [when(windows[i]["start"]) for i in at])
+    ax.set_xticks(at, [short(windows[i]["start"]) for i in at])
     ax.set_xlim(-0.5, len(windows) - 0.5)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=10)
@@ -110,7 +115,7 @@ def shift_map(told: list[Told], windows: list[dict], effect: float): # Axes; Non
     ax.figure.colorbar(image, ax=ax, extend="max", pad=0.02)
     return with_dates(ax, "How far columns have moved (share of rows)", windows)
 
-# %% ../../nbs/monitoring/14_page.ipynb #42d82c70
+# %% ../../nbs/monitoring/14_page.ipynb #aed03a45
 N_SHOWN = 4 # columns
 
 def before_after(told: Told, profile): # list of Axes
@@ -132,7 +137,7 @@ def bars(column, shape, before, now): # Axes
     ax.legend(fontsize=10)
     return ax
 
-# %% ../../nbs/monitoring/14_page.ipynb #b928f8c8
+# %% ../../nbs/monitoring/14_page.ipynb #89d4ac46
 WATCH_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>Production · mlkit</title><style>{{ css|safe }}</style></head><body>
 <header class="bar"><nav aria-label="pages"><a href="index.html">← all stages</a> · <a href="registry.html">registry</a>{% if evidently %} · <a href="evidently.html">Evidently's page of the newest window</a>{% endif %}</nav></header><main>
@@ -186,7 +191,7 @@ def watch_page(look: Look) -> str: # HTML, complete
              "costs": [(c, look.cost_in_words(x)) for c, x in costs if abs(x) > 1e-3], "evidently": (look.root / EVIDENTLY).exists()}
     return Environment(autoescape=True, trim_blocks=True).from_string(WATCH_PAGE).render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + ROLLOUT_CSS + WATCH_CSS, when=when)
 
-# %% ../../nbs/monitoring/14_page.ipynb #b977deb7
+# %% ../../nbs/monitoring/14_page.ipynb #579f0932
 EVIDENTLY, N_SAMPLE = "reports/evidently.html", 5000 # rows of each
 
 def evidently_page(look: Look) -> Path | None: # None: there is no window with enough rows

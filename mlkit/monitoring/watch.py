@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'N_BEFORE', 'WATCH', 'Watched', 'versions_here', 'released_here', 'Kept', 'kept_path', 'read_kept', 'keep',
-           'counted', 'typed', 'counted_windows', 'Told', 'judged_windows', 'server_side', 'row_of', 'quality_of',
-           'Look', 'look']
+           'counted', 'typed', 'counted_windows', 'Told', 'judged_windows', 'still', 'server_side', 'row_of',
+           'quality_of', 'Look', 'look']
 
-# %% ../../nbs/monitoring/13_watch.ipynb #8727ae52
+# %% ../../nbs/monitoring/13_watch.ipynb #04b532fe
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from ..registry.bundle import identity_of, read_manifest
 from ..registry.released import bundle_to_serve
 from ..task import Task, load_task
 
-# %% ../../nbs/monitoring/13_watch.ipynb #0fcd7937
+# %% ../../nbs/monitoring/13_watch.ipynb #73032d2b
 @dataclass(frozen=True)
 class Watched:
     "A version whose answers are watched."
@@ -66,7 +66,7 @@ def released_here(root: Path) -> Watched:
         raise DataError(f"{found.bundle}: was released by an mlkit that made no profile; run 'mlkit repro release'")
     return found
 
-# %% ../../nbs/monitoring/13_watch.ipynb #d1437076
+# %% ../../nbs/monitoring/13_watch.ipynb #f38f906d
 WINDOWS = ".mlkit/watch" # in the project
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def keep(root: Path, window: str | int, new: Kept, known: dict[datetime, Kept]) 
         write_json(kept_path(root, window, new.start), new.to_dict())
     return new
 
-# %% ../../nbs/monitoring/13_watch.ipynb #4197de3e
+# %% ../../nbs/monitoring/13_watch.ipynb #864ceb1f
 def counted(w: Window, here: dict[str, Watched], fallback: Watched) -> Kept:
     "A window of requests, counted with the profile of the version that gave most answers."
     versions = {v: n for v, n in sorted(w.frame["version"].value_counts().iter_rows(), key=lambda x: (-x[1], str(x[0]))) if v}
@@ -152,7 +152,7 @@ def counted_windows(
     there = [k for _, k in sorted(known.items()) if (not since or k.end > since) and (not until or k.start < until)]
     return there, {text: n for text, n in trouble.items() if n}
 
-# %% ../../nbs/monitoring/13_watch.ipynb #eac184e0
+# %% ../../nbs/monitoring/13_watch.ipynb #7084dd84
 N_BEFORE = 8 # windows that the server is compared with
 
 @dataclass(frozen=True)
@@ -165,23 +165,37 @@ class Told:
 def judged_windows(found: list[Kept], here: dict[str, Watched], settings: WatchSettings) -> Iterator[Told]:
     "In order of time. Windows of versions that are not here are left out."
     limits, calm, since = Settings(settings.share_false, settings.effect, settings.least), [], {}
+    last = version = None
     for k in found:
         by = here.get(k.version)
         if by is None:
             continue
+        last = last if version == k.version else None # another version: another model
+        version = k.version
         before = sum((server_side(c.seen) for c in calm[-N_BEFORE:]), Seen()) if calm else None
         judged = judge(by.profile, by.task, k.seen, before, limits)
+        judged = still(judged, k, last, settings.least)
         names = [(f.what, f.column) for f in judged.findings]
         since = {n: since.get(n, k.start.isoformat()) for n in names}
         if not {"errors", "latency"} & {w for w, _ in names}:
             calm.append(k)
+        last = judged
         yield Told(k, judged, since)
+
+def still(judged: Judged, k: Kept, last: Judged | None, least: int) -> Judged:
+    "What labels have shown holds until other labels show something else: the model does not mend itself."
+    if last is None or k.weight[1] >= least or judged.status == "unknown":
+        return judged
+    words = "; no labels have come since"
+    held = [replace(f, text=f.text.removesuffix(words) + words) for f in last.findings if f.what in ("concept", "quality", "feedback")]
+    there = {f.what for f in judged.findings}
+    return replace(judged, findings=judged.findings + [f for f in held if f.what not in there])
 
 def server_side(seen: Seen) -> Seen:
     "What a window says of the server: windows of different profiles add up."
     return Seen(seen.rows, statuses=seen.statuses, latency=seen.latency)
 
-# %% ../../nbs/monitoring/13_watch.ipynb #74726acc
+# %% ../../nbs/monitoring/13_watch.ipynb #41401e9b
 def row_of(told: Told, task: Task) -> dict:
     "A window, as `watch.json` has it."
     k, j = told.kept, told.judged
@@ -203,7 +217,7 @@ def quality_of(j: Judged, task: Task) -> dict | None:
     lower, upper = sorted((as_metric(q.low), as_metric(q.high)))
     return {"metric": name, "value": as_metric(q.loss), "lower": max(lower, 0.0), "upper": upper, "estimated": as_metric(q.expected), "n": q.n, "before": as_metric(q.before)}
 
-# %% ../../nbs/monitoring/13_watch.ipynb #d595394a
+# %% ../../nbs/monitoring/13_watch.ipynb #4e0c186a
 WATCH = "reports/watch.json"
 
 @dataclass(frozen=True)
