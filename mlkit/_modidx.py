@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.client.json_value': ('client.html#json_value', 'mlkit/client.py'),
                               'mlkit.client.judge_of': ('client.html#judge_of', 'mlkit/client.py'),
                               'mlkit.client.png_of': ('client.html#png_of', 'mlkit/client.py'),
+                              'mlkit.client.row_bodies': ('client.html#row_bodies', 'mlkit/client.py'),
                               'mlkit.client.said': ('client.html#said', 'mlkit/client.py')},
             'mlkit.commands.clean_notebooks': { 'mlkit.commands.clean_notebooks.clean_notebooks': ( 'commands/clean_notebooks.html#clean_notebooks',
                                                                                                     'mlkit/commands/clean_notebooks.py')},
