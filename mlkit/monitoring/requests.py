@@ -700,9 +700,15 @@ def time_edges(requests: Requests, window: str) -> list[tuple[datetime, datetime
     return [(s, s + step) for s in starts]
 
 def row_edges(requests: Requests, n: int) -> list[tuple[datetime, datetime]]: # start, end
-    "Where a new window begins, every `n` rows."
+    "Where a new window begins: after `n` rows, or more where rows have the same time."
     times = requests.scan.select("time").collect().to_series().sort()
-    starts = times.gather_every(n).unique(maintain_order=True).to_list()
+    us, at, firsts = times.to_physical().to_numpy(), 0, []
+    while at < len(us):
+        firsts.append(at)
+        at += n
+        if at < len(us) and us[at] == us[at - 1]:
+            at = int(us.searchsorted(us[at], side="right"))
+    starts = times.gather(firsts).to_list()
     return list(zip(starts, [*starts[1:], times[-1] + timedelta(microseconds=1)])) if starts else []
 
 def windows(
