@@ -217,16 +217,30 @@ def test_other_names(root):
                                   (good | {"anser": "x"}, ConfigError, "watch.columns: no column 'anser'; did you mean 'answer'?"),
                                   (good | {"town": "twon"}, DataError, "x.csv: no column 'twon', which watch.columns.town .*did you mean 'town'?")):
         with pytest.raises(error, match=words): asked(root, TABLE, source="x.csv", columns=columns)
-    t.select("created_at", "age").write_csv(root / "y.csv")
-    r = asked(root, TABLE, source="y.csv", columns={"time": "created_at"})
+    t.select("created_at", "age").write_parquet(root / "y.parquet")
+    r = asked(root, TABLE, source="y.parquet", columns={"time": "created_at"})
     assert set(r.trouble) == {NO_ID, NO_VERSION, NO_ANSWER} and r.frame["request_id"].to_list() == ["1", "2", "3"] and r.absent == ("calls", "town")
-    assert asked(root, TABLE, since=at("2026-03-01 11:00"), source="y.csv", columns={"time": "created_at"}).frame["request_id"].to_list() == ["2", "3"], "a number does not depend on what is asked for"
+    assert asked(root, TABLE, since=at("2026-03-01 11:00"), source="y.parquet", columns={"time": "created_at"}).frame["request_id"].to_list() == ["2", "3"], "a number does not depend on what is asked for"
 
 def test_the_released_version(root):
-    "Rows without a version are of the released one."
+    "Rows without a version are of the released one, and rows of another model are of no interest."
     write_json(root / VERDICT, {"bundle": "ab" * 32})
     table(version=pl.Series([None, "cd" * 32, "v7"])).write_parquet(root / "x.parquet")
     assert asked(root, TABLE, source="x.parquet").frame["version"].to_list() == ["ab" * 6, "cd" * 6, "v7"]
+    table(model=pl.Series(["shop", None, "another"])).write_parquet(root / "x.parquet")
+    r = asked(root, TABLE, source="x.parquet")
+    assert r.frame["model"].to_list() == ["shop", "shop"] and r.trouble["rows of another model, left out"] == 1
+
+def test_what_is_private_stays_out(root):
+    "Another source may have it: it is not taken, not kept aside and not listed."
+    t = table(salary=pl.lit(5000.0), since=pl.lit("2024-05-01"), answer=pl.lit("secretive"), probabilities=pl.lit([0.25, 0.75]))
+    t.drop("calls").write_parquet(root / "x.parquet")
+    r = asked(root, CONTRACT.model_copy(update={"target": CONTRACT.target.model_copy(update={"private": True})}), source="x.parquet")
+    assert r.rows == 3 and "salary" not in r.frame.columns and r.absent == r.extra == () and r.trouble == {NO_VERSION: 3}
+    assert r.frame["answer"].null_count() == r.frame["probabilities"].null_count() == 3
+    kept = b"".join(f.read_bytes() for f in (root / ASIDE).rglob("*.parquet"))
+    assert kept and b"secretive" not in kept and np.float64(5000).tobytes() not in kept
+    assert all(f.stat().st_mode & 0o77 == 0 for f in (root / ASIDE).iterdir())
 
 def test_a_source_that_does_not_answer(root):
     "One line, and what was there stays."

@@ -233,7 +233,7 @@ def names(self: Reader, there: pl.Schema, where: str) -> dict[str, str]: # our n
     check_time(out, there, where)
     private = {f.name for f in (*self.contract.inputs, self.contract.target) if f.private}
     aside = {f.name for f in self.contract.inputs if f.name not in {g.name for g in self.inputs.values()}}
-    ignored = private | aside | {"client", *out.values(), *(class_columns(self.contract, there) or ())}
+    ignored = private | aside | {"client", *SAID, *out.values(), *(class_columns(self.contract, there) or ())}
     bare = {c: c.removeprefix("input.").removeprefix("row.") for c in there}
     self.extra |= dict.fromkeys(b for c, b in bare.items() if c not in ignored and b not in ignored)
     self.found |= out.keys()
