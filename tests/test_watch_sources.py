@@ -225,8 +225,8 @@ def test_other_names(root):
 def test_the_released_version(root):
     "Rows without a version are of the released one, and rows of another model are of no interest."
     write_json(root / VERDICT, {"bundle": "ab" * 32})
-    table(version=pl.Series([None, "cd" * 32, "v7"])).write_parquet(root / "x.parquet")
-    assert asked(root, TABLE, source="x.parquet").frame["version"].to_list() == ["ab" * 6, "cd" * 6, "v7"]
+    table(version=pl.Series([None, "cd" * 32, "release-2026-03"])).write_parquet(root / "x.parquet")
+    assert asked(root, TABLE, source="x.parquet").frame["version"].to_list() == ["ab" * 6, "cd" * 6, "release-2026-03"]
     table(model=pl.Series(["shop", None, "another"])).write_parquet(root / "x.parquet")
     r = asked(root, TABLE, source="x.parquet")
     assert r.frame["model"].to_list() == ["shop", "shop"] and r.trouble["rows of another model, left out"] == 1

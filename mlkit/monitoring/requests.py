@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['TIME', 'OURS', 'SAID', 'PICTURE', 'WIRE', 'INSIDE', 'UNTYPED', 'WHEN', 'DIGITS', 'SINCE_1970', 'AHEAD', 'IDENTITY',
-           'NO_ID', 'NO_VERSION', 'NO_ANSWER', 'CHUNK', 'NOTHING', 'OF_INGEST', 'SLACK', 'ASIDE', 'WatchSettings',
-           'watch_settings', 'has_classes', 'input_columns', 'frame_schema', 'check_columns', 'their_input',
-           'their_names', 'check_time', 'typed', 'said', 'class_columns', 'probabilities', 'read_times', 'Reader',
-           'scanned', 'classes_of', 'moment_in', 'opened_source', 'log_files', 'touched', 'folder_aside', 'Part',
-           'write_part', 'key_hash', 'Spool', 'repeated_rows', 'Requests', 'with_labels', 'released_version', 'in_utc',
-           'read_requests', 'Window', 'time_edges', 'row_edges', 'windows']
+           'NO_ID', 'NO_VERSION', 'NO_ANSWER', 'CHUNK', 'WHOLE', 'NOTHING', 'OF_INGEST', 'SLACK', 'ASIDE',
+           'WatchSettings', 'watch_settings', 'has_classes', 'input_columns', 'frame_schema', 'check_columns',
+           'their_input', 'their_names', 'check_time', 'typed', 'said', 'class_columns', 'probabilities', 'read_times',
+           'Reader', 'scanned', 'classes_of', 'moment_in', 'opened_source', 'log_files', 'touched', 'folder_aside',
+           'Part', 'write_part', 'key_hash', 'Spool', 'repeated_rows', 'Requests', 'with_labels', 'released_version',
+           'in_utc', 'read_requests', 'Window', 'time_edges', 'row_edges', 'windows']
 
 # %% ../../nbs/monitoring/04_requests.ipynb #7e5a82be
 import json, os
@@ -344,6 +344,7 @@ def bring(
 
 # %% ../../nbs/monitoring/04_requests.ipynb #5a01a6d6
 CHUNK = 50_000 # Rows that are held at once
+WHOLE = 64 << 20 # Bytes of a file that is read at once: a file of the log is smaller
 
 def scanned(
     file: Path | bytes, # Or what it holds
@@ -392,12 +393,11 @@ def file(
     self: Reader,
     path: Path, kind: str, # See `scanned`
     hive: dict[str, str] = {}, # Columns that the file's folders are
-    whole: bool = False, # Whether it may be replaced while it is read
 ) -> Iterator[pl.DataFrame]: # As `frame_schema`
     "The rows of a file. Where it cannot be read, that is noted. Raises `DataError` where it has no time."
     try:
         with reading(path):
-            file = path.read_bytes() if whole else path
+            file = path.read_bytes() if path.stat().st_size <= WHOLE else path
         scan = scanned(file, kind, str(path)).with_columns(pl.lit(v).alias(k) for k, v in hive.items())
         schema = scan.collect_schema()
         classes = classes_of(file) if kind == "Parquet" else None
@@ -425,11 +425,11 @@ def next_batch(self: Reader, batches: Iterator[pl.DataFrame], path: Path) -> pl.
 def files(
     self: Reader,
     files: list[Path], kind: str, # See `scanned`
-    source: TableFiles | None = None, # Whose folders may be columns; None: files of the log
+    source: TableFiles | None = None, # Whose folders may be columns; None: they are none
 ) -> Iterator[pl.DataFrame]: # As `frame_schema`
     "The rows of files, in their order."
     for path in files:
-        yield from self.file(path, kind, source.hive(path) if source else {}, whole=source is None)
+        yield from self.file(path, kind, source.hive(path) if source else {})
     gone = [path for path in self.unread if not path.exists()] # the log is trimmed while it is read
     for path in gone:
         del self.unread[path]
