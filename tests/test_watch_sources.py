@@ -80,6 +80,20 @@ def test_a_real_log(root):
     assert r.frame["probabilities"].to_list() == [[0.75, 0.25], [0.25, 0.75], [0.25, 0.75], None, None], "the classes of the other version are in another order"
     assert r.frame["since"][0] == at("2024-05-01") and r.frame["latency_ms"][0] == 2 and r.frame["label"].null_count() == 5
 
+def test_a_log_of_images(root):
+    "What the log keeps of a picture, and the values that a model of values answers."
+    contract = Contract(modality="image", task="regression", target=feature("weight", range=(0, 9)), inputs=(feature("image", "uint8", shape=(8, 8, 3)),))
+    wire = Signature((Tensor("image", "uint8", (8, 8, 3)),), (Tensor("value", "float32", (1,)),))
+    of = SimpleNamespace(name="shop", bundle="64478c78bfc8", signatures=Signatures({"model": wire}, ()), enforcer=SimpleNamespace(contract=contract))
+    images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)])
+    when = int(at("2026-03-04 10:00").timestamp() * 1e9)
+    write_log(root, Call("a", came=when, status=200, model=of, sent=[images], outputs=[np.array([[1.5], [2.5]], np.float32)]))
+    r = asked(root, contract)
+    assert (r.trouble, r.absent, r.extra, r.frame.schema) == ({}, (), (), frame_schema(contract))
+    assert r.frame.select("mean", "std", "answer").rows() == [(0, 0, 1.5), (200, 0, 2.5)] and r.frame["sha256"].n_unique() == 2
+    frame, trouble = join_labels(r.frame, pl.DataFrame({"request_id": ["a", "a"], "row": [0, 1], "weight": ["2", "10"]}), contract)
+    assert frame["label"].to_list() == [2, None] and trouble == {OUTSIDE[False]: 1}
+
 def test_a_damaged_log(root):
     "Files cut short, half-written, empty, still being written: what can be read is read, and the rest is said."
     first, = write_log(root, *(call(str(i), i) for i in range(100)))

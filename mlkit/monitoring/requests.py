@@ -154,7 +154,6 @@ def said(s: pl.Series, contract: Contract) -> tuple[pl.Series, pl.Series]: # As 
         return typed(s, contract.target.model_copy(update={"dtype": "float64", "format": ""}), True)
     if s.dtype.is_nested() or s.dtype in UNTYPED:
         return s.clear(len(s)).cast(pl.Null).cast(pl.String), s.is_not_null()
-    s = s.cast(pl.String).str.to_lowercase() if s.dtype == pl.Boolean else s
     x, _ = find_column_type("category").read(s, contract.target)
     return x.alias(s.name), pl.zeros(len(s), pl.Boolean, eager=True)
 
