@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['TIME', 'OURS', 'SAID', 'PICTURE', 'WIRE', 'INSIDE', 'UNTYPED', 'WHEN', 'DIGITS', 'SINCE_1970', 'AHEAD', 'IDENTITY',
-           'NO_ID', 'NO_VERSION', 'NO_ANSWER', 'CHUNK', 'NOTHING', 'OF_INGEST', 'SLACK', 'ASIDE', 'WatchSettings',
-           'watch_settings', 'has_classes', 'input_columns', 'frame_schema', 'check_columns', 'their_input',
-           'their_names', 'check_time', 'typed', 'said', 'class_columns', 'probabilities', 'read_times', 'Reader',
-           'scanned', 'classes_of', 'moment_in', 'opened_source', 'log_files', 'touched', 'folder_aside', 'Part',
-           'write_part', 'key_hash', 'Spool', 'repeated_rows', 'Requests', 'with_labels', 'released_version', 'in_utc',
-           'read_requests', 'Window', 'time_edges', 'row_edges', 'windows']
+           'NO_ID', 'NO_VERSION', 'NO_ANSWER', 'CHUNK', 'WHOLE', 'NOTHING', 'OF_INGEST', 'SLACK', 'ASIDE',
+           'WatchSettings', 'watch_settings', 'has_classes', 'input_columns', 'frame_schema', 'check_columns',
+           'their_input', 'their_names', 'check_time', 'typed', 'said', 'class_columns', 'probabilities', 'read_times',
+           'Reader', 'scanned', 'classes_of', 'moment_in', 'opened_source', 'log_files', 'touched', 'folder_aside',
+           'Part', 'write_part', 'key_hash', 'Spool', 'repeated_rows', 'Requests', 'with_labels', 'released_version',
+           'in_utc', 'read_requests', 'Window', 'time_edges', 'row_edges', 'windows']
 
 # %% ../../nbs/monitoring/04_requests.ipynb #7e5a82be
 import json, os
@@ -155,7 +155,6 @@ def said(s: pl.Series, contract: Contract) -> tuple[pl.Series, pl.Series]: # As 
         return typed(s, contract.target.model_copy(update={"dtype": "float64", "format": ""}), True)
     if s.dtype.is_nested() or s.dtype in UNTYPED:
         return s.clear(len(s)).cast(pl.Null).cast(pl.String), s.is_not_null()
-    s = s.cast(pl.String).str.to_lowercase() if s.dtype == pl.Boolean else s
     x, _ = find_column_type("category").read(s, contract.target)
     return x.alias(s.name), pl.zeros(len(s), pl.Boolean, eager=True)
 
@@ -234,7 +233,7 @@ def names(self: Reader, there: pl.Schema, where: str) -> dict[str, str]: # our n
     check_time(out, there, where)
     private = {f.name for f in (*self.contract.inputs, self.contract.target) if f.private}
     aside = {f.name for f in self.contract.inputs if f.name not in {g.name for g in self.inputs.values()}}
-    ignored = private | aside | {"client", *out.values(), *(class_columns(self.contract, there) or ())}
+    ignored = private | aside | {"client", *SAID, *out.values(), *(class_columns(self.contract, there) or ())}
     bare = {c: c.removeprefix("input.").removeprefix("row.") for c in there}
     self.extra |= dict.fromkeys(b for c, b in bare.items() if c not in ignored and b not in ignored)
     self.found |= out.keys()
@@ -345,6 +344,7 @@ def bring(
 
 # %% ../../nbs/monitoring/04_requests.ipynb #5a01a6d6
 CHUNK = 50_000 # Rows that are held at once
+WHOLE = 64 << 20 # Bytes of a file that is read at once: a file of the log is smaller
 
 def scanned(
     file: Path | bytes, # Or what it holds
@@ -393,12 +393,11 @@ def file(
     self: Reader,
     path: Path, kind: str, # See `scanned`
     hive: dict[str, str] = {}, # Columns that the file's folders are
-    whole: bool = False, # Whether it may be replaced while it is read
 ) -> Iterator[pl.DataFrame]: # As `frame_schema`
     "The rows of a file. Where it cannot be read, that is noted. Raises `DataError` where it has no time."
     try:
         with reading(path):
-            file = path.read_bytes() if whole else path
+            file = path.read_bytes() if path.stat().st_size <= WHOLE else path
         scan = scanned(file, kind, str(path)).with_columns(pl.lit(v).alias(k) for k, v in hive.items())
         schema = scan.collect_schema()
         classes = classes_of(file) if kind == "Parquet" else None
@@ -426,11 +425,11 @@ def next_batch(self: Reader, batches: Iterator[pl.DataFrame], path: Path) -> pl.
 def files(
     self: Reader,
     files: list[Path], kind: str, # See `scanned`
-    source: TableFiles | None = None, # Whose folders may be columns; None: files of the log
+    source: TableFiles | None = None, # Whose folders may be columns; None: they are none
 ) -> Iterator[pl.DataFrame]: # As `frame_schema`
     "The rows of files, in their order."
     for path in files:
-        yield from self.file(path, kind, source.hive(path) if source else {}, whole=source is None)
+        yield from self.file(path, kind, source.hive(path) if source else {})
     gone = [path for path in self.unread if not path.exists()] # the log is trimmed while it is read
     for path in gone:
         del self.unread[path]
@@ -701,9 +700,15 @@ def time_edges(requests: Requests, window: str) -> list[tuple[datetime, datetime
     return [(s, s + step) for s in starts]
 
 def row_edges(requests: Requests, n: int) -> list[tuple[datetime, datetime]]: # start, end
-    "Where a new window begins, every `n` rows."
+    "Where a new window begins: after `n` rows, or more where rows have the same time."
     times = requests.scan.select("time").collect().to_series().sort()
-    starts = times.gather_every(n).unique(maintain_order=True).to_list()
+    us, at, firsts = times.to_physical().to_numpy(), 0, []
+    while at < len(us):
+        firsts.append(at)
+        at += n
+        if at < len(us) and us[at] == us[at - 1]:
+            at = int(us.searchsorted(us[at], side="right"))
+    starts = times.gather(firsts).to_list()
     return list(zip(starts, [*starts[1:], times[-1] + timedelta(microseconds=1)])) if starts else []
 
 def windows(
