@@ -517,6 +517,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlkit.commands.rollout.abort': ('commands/rollout.html#abort', 'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.candidate_of': ( 'commands/rollout.html#candidate_of',
                                                                                  'mlkit/commands/rollout.py'),
+                                        'mlkit.commands.rollout.champion_aside': ( 'commands/rollout.html#champion_aside',
+                                                                                   'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.check_header': ( 'commands/rollout.html#check_header',
                                                                                  'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.expected_disagreement': ( 'commands/rollout.html#expected_disagreement',
