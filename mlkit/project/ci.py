@@ -152,7 +152,7 @@ git pull --quiet --ff-only
 mlkit rollout start "$version" --why "by CI"
 code=0
 mlkit rollout status --wait || code=$?
-"$ci/commit" "The rollout of version $version" history.jsonl champion.json
+"$ci/commit" "The rollout of ${1:-the new champion}" history.jsonl champion.json
 exit "$code"
 """
 
@@ -258,7 +258,9 @@ def github_job(job: Job) -> dict:
 # %% ../../nbs/project/05_ci.ipynb #fc75cff1
 GITHUB_MORE = ["To deploy: the variable MLKIT_PROJECT, the folder in which 'mlkit serve --alias champion' runs; a self-hosted runner",
                "on that host with the label mlkit-serving; and the environment 'production', with the people who must agree.",
-               "A release whose tag is v5 gives version 5 of the registry to the users."]
+               "A release whose tag is v5 gives version 5 of the registry to the users.",
+               "A main branch that is protected must let GitHub Actions push what a run has made. The variable PIP_EXTRA_INDEX_URL may",
+               "name the index of PyTorch's builds without CUDA, which are some GB smaller."]
 
 def github(jobs: tuple[Job, ...]) -> dict:
     "A workflow."
@@ -267,6 +269,7 @@ def github(jobs: tuple[Job, ...]) -> dict:
             "on": {"push": {"branches": ["main", "master"]}, "pull_request": None, "schedule": [{"cron": CRON}],
                    "release": {"types": ["published"]}},
             "permissions": {},
+            "env": {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"},
             "concurrency": {"group": f"mlkit-${{{{ {change} && github.ref || 'main' }}}}", "cancel-in-progress": f"${{{{ {change} }}}}"},
             "jobs": {job.name: github_job(job) for job in jobs}}
 
@@ -364,7 +367,7 @@ JENKINS_MORE = ["  GH_TOKEN                  of a host of GitHub's kind: it comm
 
 def jenkins(jobs: tuple[Job, ...]) -> list[str]: # lines
     "A declarative pipeline."
-    cron = f"cron(env.BRANCH_NAME in ['main', 'master'] ? '{CRON}' : '')"
+    cron = f"cron(env.BRANCH_NAME == 'main' || env.BRANCH_NAME == 'master' ? '{CRON}' : '')"
     stages = [line for job in jobs for line in jenkins_stage(job)]
     return block("pipeline", "agent none", *block("triggers", cron), *block("options", "disableConcurrentBuilds()"), *block("stages", *stages))
 
