@@ -19,7 +19,8 @@ def remarks(
     from mlkit.registry.looks import look_lines
     from mlkit.registry.verdict import reason_lines
     looked, against = said.get("test_set"), said.get("against_champion")
-    return reason_lines(said) + (look_lines(looked, said["compare"]) if looked else []) + ([against["text"]] if against else [])
+    lines = reason_lines(said) + (look_lines(looked, said["compare"]) if looked else [])
+    return lines + ([against["text"]] if against else [])
 
 # %% ../../nbs/commands/22_verdict.ipynb #49849fb5
 MARK = "<!-- mlkit -->"
@@ -31,8 +32,10 @@ def criteria_rows(said: dict) -> list[dict]:
     from mlkit.registry.verdict import MEANINGS
     def state(j, missed): return "yes" if j["met"] else "undecided" if j.get("undecided") else missed
     parts = (("criteria", "no"), ("warnings", "warning"))
-    return [{"criterion": name, "measured": figure(j["value"]), "asked": j["asked"], "met": state(j, missed), "meaning": MEANINGS.get(name, "")}
-            for part, missed in parts for name, j in said.get(part, {}).items()]
+    def row(name, j, missed):
+        return {"criterion": name, "measured": figure(j["value"]), "asked": j["asked"], "met": state(j, missed),
+                "meaning": MEANINGS.get(name, "")}
+    return [row(name, j, missed) for part, missed in parts for name, j in said.get(part, {}).items()]
 
 def verdict_markdown(
     said: dict | None, # what `release.conclude` has written; None: the run came to no verdict

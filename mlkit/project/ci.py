@@ -6,7 +6,7 @@ __all__ = ['START', 'SCRIPTS', 'READS', 'PUBLISHES', 'ALL', 'HOST', 'JOBS', 'CRO
            'MAIN_BRANCH', 'JENKINS_ON', 'JENKINS_MORE', 'PLATFORMS', 'script', 'Job', 'make', 'head',
            'github_condition', 'github_step', 'github_last', 'github_steps', 'github_job', 'github', 'gitlab_rules',
            'gitlab_script', 'gitlab_job', 'gitlab', 'block', 'sh', 'jenkins_when', 'jenkins_stage', 'jenkins',
-           'yaml_text', 'ci_files', 'write_script', 'write_ci']
+           'yaml_text', 'for_github', 'for_gitlab', 'for_jenkins', 'ci_files', 'write_script', 'write_ci']
 
 # %% ../../nbs/project/05_ci.ipynb #01bb2e1b
 from collections.abc import Callable
@@ -69,7 +69,9 @@ script("comment", "The verdict as a comment on the change: written once, then ed
 base="${GITHUB_BASE_REF:-${CI_MERGE_REQUEST_TARGET_BRANCH_NAME:-${CHANGE_TARGET:-}}}"
 change="${PULL_REQUEST:-${CHANGE_ID:-}}"
 said=.mlkit/verdict.md
-[ -z "$base" ] || git rev-parse -q --verify "origin/$base" > /dev/null || git fetch -q origin "$base:refs/remotes/origin/$base"
+if [ -n "$base" ] && ! git rev-parse -q --verify "origin/$base" > /dev/null; then
+  git fetch -q origin "$base:refs/remotes/origin/$base"
+fi
 mkdir -p .mlkit
 mlkit verdict --markdown ${base:+--against "origin/$base"} > "$said"
 
@@ -114,7 +116,8 @@ shift
 for file; do [ ! -e "$file" ] || git add -- "$file"; done
 ! git diff --cached --quiet || exit 0
 if [ -z "$(git config user.email)" ]; then
-  export GIT_AUTHOR_NAME=mlkit GIT_AUTHOR_EMAIL=mlkit@localhost GIT_COMMITTER_NAME=mlkit GIT_COMMITTER_EMAIL=mlkit@localhost
+  export GIT_AUTHOR_NAME=mlkit GIT_AUTHOR_EMAIL=mlkit@localhost
+  export GIT_COMMITTER_NAME=mlkit GIT_COMMITTER_EMAIL=mlkit@localhost
 fi
 git commit --quiet --message "$message [skip ci]"
 branch="$(git branch --show-current)"
@@ -128,7 +131,7 @@ fi
 """
 
 # %% ../../nbs/project/05_ci.ipynb #46a2368a
-script("watch", "Look at what production saw (watch.source in params.yaml), and train again where it has drifted. Exit code 1: an alert.", """\
+script("watch", "Look at what production saw (watch.source), and train again where it has drifted. Exit code 1: an alert.", """\
 rm -f reports/verdict.json
 code=0
 mlkit monitor || code=$?
@@ -226,34 +229,36 @@ def github_last(job: Job) -> list[dict]:
     "The steps that run also after a failure."
     if not job.at_last:
         return []
-    always, given = {"if": "${{ !cancelled() }}"}, {}
+    always = {"if": "${{ !cancelled() }}"}
     if job.at_last == "ci/comment":
-        given = {"env": {"GH_TOKEN": "${{ github.token }}", "PULL_REQUEST": "${{ github.event.pull_request.number }}"}}
-    steps = [github_step(job.at_last, **always, **given)]
-    if job.at_last == "ci/keep":
-        steps.append({"name": "better", "id": "better"} | always | {"run": 'echo "better=$(cat .mlkit/better)" >> "$GITHUB_OUTPUT"'})
-    return steps
+        given = {"GH_TOKEN": "${{ github.token }}", "PULL_REQUEST": "${{ github.event.pull_request.number }}"}
+        return [github_step(job.at_last, **always, env=given)]
+    told = {"run": 'echo "better=$(cat .mlkit/better)" >> "$GITHUB_OUTPUT"'}
+    return [github_step(job.at_last, **always), {"name": "better", "id": "better"} | always | told]
 
 # %% ../../nbs/project/05_ci.ipynb #cdd3e21a
 def github_steps(job: Job) -> list[dict]:
     "The steps of a job."
     keeps = job.at_last == "ci/keep"
     checkout = {"uses": CHECKOUT, "with": ({"fetch-depth": 0} if job.at_last else {}) | {"persist-credentials": keeps}}
-    python = {"uses": SETUP_PYTHON, "with": {"python-version": PYTHON, "cache": "pip", "cache-dependency-path": "requirements.txt"}}
+    cache = {"cache": "pip", "cache-dependency-path": "requirements.txt"}
+    python = {"uses": SETUP_PYTHON, "with": {"python-version": PYTHON} | cache}
     tag = {"env": {"TAG": "${{ github.event.release.tag_name }}"}} if "release" in job.on else {}
     runs = [github_step(s + (' "$TAG"' if tag else ""), **tag) for s in job.steps]
     return [checkout, *([] if job.serving else [python]), *runs, *github_last(job)]
 
 def github_job(job: Job) -> dict:
-    "A job."
-    may = {"contents": "write" if job.at_last == "ci/keep" else "read"} | ({"pull-requests": "write"} if job.own else {})
+    "A job; what is empty is left out."
+    keeps = job.at_last == "ci/keep"
     env = {name: f"${{{{ secrets.{name} }}}}" for name in job.secrets}
     env |= {"MLKIT_PROJECT": "${{ vars.MLKIT_PROJECT }}"} if job.serving else {}
-    return ({"if": github_condition(job)} | ({"needs": list(job.after)} if job.after else {})
-            | {"runs-on": ["self-hosted", "mlkit-serving"] if job.serving else "ubuntu-24.04", "timeout-minutes": job.minutes}
-            | ({"environment": "production"} if job.serving else {}) | {"permissions": may}
-            | ({"outputs": {"better": "${{ steps.better.outputs.better }}"}} if job.at_last == "ci/keep" else {})
-            | ({"env": env} if env else {}) | {"steps": github_steps(job)})
+    made = {"if": github_condition(job), "needs": list(job.after),
+            "runs-on": ["self-hosted", "mlkit-serving"] if job.serving else "ubuntu-24.04",
+            "timeout-minutes": job.minutes, "environment": "production" if job.serving else "",
+            "permissions": {"contents": "write" if keeps else "read"} | ({"pull-requests": "write"} if job.own else {}),
+            "outputs": {"better": "${{ steps.better.outputs.better }}"} if keeps else {},
+            "env": env, "steps": github_steps(job)}
+    return {key: value for key, value in made.items() if value}
 
 # %% ../../nbs/project/05_ci.ipynb #fc75cff1
 GITHUB_MORE = ["To deploy: the variable MLKIT_PROJECT, the folder in which 'mlkit serve --alias champion' runs; a self-hosted runner",
@@ -270,7 +275,8 @@ def github(jobs: tuple[Job, ...]) -> dict:
                    "release": {"types": ["published"]}},
             "permissions": {},
             "env": {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"},
-            "concurrency": {"group": f"mlkit-${{{{ {change} && github.ref || 'main' }}}}", "cancel-in-progress": f"${{{{ {change} }}}}"},
+            "concurrency": {"group": f"mlkit-${{{{ {change} && github.ref || 'main' }}}}",
+                            "cancel-in-progress": f"${{{{ {change} }}}}"},
             "jobs": {job.name: github_job(job) for job in jobs}}
 
 # %% ../../nbs/project/05_ci.ipynb #683534cc
@@ -283,7 +289,8 @@ GITLAB_OWN = " && $CI_MERGE_REQUEST_SOURCE_PROJECT_ID == $CI_PROJECT_ID"
 def gitlab_rules(job: Job) -> list[dict]:
     "When a job runs."
     own = GITLAB_OWN if job.own else ""
-    by_hand = {"when": "manual", "allow_failure": True} if job.serving and job.after else {"when": "manual"} if job.serving else {}
+    by_hand = {"when": "manual"} if job.serving else {}
+    by_hand |= {"allow_failure": True} if job.after else {} # nobody need press the button
     given = " && $MLKIT_PROJECT" if job.after else ""
     return [{"if": GITLAB_ON[on] + own + given} | by_hand for on in job.on]
 
@@ -315,7 +322,8 @@ def gitlab(jobs: tuple[Job, ...]) -> dict:
     "A pipeline."
     events = dict.fromkeys(rule["if"] for job in jobs if not job.own and not job.after for rule in gitlab_rules(job))
     return {"workflow": {"rules": [{"if": event} for event in events]}, "stages": ["test", "reproduce", "deploy"],
-            "default": {"image": f"python:{PYTHON}", "cache": {"key": {"files": ["requirements.txt"]}, "paths": [".mlkit/pip/"]}},
+            "default": {"image": f"python:{PYTHON}",
+                        "cache": {"key": {"files": ["requirements.txt"]}, "paths": [".mlkit/pip/"]}},
             "variables": {"GIT_DEPTH": "0", "PIP_CACHE_DIR": "$CI_PROJECT_DIR/.mlkit/pip"},
             **{job.name: gitlab_job(job) for job in jobs}}
 
@@ -330,7 +338,8 @@ def sh(command: str) -> str:
 
 MAIN_BRANCH = "anyOf { branch 'main'; branch 'master' }"
 JENKINS_ON = {"change": "changeRequest()", "push": f"allOf {{ {MAIN_BRANCH}; not {{ triggeredBy 'TimerTrigger' }} }}",
-              "schedule": f"allOf {{ {MAIN_BRANCH}; triggeredBy 'TimerTrigger' }}", "release": "tag pattern: 'v[0-9]+', comparator: 'REGEXP'"}
+              "schedule": f"allOf {{ {MAIN_BRANCH}; triggeredBy 'TimerTrigger' }}",
+              "release": "tag pattern: 'v[0-9]+', comparator: 'REGEXP'"}
 
 # %% ../../nbs/project/05_ci.ipynb #b01c8b99
 def jenkins_when(job: Job) -> list[str]:
@@ -360,8 +369,9 @@ def jenkins_stage(job: Job) -> list[str]:
                  *(block("post", *block("always", *last)) if last else []))
 
 # %% ../../nbs/project/05_ci.ipynb #7e3f33e2
-JENKINS_MORE = ["  GH_TOKEN                  of a host of GitHub's kind: it comments. Each is a 'secret text'; take out the lines of those that you do not need",
+JENKINS_MORE = ["  GH_TOKEN                  where the repository is on GitHub: it comments",
                 "  mlkit-push                name and password (or token) with which git pushes what a run has made",
+                "The last is a 'username with password', the others are 'secret text'; take out the lines of what you do not need.",
                 "Agents: 'mlkit' has Python and git; 'mlkit-serving' is the host that serves. To deploy: the variable MLKIT_PROJECT,",
                 "the folder there in which 'mlkit serve --alias champion' runs. A tag v5 gives version 5 of the registry to the users."]
 
@@ -369,7 +379,8 @@ def jenkins(jobs: tuple[Job, ...]) -> list[str]: # lines
     "A declarative pipeline."
     cron = f"cron(env.BRANCH_NAME == 'main' || env.BRANCH_NAME == 'master' ? '{CRON}' : '')"
     stages = [line for job in jobs for line in jenkins_stage(job)]
-    return block("pipeline", "agent none", *block("triggers", cron), *block("options", "disableConcurrentBuilds()"), *block("stages", *stages))
+    alone = block("options", "disableConcurrentBuilds()")
+    return block("pipeline", "agent none", *block("triggers", cron), *alone, *block("stages", *stages))
 
 # %% ../../nbs/project/05_ci.ipynb #6dabbe80
 def yaml_text(comment: list[str], content: dict) -> str:
@@ -382,10 +393,19 @@ def yaml_text(comment: list[str], content: dict) -> str:
     yaml.dump(content, out)
     return "".join(f"# {line}\n" for line in comment) + out.getvalue()
 
+def for_github() -> str:
+    return yaml_text(head("settings, secrets and variables, actions", GITHUB_MORE), github(JOBS))
+
+def for_gitlab() -> str:
+    return yaml_text(head("settings, CI/CD, variables", GITLAB_MORE), gitlab(JOBS))
+
+def for_jenkins() -> str:
+    comment = [f"// {line}" for line in head("credentials", JENKINS_MORE)]
+    return "\n".join([*comment, *jenkins(JOBS), ""])
+
 PLATFORMS: dict[str, tuple[str, Callable[[], str]]] = { # name: its file, and what writes it
-    "github": (".github/workflows/mlkit.yml", lambda: yaml_text(head("settings, secrets and variables, actions", GITHUB_MORE), github(JOBS))),
-    "gitlab": (".gitlab-ci.yml", lambda: yaml_text(head("settings, CI/CD, variables", GITLAB_MORE), gitlab(JOBS))),
-    "jenkins": ("Jenkinsfile", lambda: "\n".join([*(f"// {line}" for line in head("credentials", JENKINS_MORE)), *jenkins(JOBS), ""]))}
+    "github": (".github/workflows/mlkit.yml", for_github), "gitlab": (".gitlab-ci.yml", for_gitlab),
+    "jenkins": ("Jenkinsfile", for_jenkins)}
 
 def ci_files(
     platform: str, # of `PLATFORMS`
