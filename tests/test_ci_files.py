@@ -9,7 +9,7 @@ from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import BIN, one_line, ran, wait_for
+from conftest import BIN, ROOT, one_line, ran, wait_for
 from mlkit.cli import command_names, load_command
 from mlkit.project.ci import JOBS, PLATFORMS, SCRIPTS, ci_files
 from test_new import Made, new, releases_of_a_shop
@@ -234,14 +234,16 @@ def test_the_new_champion_is_rolled_out(origin, tmp_path):
     "On the host that serves. A person ends the rollout here; the job has waited for it, and the history is in git."
     for name in "a", "b":
         (tmp_path / name).mkdir()
-    host, ci = cloned(origin, tmp_path / "a/host"), cloned(origin, tmp_path / "b/checkout")
+    ci, host = cloned(origin, tmp_path / "a/checkout"), Made(cloned(origin, tmp_path / "b/host").root)
     host.git("config", "user.email", "host@example.com")
     host.git("config", "user.name", "host")
     assert "MLKIT_PROJECT" in ci.step("ci/deploy", rc=1).stderr
     done = []
-    job = Thread(target=lambda: done.append(ci.step("ci/deploy", rc=None, MLKIT_PROJECT=str(host.root))))
+    given = {"MLKIT_PROJECT": str(host.root), "PYTHONPATH": str(ROOT)} # no environment of its own there
+    job = Thread(target=lambda: done.append(ci.step("ci/deploy", rc=None, **given)))
     job.start()
     wait_for(lambda: (host / ".mlkit/rollout.json").exists() or done, "the rollout")
+    assert not done, done[0].stdout + done[0].stderr
     host.mlkit("rollout", "abort", "--why", "not today")
     job.join(60)
     assert done[0].returncode == 1 and "is version 1" in done[0].stdout, done[0].stdout + done[0].stderr
