@@ -398,12 +398,6 @@ def test_pages_of_evidently_show_code_as_text(tmp_path, browser, half):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
-def test_the_pages_of_evidently_of_a_run(shop, browser):
-    for name in ("drift_calm", "drift_faulty"):
-        opened(browser, shop / f"reports/{name}.html", unfold)
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="not run: the pages in a browser; install Debian's chromium")
 def test_pages_from_any_text(browser, tmp_path):
     "Evidence, reasons, persons, titles and outputs: each payload in each place of the pages that mlkit renders itself."
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
