@@ -235,7 +235,7 @@ def client(self: Triton) -> Client:
 # %% ../../nbs/triton_server/04_server.ipynb #a27c1dd3
 @patch(as_prop=True)
 def alive(self: Triton) -> bool:
-    "Whether its processes run; that it answers is asked by `mlkit.triton_server.supervise.probe`."
+    "Whether its processes run. Triton may have lost its Python stub and run: then every request fails."
     return self.guard is not None and self.guard.poll() is None
 
 # %% ../../nbs/triton_server/04_server.ipynb #3fa6f58e
