@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -23,7 +24,16 @@ pytest.importorskip("grpc")
 
 def serve(bundle, **how): return Front(bundle, hashes(bundle), "v1", engine="triton", **how)
 def shared_memory(pids): return [f for pid in pids for f in Path("/dev/shm").glob(f"{SHM}{pid}-*")]
-def named(front, name): return [p for p in workers(front) if name in p.name()]
+
+
+def named(front, name):
+    "Its processes of that name; a process may end while it is looked at."
+    found = []
+    for p in workers(front):
+        with suppress(psutil.NoSuchProcess):
+            if name in p.name():
+                found.append(p)
+    return found
 
 
 @pytest.fixture(scope="module")
