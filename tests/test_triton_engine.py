@@ -48,7 +48,8 @@ def front(bundle):
 
 def ready(front):
     with urllib.request.urlopen(front.metrics_url, timeout=10) as r:
-        return next(float(line.split()[-1]) for line in r.read().decode().splitlines() if line.startswith("mlkit_ready_workers{"))
+        lines = r.read().decode().splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith("mlkit_ready_workers{"))
 
 
 def wait_ready(front, n=2):
@@ -60,11 +61,13 @@ def wait_ready(front, n=2):
 
 def requests():
     "Rows, tensors in JSON and in binary, and what the contract refuses."
-    for rows in (ROW, [ROW], [ROW | {"age": age, "town": town, "income": None} for age in range(8) for town in ("Bonn", "Ulm")], ROW | {"age": 400}, [], {"age": 1}):
+    batch = [ROW | {"age": age, "town": town, "income": None} for age in range(8) for town in ("Bonn", "Ulm")]
+    for rows in (ROW, [ROW], batch, ROW | {"age": 400}, [], {"age": 1}):
         yield "/predict", json.dumps(rows).encode(), {}
     for n in (1, 3, 16, 17):
         yield "/v2/models/shop/infer", json.dumps(tensors(n)).encode(), {}
-    yield "/v2/models/shop/infer", json.dumps(tensors(2) | {"outputs": [{"name": "answer", "parameters": {"binary_data": True}}]}).encode(), {}
+    binary = {"outputs": [{"name": "answer", "parameters": {"binary_data": True}}]}
+    yield "/v2/models/shop/infer", json.dumps(tensors(2) | binary).encode(), {}
     yield "/v2/models/shop/infer", b'{"inputs": []}', {}
 
 
@@ -89,7 +92,10 @@ def test_nobody_else_reaches_triton(front):
     assert len(sockets) == 4 and {oct(f.parent.stat().st_mode & 0o777) for f in sockets} == {"0o700"}
 
 
-@pytest.mark.parametrize("victim, how", [("tritonserver", "kill"), ("stub", "kill"), ("python", "kill"), ("stub", "suspend")])
+VICTIMS = ("tritonserver", "kill"), ("stub", "kill"), ("python", "kill"), ("stub", "suspend")
+
+
+@pytest.mark.parametrize("victim, how", VICTIMS)
 def test_a_killed_or_stopped_process_costs_no_request(front, victim, how):
     "One that is stopped is noticed by its silence, and a Triton that is up without its stub by its errors."
     wait_ready(front)
@@ -111,8 +117,10 @@ def test_a_killed_or_stopped_process_costs_no_request(front, victim, how):
 
 def test_nothing_is_left_of_a_supervisor(bundle):
     code = ("import sys, json; from pathlib import Path; from mlkit.serving.front import Front, serve_until_told; "
-            "serve_until_told(Front(Path(sys.argv[1]), json.loads(sys.argv[2]), 'v1', engine='triton'), lambda line: print(line, flush=True))")
-    p = subprocess.Popen([sys.executable, "-c", code, str(bundle), json.dumps(hashes(bundle))], stdout=subprocess.PIPE, text=True)
+            "front = Front(Path(sys.argv[1]), json.loads(sys.argv[2]), 'v1', engine='triton'); "
+            "serve_until_told(front, lambda line: print(line, flush=True))")
+    command = [sys.executable, "-c", code, str(bundle), json.dumps(hashes(bundle))]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert "(Triton, 2 workers)" in p.stdout.readline()
         family = psutil.Process(p.pid).children(recursive=True)

@@ -99,11 +99,12 @@ class Workers:
 
     def end(self):
         "End all; also those that are stopped."
+        until = time.monotonic() + 3
         for p in self.processes.values():
             p.terminate()
         for p in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                p.wait(5)
+                p.wait(max(0, until - time.monotonic()))
             p.kill()
             p.wait()
 
