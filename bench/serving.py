@@ -1,4 +1,5 @@
-"""The server of `mlkit serve` beside raw ONNX Runtime, FastAPI with ONNX Runtime, and Triton: same graph, same client, in turn.
+"""The server of `mlkit serve`, by each of its engines, beside raw ONNX Runtime, FastAPI with ONNX Runtime, and Triton by its own door:
+same graph, same client, in turn.
 
     python bench/serving.py [--bundle models/bundle] [--seconds 5] [--repeats 3]
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +79,9 @@ def body(signatures, sent):
 
 
 @contextmanager
-def mlkit(bundle, name):
+def mlkit(bundle, name, engine="onnxruntime"):
     files = read_manifest(bundle)["files"]
-    with Front(bundle, {f: e["sha256"] for f, e in files.items()}, "bench") as front:
+    with Front(bundle, {f: e["sha256"] for f, e in files.items()}, "bench", engine=engine) as front:
         yield f"{front.url}/v2/models/{name}/infer", psutil.Process(front.process.pid)
 
 
@@ -167,7 +169,8 @@ def main():
     verify_bundle(args.bundle)
     signatures, sent = sample(args.bundle)
     request, name = body(signatures, sent), next(f.name for f in (args.bundle / "model_repository").iterdir())
-    contenders, found, alone = {"mlkit serve": mlkit, "FastAPI + ONNX Runtime": fastapi, "Triton": triton}, {}, []
+    contenders = {"mlkit serve": mlkit, "mlkit serve --engine triton": partial(mlkit, engine="triton"), "FastAPI + ONNX Runtime": fastapi, "Triton": triton}
+    found, alone = {}, []
     with tempfile.TemporaryDirectory() as d:
         script = Path(d, "post.lua")
         Path(d, "body").write_text(request)

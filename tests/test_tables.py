@@ -17,7 +17,6 @@ from mlkit.task import Task
 from mlkit.triton_server.load import measure_load
 from mlkit.triton_server.server import Triton
 from mlkit.triton_server.install import install_serving
-from mlkit.triton_server.supervise import probe
 from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import arrays
 
@@ -141,6 +140,5 @@ def test_the_client_names_row_and_column(served, change, words):
 
 def test_load(served):
     server = served[0]
-    probe(server)
     one, four = measure_load(server.client, list(arrays(server.client.signature, make_rows(50))), (1, 4), 0.9)
     assert one["n_requests"] > 0 and four["n_requests"] > 0

@@ -56,26 +56,16 @@ def release_of(root: Path, alias: str | None): # Release
 @click.option("--tls-cert", type=FILE, help="Certificate, PEM.  [default of other hosts: that of 'mlkit keys certificate']")
 @click.option("--tls-key", type=FILE, help="Its private key, PEM, mode 0600.")
 @click.option("--log/--no-log", default=True, show_default=True, help="Log requests as 'request_log' in params.yaml says.")
-@click.option("--workers", default=2, show_default=True, help="Processes that hold the model, of the engine onnxruntime.")
-@click.option("--engine", default="onnxruntime", show_default=True, type=click.Choice(ENGINES), help="What answers.")
+@click.option("--workers", default=2, show_default=True, help="Processes that hold the model; of Triton as many Tritons.")
+@click.option("--engine", default="onnxruntime", show_default=True, type=click.Choice(ENGINES), help="What computes; clients see no difference.")
 def serve(projects, alias, port, metrics_port, host, tls_cert, tls_key, log, workers, engine):
     """Serve the released model until Ctrl-C, and restart what dies. Every file is hashed first.
 
     PROJECTS are folders, for several models at once; default the one that you are in. Tokens and log are the first one's."""
     roots = [project_root(Path(p)) for p in projects] or [project_root()]
     root = roots[0]
-    if engine == "triton" and len(roots) > 1:
-        raise click.UsageError("--engine triton serves one project; leave the others out")
-    if engine == "triton" and (tls_cert or tls_key):
-        raise click.UsageError("--engine triton speaks no TLS; leave --tls-cert and --tls-key out")
-    access = None if engine == "triton" else access_of(root, host, tls_cert, tls_key, log)
-    if engine == "triton":
-        folder = bundle_to_serve(root, alias)
-        from mlkit.triton_server.supervise import serve_forever
-        from mlkit.triton_server.server import Triton
-        server = Triton(folder / "model_repository", port=port, metrics_port=metrics_port, host=host)
-        return serve_forever(server, progress=click.echo)
+    access = access_of(root, host, tls_cert, tls_key, log)
     from mlkit.serving.front import Front, serve_until_told
     first, *others = [release_of(r, alias) for r in roots]
-    front = Front(first.bundle, first.listed, first.version, port, metrics_port, host, workers, access, first.root, others)
+    front = Front(first.bundle, first.listed, first.version, port, metrics_port, host, workers, access, first.root, others, engine)
     serve_until_told(front, click.echo)

@@ -215,7 +215,7 @@ async def _converse(self: Queue, path, connection): # until the worker ends
             proved = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.patience):
-                await self._run(batch, connection)
+                await self._run(batch, path, connection)
         except (OSError, EOFError) as e: # TimeoutError is an OSError
             self._again(batch)
             if isinstance(e, TimeoutError):
@@ -260,15 +260,17 @@ def _again(self: Queue, batch: list[Waiting]):
 
 # %% ../../nbs/serving/02_queue.ipynb #b66b615b
 @patch
-async def _run(self: Queue, batch: list[Waiting], connection):
+async def _run(self: Queue, batch: list[Waiting], path, connection):
     joined = [np.concatenate(parts) if len(batch) > 1 else parts[0] for parts in zip(*(r.inputs for r in batch))]
     reply = await connection.exchange(Ask([to_message(x) for x in joined]))
     if wrong := [y.shape for y in reply.outputs if y.shape[:1] != (len(joined[0]),)]:
         reply = Reply([], f"it gives {wrong[0]} for {len(joined[0])} samples")
     if reply.error and len(batch) > 1: # one of them costs its sender an error, and nobody else
         for request in batch:
-            await self._run([request], connection)
+            await self._run([request], path, connection)
         return
+    if reply.error and not await self._right(path, connection): # the worker is to blame, not the request
+        raise EOFError
     ends = np.cumsum([len(r.inputs[0]) for r in batch])[:-1]
     shares = zip(*(np.split(from_message(y), ends) for y in reply.outputs)) if reply.outputs else [None]
     for request, share in zip(batch, shares):

@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'Array', 'to_message', 'from_message', 'Ask', 'Reply', 'packed', 'die_with', 'load_model', 'answer',
-           'read_message', 'converse', 'work', 'start_worker', 'last_words']
+           'read_message', 'converse', 'listen_at', 'work', 'start_process', 'start_worker', 'last_words']
 
 # %% ../../nbs/serving/00_worker.ipynb #3eeab52d
-import ctypes, os, signal, socket, struct, sys, threading
+import ctypes, os, signal, socket, struct, subprocess, sys, threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec, numpy as np
@@ -86,46 +88,54 @@ def _exactly(connection, n): # b"" where it ends before
         at += got
     return bytes(out)
 
-def converse(connection: socket.socket, session):
+def converse(connection: socket.socket, reply: Callable[[Ask], Reply]):
     "Answer one message after another, until the other side closes."
-    names = [t.name for t in session.get_inputs()]
     with connection:
         while body := read_message(connection):
-            connection.sendall(packed(answer(session, names, msgspec.msgpack.decode(body, type=Ask))))
+            connection.sendall(packed(reply(msgspec.msgpack.decode(body, type=Ask))))
 
 # %% ../../nbs/serving/00_worker.ipynb #5a63dc8f
+def listen_at(path: str) -> socket.socket:
+    "A Unix socket that no other user can open. Where there is one, it listens."
+    aside, listening = f"{path}.new", socket.socket(socket.AF_UNIX)
+    Path(aside).unlink(missing_ok=True)
+    usual = os.umask(0o177)
+    listening.bind(aside)
+    os.umask(usual)
+    listening.listen()
+    os.rename(aside, path)
+    return listening
+
 def work(
     parent: int, # Process that this one belongs to
     model: str, # ONNX file
     path: str, # Of the socket: no other user can open it
-    n_threads: int = 1,
+    n_threads: str = "1",
 ):
     "Serve a model until this process is killed."
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the supervisor, which lets requests end first
     try:
-        session = load_model(model, n_threads)
+        session = load_model(model, int(n_threads))
     except Exception as e: # ONNX Runtime's have no common class
         sys.exit(f"{Path(model).name}: ONNX Runtime cannot load it: {str(e).splitlines()[0][:300]}")
-    os.umask(0o177)
-    with socket.socket(socket.AF_UNIX) as listening:
-        aside = f"{path}.new" # what is at `path` listens
-        Path(aside).unlink(missing_ok=True)
-        listening.bind(aside)
-        listening.listen()
-        os.rename(aside, path)
+    reply = partial(answer, session, [t.name for t in session.get_inputs()])
+    with listen_at(path) as listening:
         while True:
             connection, _ = listening.accept()
-            threading.Thread(target=converse, args=(connection, session), daemon=True).start()
+            threading.Thread(target=converse, args=(connection, reply), daemon=True).start()
 
 # %% ../../nbs/serving/00_worker.ipynb #7ce003db
-def start_worker(model: Path, path: Path, n_threads: int = 1): # Popen
-    "Start a worker; it listens once it has loaded the model."
-    import subprocess
-    code = "import sys; from mlkit.serving.worker import work; work(int(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4]))"
-    args = [str(os.getpid()), str(model), str(path), str(n_threads)]
+def start_process(module: str, model: Path, path: Path, *args) -> subprocess.Popen:
+    "Start the `work` of a module. Its last words stand beside its socket."
+    code = f"import sys; from {module} import work; work(int(sys.argv[1]), *sys.argv[2:])"
+    command = [sys.executable, "-c", code, *map(str, (os.getpid(), model, path, *args))]
     with open(f"{path}.log", "wb") as log: # the last words of the worker before are of no use any more
-        return subprocess.Popen([sys.executable, "-c", code, *args], stdin=subprocess.DEVNULL, stderr=log, process_group=0)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, process_group=0)
+
+def start_worker(model: Path, path: Path, n_threads: int = 1) -> subprocess.Popen:
+    "Start a worker; it listens once it has loaded the model."
+    return start_process("mlkit.serving.worker", model, path, n_threads)
 
 def last_words(path: Path) -> str: # Empty: none
     "The last line that the worker with this socket has said."

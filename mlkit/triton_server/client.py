@@ -78,11 +78,3 @@ def answer(self: Client, *inputs: np.ndarray) -> list[dict]: # See `mlkit.export
 def answer_rows(self: Client, rows) -> list[dict]: # As of `predict_rows`; as of `answer`
     "`answer` for the rows of a table."
     return named_answers(self.predict_rows(rows), self.signatures.classes, self.signatures.decision)
-
-# %% ../../nbs/triton_server/03_client.ipynb #fea130e7
-@patch
-def example(self: Client) -> dict: # A KServe v2 request
-    "One sample of zeros as any client in any language would send it, in JSON."
-    def one(t): return {"name": t.name, "datatype": datatype(t), "shape": [1, *t.shape]}
-    def data(t): return t.wire(t.blank(1)).ravel().tolist()
-    return {"inputs": [one(t) | {"data": data(t)} for t in self.signatures.wire.inputs]}

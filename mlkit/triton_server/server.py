@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'COMPLAINT', 'CHANCE', 'RESTRICTED', 'FATAL', 'check_host', 'free_port', 'end_all', 'guard', 'complaints',
-           'decisive', 'FailedByChance', 'by_chance', 'Triton']
+           'decisive', 'FailedByChance', 'by_chance', 'triton_command', 'Triton']
 
 # %% ../../nbs/triton_server/04_server.ipynb #0a89ffe4
 import inspect, ipaddress, json, os, re, socket, subprocess, sys, sysconfig, tempfile, time
@@ -148,8 +148,8 @@ def by_chance(
     return code is None or killed
 
 # %% ../../nbs/triton_server/04_server.ipynb #4cbf2b6a
-def _link(server, name, path): # to `path`, without blanks
-    link = Path(server.folder.name) / name
+def _link(folder, name, path): # to `path`, without blanks
+    link = Path(folder) / name
     link.symlink_to(path.resolve())
     return link
 
@@ -159,7 +159,7 @@ RESTRICTED = "model-repository,shared-memory,trace,logging"
 def _arguments(server):
     grpc = [f"--grpc-address={server.host}", f"--grpc-port={server.grpc_port}"]
     return [
-        f"--id={server.id}", f"--model-repository={_link(server, 'repository', server.repository)}",
+        f"--id={server.id}", f"--model-repository={_link(server.folder.name, 'repository', server.repository)}",
         "--model-control-mode=none", f"--http-restricted-api={RESTRICTED}:x-mlkit={uuid4().hex}", "--log-info=false",
         f"--http-address={server.host}", f"--http-port={server.port}",
         f"--metrics-address={server.host}", f"--metrics-port={server.metrics_port}",
@@ -169,23 +169,28 @@ def _arguments(server):
     ]
 
 # %% ../../nbs/triton_server/04_server.ipynb #cf2c981c
-def _own_backends(server, path, shm): # arguments of the serving environment's Triton; the backend is put in place
+def _own_backends(folder, path, shm): # arguments of the serving environment's Triton; the backend is put in place
     backends = path.parents[1] / "backends"
     source = Path(triton_backend.__file__).read_text(encoding="utf-8")
     file = backends / "onnxruntime/model.py"
     if not file.is_file() or file.read_text(encoding="utf-8") != source:
         write_atomic(file, source)
-    folder = _link(server, "backends", backends)
-    return [f"--backend-directory={folder}", f"--backend-config=python,shm-region-prefix-name={shm}"]
+    link = _link(folder, "backends", backends)
+    return [f"--backend-directory={link}", f"--backend-config=python,shm-region-prefix-name={shm}"]
 
 # %% ../../nbs/triton_server/04_server.ipynb #ac092bff
-def _command(server, shm): # (command, environment, who serves); `shm`: prefix of its shared memory
+def triton_command(
+    arguments: list[str],
+    folder: str | Path, # The server's own, whose path has no blank
+    shm: str, # Prefix of its shared memory
+) -> tuple[list[str], dict[str, str], str]: # The command, its environment, who serves
+    "How to start a Triton here. Raises `SetupError` where there is none."
     path, who = find_triton()
     if not path:
         raise SetupError(who)
-    command, env = [path, *_arguments(server)], dict(os.environ)
+    command, env = [path, *arguments], dict(os.environ)
     if path.is_relative_to(serving_env()):
-        command += _own_backends(server, path, shm)
+        command += _own_backends(folder, path, shm)
         env["PATH"] = f"{serving_env() / 'bin'}:{env['PATH']}"
         env["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     return [str(c) for c in command], env, who
@@ -230,7 +235,7 @@ def client(self: Triton) -> Client:
 # %% ../../nbs/triton_server/04_server.ipynb #a27c1dd3
 @patch(as_prop=True)
 def alive(self: Triton) -> bool:
-    "Whether its processes run; that it answers is asked by `mlkit.triton_server.supervise.probe`."
+    "Whether its processes run. Triton may have lost its Python stub and run: then every request fails."
     return self.guard is not None and self.guard.poll() is None
 
 # %% ../../nbs/triton_server/04_server.ipynb #3fa6f58e
@@ -285,7 +290,7 @@ def _launch(self: Triton, wanted): # `wanted`: ports, where 0 is any and None is
     self.id = f"mlkit-{os.getpid()}-{uuid4().hex[:8]}"
     self.folder = tempfile.TemporaryDirectory(prefix="mlkit-triton-")
     try:
-        command, env, self.backend = _command(self, f"{self.id}-")
+        command, env, self.backend = triton_command(_arguments(self), self.folder.name, f"{self.id}-")
         self.log_path = Path(self.log or Path(self.folder.name) / "log")
         with open(self.log_path, "ab") as log:
             self.log_start = log.tell()
