@@ -6,9 +6,10 @@ __all__ = ['NAMES', 'MISSING', 'FOLDER', 'KEPT', 'USUAL', 'READY_S', 'LOOK_S', '
            'Program', 'signal_name', 'Stack']
 
 # %% ../../nbs/monitoring/13_stack.ipynb #4d40968d
-import shutil, subprocess, time, urllib.request
+import shutil, subprocess, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -109,11 +110,14 @@ class Program:
 
     def answers(self, path: str = "/-/healthy") -> bool:
         "Whether it says that it is well."
+        connection = HTTPConnection(urlsplit(self.url).netloc, timeout=2)
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.url + path, timeout=2) as r:
-                return r.status == 200
-        except OSError:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
             return False
+        finally:
+            connection.close()
 
 # %% ../../nbs/monitoring/13_stack.ipynb #8146fff8
 READY_S = 60.0
