@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from mlkit.core import write_json
 from mlkit.flow.config import ALERTS, check
-from mlkit.monitoring.dashboards import DASHBOARDS
+from mlkit.monitoring.dashboards import exprs
 from mlkit.monitoring.delivery import PASSWORD, alertmanager_config
 from mlkit.monitoring.metrics import GPU, WATCH, XID, Watched
 from mlkit.monitoring.rules import Limits, RECORDED, rules, rules_file, to_yaml
@@ -167,8 +167,7 @@ def test_the_files_are_what_their_programs_take(tmp_path):
     "All ways that alerts can go; every curve of a dashboard is PromQL."
     mail = {"to": "ann@example.com", "from": "mlkit@example.com", "smarthost": "mail.example.com:587", "user": "mlkit"}
     settings = check("alerts", {"webhook": "https://example.com/hook", "email": mail, "model_days": 30}, ALERTS)
-    curves = [c.expr for rows in DASHBOARDS.values() for panels in rows.values() for p in panels for c in p.curves]
-    drawn = {"groups": [{"name": "drawn", "rules": [{"record": f"curve:{i}", "expr": expr} for i, expr in enumerate(curves)]}]}
+    drawn = {"groups": [{"name": "drawn", "rules": [{"record": f"curve:{i}", "expr": expr} for i, expr in enumerate(exprs())]}]}
     config = prometheus_config("http://127.0.0.1:8003", "http://127.0.0.1:9093", ["https://a.example:1/m", "http://127.0.0.1:2"], ["http://127.0.0.1:9400/metrics"])
     for name, value in {"rules.yml": rules_file(Limits(99.5, 0.001, 30, 0.1)), "drawn.yml": drawn, "prometheus.yml": config,
                         "alertmanager.yml": alertmanager_config(settings, "http://127.0.0.1:1/alerts", "t", {PASSWORD: "x: {"})}.items():
@@ -215,9 +214,9 @@ def exported(tmp_path):
 def test_each_name_is_exported(exported):
     there = {line.split("{")[0].split(" ")[0] for text in exported for line in text.splitlines() if not line.startswith("#")} | {*GPU, XID, *OF_OTHERS, *RECORDED}
     there |= {"mlkit_model_released_seconds"} # from a history, which this project lacks
-    exprs = [*RECORDED.values(), *(r.expr for group in rules(LIMITS).values() for r in group)]
-    exprs += [c.expr for rows in DASHBOARDS.values() for panels in rows.values() for p in panels for c in p.curves]
-    asked = {name for e in exprs for name in re.findall(r"\b(?:mlkit|nv|DCGM|process|alertmanager|triton)[_:][\w:]+|\bup\b", e)}
+    asked_for = [*RECORDED.values(), *(r.expr for group in rules(LIMITS).values() for r in group)]
+    asked_for += exprs()
+    asked = {name for e in asked_for for name in re.findall(r"\b(?:mlkit|nv|DCGM|process|alertmanager|triton)[_:][\w:]+|\bup\b", e)}
     assert len(asked) > 40 and asked <= there, asked - there
 
 

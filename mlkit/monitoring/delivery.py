@@ -43,25 +43,30 @@ def password_of(environment: Mapping[str, str]) -> str:
         return password
     path = environment.get(PASSWORD_FILE)
     if not path:
-        raise ConfigError(f"params.yaml: alerts.email.user: there is no password; export {PASSWORD}, or {PASSWORD_FILE} with the path of a file")
+        do = f"export {PASSWORD}, or {PASSWORD_FILE} with the path of a file"
+        raise ConfigError(f"params.yaml: alerts.email.user: there is no password; {do}")
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{PASSWORD_FILE}: {path} cannot be read ({getattr(e, 'strerror', '') or 'it is no text'})") from None
+        why = getattr(e, "strerror", "") or "it is no text"
+        raise ConfigError(f"{PASSWORD_FILE}: {path} cannot be read ({why})") from None
 
 def email_entry(email: dict, environment: Mapping[str, str]) -> dict: # As Alertmanager has it
     "Raises `ConfigError` where the server's address or the password is missing."
     host, _, port = email["smarthost"].rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError("params.yaml: alerts.email.smarthost: write host:port, mail.example.com:587 say")
-    entry = {"to": email["to"], "from": email["from"], "smarthost": email["smarthost"], "require_tls": email.get("tls", True), "send_resolved": True,
-             "headers": {"Subject": SUBJECT}, "html": "", "text": TEXT}
+    entry = {key: email[key] for key in ("to", "from", "smarthost")}
+    entry |= {"require_tls": email.get("tls", True), "send_resolved": True}
+    entry |= {"headers": {"Subject": SUBJECT}, "html": "", "text": TEXT}
     if user := email.get("user"):
         entry |= {"auth_username": user, "auth_password": password_of(environment)}
     return entry
 
 SUBJECT = '{{ .Status | toUpper }}: {{ .GroupLabels.alertname }}{{ with .GroupLabels.model }} ({{ . }}){{ end }}'
-TEXT = """{{ range .Alerts }}{{ .Status | toUpper }}  {{ .Labels.alertname }} ({{ .Labels.severity }}), since {{ .StartsAt.Format "2006-01-02 15:04 MST" }}
+TEXT = """{{ range .Alerts }}{{ .Status | toUpper }}  {{ .Labels.alertname }} ({{ .Labels.severity }})
+since {{ .StartsAt.Format "2006-01-02 15:04 MST" }}
+
 {{ .Annotations.summary }}
 {{ .Annotations.do }}
 {{ .Annotations.runbook }}
@@ -85,22 +90,24 @@ def alertmanager_config(
              "repeat_interval": f"{3600 * settings['repeat_hours']:.0f}s"}
     return {"route": route, "receivers": [{"name": "mlkit", "webhook_configs": posts, "email_configs": mails}]}
 
-def ways(settings: dict, environment: Mapping[str, str] = os.environ) -> str: # 'a webhook, ann@example.com and .mlkit/alerts.jsonl'
+def ways(settings: dict, environment: Mapping[str, str] = os.environ) -> str: # 'a webhook and .mlkit/alerts.jsonl'
     "Where alerts go, in words."
     named = ["a webhook"] if webhook_of(settings, environment) else []
     named += [settings["email"]["to"]] if settings["email"] else []
     named += [settings["file"]] if settings["file"] else []
-    return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]])) or "nobody: 'alerts' in params.yaml names no way"
+    if not named:
+        return "nobody: 'alerts' in params.yaml names no way"
+    return " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
 
 # %% ../../nbs/monitoring/12_delivery.ipynb #1896bd01
 def alert_lines(message: dict, now: float) -> list[dict]:
     "Of what Alertmanager posts (its webhook, version 4). Raises `KeyError` or `TypeError` where it is something else."
-    lines = []
+    lines, moment = [], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     for a in message["alerts"]:
         labels, told = dict(a["labels"]), a["annotations"]
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)), "status": a["status"], "alert": labels.pop("alertname"),
-                "severity": labels.pop("severity", ""), "summary": told.get("summary", ""), "do": told.get("do", ""),
-                "runbook": told.get("runbook", ""), "labels": labels, "since": a["startsAt"]}
+        line = {"time": moment, "status": a["status"], "alert": labels.pop("alertname"), "severity": labels.pop("severity", "")}
+        line |= {key: told.get(key, "") for key in ("summary", "do", "runbook")}
+        line |= {"labels": labels, "since": a["startsAt"]}
         lines.append(line | ({"until": a["endsAt"]} if a["status"] == "resolved" else {}))
     return lines
 
@@ -119,8 +126,12 @@ LARGEST = 4 << 20 # bytes of a message
 
 class Receiver:
     "A server on loopback: `/metrics` for Prometheus, `/alerts` for Alertmanager. A context manager."
-    def __init__(self, registry: CollectorRegistry, file: Path | None, port: int = 0, token: str = ""): # `port` 0: any free one
-        self.registry, self.file, self.token = registry, file, token or secrets.token_hex(16)
+    def __init__(self,
+        registry: CollectorRegistry,
+        file: Path | None, # For alerts; None: they are not taken
+        port: int = 0, # 0: any free one
+    ):
+        self.registry, self.file, self.token = registry, file, secrets.token_hex(16)
         receiver = self
         class Handler(BaseHTTPRequestHandler):
             timeout = 10
@@ -130,7 +141,8 @@ class Receiver:
         try:
             self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         except OSError as e:
-            raise SetupError(f"port {port}: {e.strerror}; choose another with --metrics-port (0: any free one)") from None
+            do = "choose another with --metrics-port (0: any free one)"
+            raise SetupError(f"port {port}: {e.strerror}; {do}") from None
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
 

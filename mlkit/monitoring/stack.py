@@ -22,9 +22,12 @@ from ..serving.tokens import write_private
 from ..triton_server.server import free_port
 
 # %% ../../nbs/monitoring/13_stack.ipynb #be6321cc
-NAMES = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager")} # Debian's name first
-MISSING = ("install it: apt-get install prometheus prometheus-alertmanager (Debian starts both as services, which are not needed here: "
-           "systemctl disable --now prometheus prometheus-alertmanager), or put the program on PATH")
+NAMES = { # Debian's name first
+    "prometheus": ("prometheus",),
+    "alertmanager": ("prometheus-alertmanager", "alertmanager"),
+}
+MISSING = ("install it: apt-get install prometheus prometheus-alertmanager (Debian starts both as services, which are "
+           "not needed here: systemctl disable --now prometheus prometheus-alertmanager), or put the program on PATH")
 
 def find_program(name: str) -> str: # One of `NAMES`; a path
     "Raises `SetupError` where it is not installed."
@@ -39,12 +42,14 @@ KEPT = "--storage.tsdb.retention.time=15d", "--storage.tsdb.retention.size=512MB
 
 def prometheus_command(folder: Path, port: int) -> list[str]:
     "On loopback; web pages of others may not read from it."
-    return [find_program("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'prometheus'}", *KEPT,
+    files = f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'prometheus'}"
+    return [find_program("prometheus"), *files, *KEPT,
             f"--web.listen-address=127.0.0.1:{port}", "--web.cors.origin=^$", "--log.level=warn"]
 
 def alertmanager_command(folder: Path, port: int) -> list[str]:
     "On loopback, alone: it looks for no others to share alerts with."
-    return [find_program("alertmanager"), f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alertmanager'}",
+    files = f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alertmanager'}"
+    return [find_program("alertmanager"), *files,
             f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address=", "--log.level=warn"]
 
 # %% ../../nbs/monitoring/13_stack.ipynb #1ccdf165
@@ -64,16 +69,19 @@ def prometheus_config(
     "Raises `ConfigError` where an address is none."
     every = f"{1000 * seconds:.0f}ms"
     servers = [target(url, named="yes") for url in gateways] or [target(USUAL, named="no")]
-    jobs = {"gateway": servers, "mlkit": [target(own)], "alertmanager": [target(alertmanager)], "other": [target(url) for url in others]}
-    scraped = [{"job_name": job, "static_configs": targets} for job, targets in jobs.items() if targets]
-    return {"global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every}, "rule_files": ["rules.yml"],
-            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [urlsplit(alertmanager).netloc]}]}]}, "scrape_configs": scraped}
+    jobs = {"gateway": servers, "mlkit": [target(own)], "alertmanager": [target(alertmanager)]}
+    jobs["other"] = [target(url) for url in others]
+    told = [{"static_configs": [{"targets": [urlsplit(alertmanager).netloc]}]}]
+    return {"global": dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), every),
+            "rule_files": ["rules.yml"], "alerting": {"alertmanagers": told},
+            "scrape_configs": [{"job_name": job, "static_configs": targets} for job, targets in jobs.items() if targets]}
 
 # %% ../../nbs/monitoring/13_stack.ipynb #2d878a67
 def alone(command: list[str], log: Path, folder: Path | None = None) -> subprocess.Popen: # `folder`: to work in
     "Start a program that ends when this process does; for the main thread. Ctrl-C does not reach it."
     with open(log, "ab") as f:
-        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, stdout=f, stderr=f, process_group=0, cwd=folder)
+        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], cwd=folder, process_group=0,
+                                stdin=subprocess.DEVNULL, stdout=f, stderr=f)
 
 def last_words(log: Path) -> str:
     "The last line of a log."
@@ -175,17 +183,16 @@ class Stack:
         seconds: float = 15.0, # Between two scrapes
     ):
         self.folder, self.programs = root / FOLDER, []
-        self.ports = {"prometheus": free_port("127.0.0.1", port), "alertmanager": free_port("127.0.0.1", alertmanager_port)}
-        urls = {name: f"http://127.0.0.1:{p}" for name, p in self.ports.items()}
-        self.url, self.alertmanager_url = urls.values()
-        commands = {"alertmanager": alertmanager_command(self.folder, self.ports["alertmanager"]),
-                    "prometheus": prometheus_command(self.folder, self.ports["prometheus"])}
-        self.planned = [Program(name, command, urls[name], self.folder / f"{name}.log") for name, command in commands.items()]
-        self.files = {
-            "prometheus.yml": to_yaml(prometheus_config(receiver.url, self.alertmanager_url, gateways, others, seconds)),
-            "alertmanager.yml": to_yaml(alertmanager_config(settings, f"{receiver.url}/alerts", receiver.token)),
-            "rules.yml": to_yaml(rules_file(limits, f"{(self.folder / 'runbook.html').as_uri()}")),
-            "runbook.html": runbook_page(limits)}
+        folder, ports = self.folder, [free_port("127.0.0.1", p) for p in (port, alertmanager_port)]
+        self.url, self.alertmanager_url = (f"http://127.0.0.1:{p}" for p in ports)
+        self.planned = [
+            Program("alertmanager", alertmanager_command(folder, ports[1]), self.alertmanager_url, folder / "alertmanager.log"),
+            Program("prometheus", prometheus_command(folder, ports[0]), self.url, folder / "prometheus.log")]
+        scraped = prometheus_config(receiver.url, self.alertmanager_url, gateways, others, seconds)
+        told = alertmanager_config(settings, f"{receiver.url}/alerts", receiver.token)
+        alarms = rules_file(limits, (folder / "runbook.html").as_uri())
+        configs = {"prometheus.yml": scraped, "alertmanager.yml": told, "rules.yml": alarms}
+        self.files = {name: to_yaml(value) for name, value in configs.items()} | {"runbook.html": runbook_page(limits)}
 
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()

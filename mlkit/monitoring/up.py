@@ -91,14 +91,16 @@ def limits_of(settings: dict, every: float) -> Limits: # Minutes
     return Limits(settings["p99_ms"], settings["errors"], settings["model_days"], every)
 
 def run_until_told(root: Path, where: Where, every: float, progress=print, command: list[str] = MONITOR): # minutes
-    "Until Ctrl-C or SIGTERM; for the main thread. Raises `SetupError` where a program is missing, `ConfigError`, `ServeError`."
+    "For the main thread. Raises `SetupError` where a program is missing, `ConfigError`, `ServeError`."
     settings = check("alerts", read_params(root).get("alerts"), ALERTS)
     registry, watched = CollectorRegistry(), Watched(root)
     for collector in (watched, Gpus()):
         registry.register(collector)
     file = settings["file"] and root / settings["file"]
     with Receiver(registry, file or None, where.metrics_port) as receiver:
-        stack = Stack(root, settings, receiver, limits_of(settings, every), where.gateways, where.others, where.port, where.alertmanager_port, where.seconds)
+        limits = limits_of(settings, every)
+        ports = where.port, where.alertmanager_port
+        stack = Stack(root, settings, receiver, limits, where.gateways, where.others, *ports, where.seconds)
         look_after(stack, Runs(root, watched, every, command), [
             f"Prometheus at {stack.url}, Alertmanager at {stack.alertmanager_url}, metrics at {receiver.url}/metrics",
             f"Alerts go to {ways(settings)}; what to do then: {FOLDER}/runbook.html"], progress)
