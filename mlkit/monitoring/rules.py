@@ -333,6 +333,8 @@ def to_yaml(value) -> str:
 RUNBOOK_PAGE = """<!doctype html><html lang="en"><head>{{ head|safe }}
 <title>Runbook · mlkit</title><style>{{ css|safe }}</style></head>
 <body><main><h1>Runbook</h1><blockquote>What each alert means, and what to do.</blockquote>
+<p>To silence one for two hours, with Alertmanager's own tool:</p>
+<pre>amtool --alertmanager.url="$(cat .mlkit/monitoring/alertmanager.url)" silence add alertname=NAME -d 2h -c "why"</pre>
 {% for group, rules in groups.items() %}<h2>{{ group }}</h2>
 {% for r in rules %}<h3 id="{{ r.name }}">{{ r.name }} ({{ r.severity }})</h3>
 <p>{{ plain(r.summary) }}</p><p>{{ r.do }}</p><pre>{{ r.expr }}{% if r.wait != "0s" %}
