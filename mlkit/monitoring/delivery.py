@@ -63,6 +63,7 @@ def email_entry(email: dict, environment: Mapping[str, str]) -> dict: # As Alert
         entry |= {"auth_username": user, "auth_password": password_of(environment)}
     return entry
 
+# %% ../../nbs/monitoring/12_delivery.ipynb #9d0834a1
 SUBJECT = '{{ .Status | toUpper }}: {{ .GroupLabels.alertname }}{{ with .GroupLabels.model }} ({{ . }}){{ end }}'
 TEXT = """{{ range .Alerts }}{{ .Status | toUpper }}  {{ .Labels.alertname }} ({{ .Labels.severity }})
 since {{ .StartsAt.Format "2006-01-02 15:04 MST" }}
@@ -184,6 +185,7 @@ def take(self: Receiver, request: BaseHTTPRequestHandler):
         return say(request, 500, str(e.strerror).encode())
     say(request, 200, b"")
 
+# %% ../../nbs/monitoring/12_delivery.ipynb #5d35826f
 def is_own(request: BaseHTTPRequestHandler) -> bool:
     "Whether the caller means this machine."
     return request.headers.get("host", "").rpartition(":")[0] in ("127.0.0.1", "localhost")

@@ -179,6 +179,7 @@ GPU = { # name: (meaning, (nvml, handle) -> figure)
 XID, XID_MEANING = "DCGM_FI_DEV_XID_ERRORS", "Value of the last XID error encountered."
 LABELS = "gpu", "UUID", "device", "modelName", "Hostname"
 
+# %% ../../nbs/monitoring/10_metrics.ipynb #648bc50a
 def load_nvml() -> ModuleType | None:
     "NVIDIA's library, begun; None: no package, no driver or no GPU."
     try:

@@ -210,17 +210,19 @@ class Stack:
         scraped = prometheus_config(receiver.url, self.alertmanager_url, receiver.token, gateways, others, seconds)
         self.files = self.written(settings, receiver, limits) | {"prometheus.yml": to_yaml(scraped)}
 
-    def written(self, settings: dict, receiver: Receiver, limits: Limits) -> dict[str, str]: # Name: text
-        "All files but Prometheus' own."
-        files = {"alertmanager.yml": alertmanager_config(settings, f"{receiver.url}/alerts", receiver.token),
-                 "web.yml": {"basic_auth_users": {USER: bcrypt(receiver.token)}},
-                 "rules.yml": rules_file(limits, (self.folder / "runbook.html").as_uri())}
-        url = self.alertmanager_url.replace("//", f"//{USER}:{receiver.token}@") # for amtool
-        texts = {name: to_yaml(value) for name, value in files.items()}
-        return texts | {"runbook.html": runbook_page(limits), "alertmanager.url": url}
-
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
+
+# %% ../../nbs/monitoring/13_stack.ipynb #816c8b30
+@patch
+def written(self: Stack, settings: dict, receiver: Receiver, limits: Limits) -> dict[str, str]: # Name: text
+    "All files but Prometheus' own."
+    files = {"alertmanager.yml": alertmanager_config(settings, f"{receiver.url}/alerts", receiver.token),
+             "web.yml": {"basic_auth_users": {USER: bcrypt(receiver.token)}},
+             "rules.yml": rules_file(limits, (self.folder / "runbook.html").as_uri())}
+    url = self.alertmanager_url.replace("//", f"//{USER}:{receiver.token}@") # for amtool
+    texts = {name: to_yaml(value) for name, value in files.items()}
+    return texts | {"runbook.html": runbook_page(limits), "alertmanager.url": url}
 
 # %% ../../nbs/monitoring/13_stack.ipynb #22b4138c
 @patch

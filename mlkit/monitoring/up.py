@@ -90,6 +90,7 @@ def limits_of(settings: dict, every: float) -> Limits: # Minutes
     "What the rules take from the section `alerts`."
     return Limits(settings["p99_ms"], settings["errors"], settings["model_days"], every)
 
+# %% ../../nbs/monitoring/15_up.ipynb #098d53d5
 def run_until_told(root: Path, where: Where, every: float, progress=print, command: list[str] = MONITOR): # minutes
     "For the main thread. Raises `SetupError` where a program is missing, `ConfigError`, `ServeError`."
     settings = check("alerts", read_params(root).get("alerts"), ALERTS)
@@ -105,6 +106,7 @@ def run_until_told(root: Path, where: Where, every: float, progress=print, comma
             f"Prometheus at {stack.url}, Alertmanager at {stack.alertmanager_url}, metrics at {receiver.url}/metrics",
             f"Alerts go to {ways(settings)}; what to do then: {FOLDER}/runbook.html"], progress)
 
+# %% ../../nbs/monitoring/15_up.ipynb #33ae81fa
 def look_after(stack: Stack, runs: Runs, heads: list[str], progress): # `heads`: lines to begin with
     "Until Ctrl-C or SIGTERM."
     def told(*_): raise KeyboardInterrupt
