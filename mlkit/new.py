@@ -230,8 +230,7 @@ def choose_for_rows(sections: Sections, shards: Path, contract):
     sections["prepare"]["method"] = split_method(contract)
     sections["train"] = row_training(int(0.7 * len(values))) | sections["train"]
     sections["tune"]["space"] = Choice(space)
-    sections["monitor"] = {"share": Choice(0.01, "so small: any column"),
-                           "fault": Choice({"name": "shift_and_swap"}, "what the monitor must notice")}
+    sections["monitor"] = {"fault": Choice({"name": "shift_and_swap"}, "what the monitor must notice")}
 
 # %% ../nbs/09_new.ipynb #306c48d5
 def choose(
@@ -273,16 +272,19 @@ def new_project(
     target: str | None = None, # Of a table: the column to predict
     roles: Roles = Roles(), # Of a table: group, time and split, as a person named them
     protected: tuple[str, ...] = (), # Of a table: columns whose groups of people are compared
+    ci: str | None = None, # 'github', 'gitlab', 'jenkins'; None: no CI
 ) -> tuple[Sections, list[str], list[str]]: # What was chosen; what was seen; what git says
     "Look at the data and write the project. Raises `DataError`, `ConfigError`; then nothing is left."
+    from mlkit.project.ci import ci_files
     from mlkit.project.write import check_free, source_as_given, source_from, write_project
     from mlkit.sources.registry import open_source
     check_length(out.absolute(), "the project's folder", SPARE)
     check_free(out)
+    more = ci_files(ci) if ci else {}
     out = out.absolute()
     source = source_from(out, data)
     found = open_source(source_as_given(data), Path.cwd())
     sections, files = choose(found, source, out.name, target, roles, protected)
     params = params_text(sections, f"Chosen by 'mlkit new' for {source}; every value is yours to change.")
-    said = write_project(out, found.modality, params, source, files)
+    said = write_project(out, found.modality, params, source, files | more)
     return sections, [found.description, *found.reasons], said

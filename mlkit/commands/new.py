@@ -45,11 +45,12 @@ def of_table(name: str, text: str, **how): # option, its help, what else click t
 @of_table("--time", "the date that orders the rows. Rows are split by it, unless --group is given.")
 @of_table("--split", "random, stratified, group or time; default: by group, by time, else random.", metavar="METHOD")
 @of_table("--protected", "a column whose groups of people are compared, such as sex. Give it once a column.", metavar="COLUMN", multiple=True)
-def new(folder, data, target, group, time, split, protected):
+@click.option("--ci", metavar="github|gitlab|jenkins", help="Add CI, as 'mlkit ci' does later.")
+def new(folder, data, target, group, time, split, protected, ci):
     "Make a project in FOLDER that runs: look at the data, choose the values of params.yaml, say why."
     from mlkit.new import new_project
     from mlkit.project.roles import Roles
-    sections, seen, said = new_project(folder, data, target, Roles(group, time, split), protected)
+    sections, seen, said = new_project(folder, data, target, Roles(group, time, split), protected, ci)
     for line in [*seen, *reasons(sections), *said]:
         click.echo(harmless(line))
     place = harmless(shlex.quote(str(folder)))

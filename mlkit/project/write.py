@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..core import ConfigError, harmless
+from .ci import write_script
 from .pin import pin
 from .repository import NO_GIT, has_git, in_repository, init_dvc, join_git
 from .stages import connect_task, stage_notebooks
@@ -104,6 +105,7 @@ mlkit repro      # run what has changed, give the verdict, write reports/index.h
 | try a value and compare | `dvc exp run -S train.n_epochs=20`, then `dvc metrics diff` or `dvc exp show`. With `--temp` or `--queue` it runs in another folder, from where `../` leads elsewhere: write `ingest.source` as an absolute path first |
 | keep a state | `git add -A && git commit`; `dvc.lock`, `champion.json`, `history.jsonl` and `looks.jsonl` belong to it |
 | share it | `dvc remote add -d store <folder or URL>`, `dvc push`, `git push` |
+| let GitHub, GitLab or Jenkins run it | `mlkit ci github`, then set up what stands at the top of the file |
 | go on elsewhere | `git clone`, `pip install -r requirements.txt` (the mlkit of this project is in `vendor/`), `mlkit setup`, `dvc pull` |
 """
 
@@ -123,7 +125,7 @@ def write_files(
         else:
             shutil.copyfile(notebook, stages / f"{name}.ipynb")
     for name, text in texts.items():
-        (root / name).write_text(text, encoding="utf-8")
+        write_script(root / name, text)
     pin(root)
     export_stale(root)
     connect_task(root)
