@@ -2909,6 +2909,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mlkit/monitoring/metrics.py'),
                                           'mlkit.monitoring.metrics.load_nvml': ( 'monitoring/metrics.html#load_nvml',
                                                                                   'mlkit/monitoring/metrics.py'),
+                                          'mlkit.monitoring.metrics.newest': ( 'monitoring/metrics.html#newest',
+                                                                               'mlkit/monitoring/metrics.py'),
                                           'mlkit.monitoring.metrics.quality_metrics': ( 'monitoring/metrics.html#quality_metrics',
                                                                                         'mlkit/monitoring/metrics.py'),
                                           'mlkit.monitoring.metrics.released': ( 'monitoring/metrics.html#released',

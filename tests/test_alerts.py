@@ -183,7 +183,7 @@ def test_the_files_are_what_their_programs_take(tmp_path):
 FINDING = {"what": "unit", "column": "age", "since": "2026-11-26T00:00:00+00:00", "severity": "alert", "text": "…", "do": "…", "effect": 5.2, "p": 1e-9}
 WINDOW = {"start": "2026-11-26T00:00:00+00:00", "end": "2026-11-27T00:00:00+00:00", "version": "64478c78bfc8", "rows": 900, "labels": 20, "status": "alert", "findings": [FINDING],
           "columns": {"age": {"kind": "number", "distance": 5.2, "p": 1e-9, "drifted": True, "missing": 0.0, "invalid": 0.0}},
-          "quality": {"metric": "accuracy", "value": 0.9, "lower": 0.85, "upper": 0.94, "estimated": False, "n": 20}, "latency_ms": {"p50": 2.0, "p99": 30.0}, "errors": 0.0}
+          "quality": {"metric": "accuracy", "value": 0.9, "lower": 0.85, "upper": 0.94, "estimated": 0.91, "n": 20}, "latency_ms": {"p50": 2.0, "p99": 30.0}, "errors": 0.0}
 
 
 def watch(*findings):
