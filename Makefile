@@ -44,6 +44,6 @@ install:
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay
-	@find .mlkit -mindepth 1 -maxdepth 1 ! -name kafka ! -name serve -exec rm -rf {} + 2>/dev/null; : # kafka and serve hold data
+	@find .mlkit -mindepth 1 -maxdepth 1 ! -name kafka ! -name serve ! -name monitoring ! -name alerts.jsonl -exec rm -rf {} + 2>/dev/null; : # they hold data
 	@rm -rf data models serving reports scratch .pytest_cache
 	@echo "removed the pipeline's outputs; 'make repro' restores them from DVC's cache"

@@ -297,6 +297,18 @@ def test_killed_and_stopped_workers_cost_no_request(front):
     assert len(killed) == 6 and len(statuses) > 100 and set(statuses) == {200}, {s: statuses.count(s) for s in set(statuses)}
 
 
+def test_batches_and_waits_are_counted(front):
+    "What the rules and dashboards of `mlkit monitor up` are made of."
+    def figures():
+        with urllib.request.urlopen(front.metrics_url, timeout=10) as r:
+            lines = r.read().decode().splitlines()
+        wanted = ("mlkit_batch_samples_sum", "mlkit_batch_samples_count", "mlkit_queue_seconds_count")
+        return [sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in wanted]
+    before = figures()
+    assert predict(front, [ROW] * 7)[0] == 200
+    assert [now - then for now, then in zip(figures(), before)] == [7, 1, 1]
+
+
 def test_a_killed_gateway_is_replaced(front):
     old = front.process.pid
     os.kill(old, signal.SIGKILL)
