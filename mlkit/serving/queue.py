@@ -7,7 +7,8 @@ __all__ = ['PROVED_FOR', 'MAX_FAILURES', 'Busy', 'Unanswered', 'Limits', 'Waitin
 import asyncio, math, time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec, numpy as np
@@ -34,6 +35,8 @@ class Limits:
     max_waiting: int = 256 # Samples
     deadline: float = 5.0 # Seconds until a request is answered
     patience: float = 2.0 # Seconds that a run may take, before its worker counts as stuck
+    batch: int | None = None # Samples of several requests in one run; None: `max_batch`
+    delay: float = 0.0 # Seconds that a request waits for others to run with it
 
 # %% ../../nbs/serving/02_queue.ipynb #e9c33ab9
 @dataclass(eq=False)
@@ -43,6 +46,7 @@ class Waiting:
     answer: asyncio.Future
     taken: bool = False # By a worker, or given up
     failures: int = 0 # Workers that ended over it
+    came: float = field(default_factory=time.monotonic)
 
 class Queue:
     "Requests for one version of a model, and the workers that answer them."
@@ -103,11 +107,25 @@ async def _batch(self: Queue, connection) -> list[Waiting]: # Empty: the connect
     while not connection.gone:
         while self.line and self.line[0].taken:
             self.line.popleft()
-        if self.line:
+        pause = self._pause()
+        if pause == 0:
             return self._take()
         self.arrived.clear()
-        await self.arrived.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self.arrived.wait()
     return []
+
+@patch
+def _pause(self: Queue) -> float | None: # seconds until a batch may go; None: until somebody comes
+    if not self.line:
+        return None
+    if not self.limits.delay or self.n_waiting >= self._most:
+        return 0
+    return max(0, self.line[0].came + self.limits.delay - time.monotonic())
+
+@patch(as_prop=True)
+def _most(self: Queue) -> int: return self.limits.batch or self.limits.max_batch # samples that run together
 
 @patch
 def _take(self: Queue):
@@ -115,7 +133,7 @@ def _take(self: Queue):
     while self.line:
         request = self.line[0]
         size = 0 if request.taken else len(request.inputs[0])
-        if batch and (n + size > self.limits.max_batch or request.failures or batch[0].failures):
+        if batch and (n + size > self._most or request.failures or batch[0].failures):
             break
         self.line.popleft()
         if not request.taken:
