@@ -2766,6 +2766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.layers.with_answer': ('layers.html#with_answer', 'mlkit/layers.py')},
             'mlkit.load.client': { 'mlkit.load.client.Asker': ('load/client.html#asker', 'mlkit/load/client.py'),
                                    'mlkit.load.client.Asker.__init__': ('load/client.html#asker.__init__', 'mlkit/load/client.py'),
+                                   'mlkit.load.client.Asker._post': ('load/client.html#asker._post', 'mlkit/load/client.py'),
                                    'mlkit.load.client.Asker.ask': ('load/client.html#asker.ask', 'mlkit/load/client.py'),
                                    'mlkit.load.client.Asker.level': ('load/client.html#asker.level', 'mlkit/load/client.py'),
                                    'mlkit.load.client.Level': ('load/client.html#level', 'mlkit/load/client.py'),

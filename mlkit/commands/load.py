@@ -66,7 +66,7 @@ def line_of(level: dict) -> str: # See `mlkit.load.client.summary`
     from mlkit.load.page import ms
     what = f"{level['load']:,.0f} clients" if level["kind"] == "closed" else f"{level['load']:,.0f}/s"
     times = " ".join(f"{ms(level[k]):>8}" for k in ("p50_ms", "p90_ms", "p99_ms"))
-    return f"{what:>12} {level['rate']:>10,.0f} {times} {ms(level['p99_9_ms']):>9} {level['errors']:>8.2%} {level['busy']:>7.0%}"
+    return f"{what:>12} {level['rate']:>10,.0f} {times} {ms(level['p99_9_ms']):>9} {level['errors']:>8.2%} {level['busy']:>7.0%}" + "  promised" * level.get("promised", False)
 
 def row_of(row: dict) -> str: # See `mlkit.load.tune.try_setting`
     "A setting, as a line."
@@ -106,7 +106,8 @@ async def test_release(root: Path, alias: str | None, sla: dict, tune: bool, wri
         click.echo(tuned["advice"])
         if write and tuned["change"]:
             write_tuning(root, setting)
-        click.echo(f"{'Written to' if write and tuned['change'] else 'For'} params.yaml: {tuned['line']}")
+        if tuned["change"]:
+            click.echo(f"{'Written to' if write else 'For'} params.yaml: {tuned['line']}")
     with started(release, setting) as front:
         target = own_target(front)
         test = await tested(target, sla, [psutil.Process(front.process.pid)])

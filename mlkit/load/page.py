@@ -40,6 +40,8 @@ def headline(test: dict) -> tuple[str, str]: # A class of the page's style, a se
 def limit_of_client(test: dict) -> str:
     "How much of what was measured is the client's."
     peak = max(test["closed"], key=lambda level: level["rate"])
+    if peak["rate"] > test["ceiling"]:
+        return "How fast this client is could not be measured: others took the CPU."
     can = f"This client can make {test['ceiling']:,.0f} requests a second to a server that does nothing"
     if peak["client_cores"] > 0.9 or peak["rate"] > 0.7 * test["ceiling"]:
         return f"{can}. It was the limit itself: the server may answer more than was seen here. Run several from other machines."
@@ -71,10 +73,11 @@ def knee_plot(test: dict, sla: dict): # Axes
         ax.plot(rates, [level[name] if level[name] is not None else np.nan for level in levels], ".-", color=color, label=name[:3])
     ax.axhline(sla["p99_ms"], color=RED, ls="--", lw=1, label="p99 promised")
     ax.axvline(sla["rate"], color=RED, ls=":", lw=1, label="rate promised")
-    ax.axvline(max(level["rate"] for level in test["closed"]), color=GREY, ls=":", lw=1, label="peak of the closed loop")
+    peak = max(level["rate"] for level in test["closed"])
+    ax.axvline(peak, color=GREY, ls=":", lw=1.5, label="peak of the closed loop")
     ax.set(title="Latency against rate", xlabel="requests a second (open loop)", ylabel="ms", yscale="log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.set_xlim(0, 1.05 * max(*rates, sla["rate"]))
+    ax.set_xlim(0, 1.05 * max(*rates, sla["rate"], peak))
     ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
     return ax
 
@@ -93,10 +96,10 @@ def cpu_plot(points: list[dict], cores: int): # Axes
     "Of the server's processes."
     ax = axes(1, height=2.8)
     ax.plot([p["s"] for p in points], [p["cores"] for p in points], color=BLUE)
-    ax.axhline(cores, color=GREY, ls=":", label="cores of this machine")
+    ax.axhline(cores, color=GREY, ls=":")
+    ax.text(points[0]["s"], cores, "cores of this machine", fontsize=10, va="bottom")
     ax.set(title="Cores that the server keeps busy", xlabel="seconds since the start")
-    ax.set_ylim(0, 1.15 * cores)
-    ax.legend(fontsize=10, loc="lower right")
+    ax.set_ylim(0, 1.2 * cores)
     return ax
 
 def growth(points: list[dict]) -> str: # Empty: nothing was seen
@@ -173,7 +176,7 @@ LEVELS = """{% macro table(what, levels) %}<div class="scroll" tabindex="0" role
 
 LOAD_CSS = """
 .promised > * { background: color-mix(in srgb, var(--brand) 9%, transparent) }
-main section > p { max-width: 52rem } .plots.wide { grid-template-columns: minmax(0, 46rem) } td.no { font-weight: 400 }
+main section > p { max-width: 52rem } .plots.wide { grid-template-columns: minmax(0, 38rem) } td.no { font-weight: 400 }
 """
 
 # %% ../../nbs/load/05_page.ipynb #d15ed851
@@ -204,7 +207,7 @@ def load_page(about: About, test: dict, sla: dict, tuned: dict | None) -> str: #
     points = test["points"]
     shown = {"about": about, "mood": mood, "outcome": outcome, "reach": reach(test, sla), "quiet": quietness(test), "client": limit_of_client(test),
              "facts": facts_of(about, test, sla), "closed": test["closed"], "knee": [as_picture(knee_plot(test, sla))],
-             "open": [level | {"promised": level["load"] == sla["rate"]} for level in test["open"]],
+             "open": test["open"],
              "growth": growth(points), "resources": [as_picture(memory_plot(points)), as_picture(cpu_plot(points, about.cores))] if points else [],
              "tuned": tuned, "rows": tuning_rows(tuned) if tuned else [], "bars": [as_picture(tuning_plot(tuned))] if tuned else []}
     template = Environment(autoescape=True, trim_blocks=True).from_string(LEVELS + LOAD_PAGE)
