@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'FIGURES', 'LOAD_PAGE', 'LEVELS', 'LOAD_CSS', 'About', 'headline', 'limit_of_client', 'quietness', 'reach',
-           'knee_plot', 'memory_plot', 'cpu_plot', 'growth', 'setting_in_words', 'tuning_rows', 'tuning_plot', 'ms',
-           'failed', 'facts_of', 'load_page', 'write_test']
+           'knee_plot', 'memory_plot', 'cpu_plot', 'growth', 'setting_in_words', 'tuning_rows', 'tuning_plot', 'curve',
+           'curves_plot', 'ms', 'failed', 'facts_of', 'load_page', 'write_test']
 
 # %% ../../nbs/load/05_page.ipynb #f2fdfabc
 from dataclasses import dataclass
@@ -56,11 +56,12 @@ def quietness(test: dict) -> str:
 
 def reach(test: dict, sla: dict) -> str:
     "Up to which rate the promise holds."
-    peak, most = max(level["rate"] for level in test["closed"]), max(level["load"] for level in test["open"])
+    peak = max(level["rate"] for level in test["closed"])
     if not test["capacity"]:
         return f"It was kept at no rate that was tried. The peak, of clients that wait for their answers, is {peak:,.0f} answers a second."
-    further = ", the largest that was tried" if test["capacity"] == most else ""
-    return (f"It is kept up to {test['capacity']:,.0f} requests a second{further}. "
+    broken = min((level["load"] for level in test["open"] if level["load"] > test["capacity"]), default=None)
+    further = f", and broken at {broken:,.0f}" if broken else ", the most that was tried"
+    return (f"It was kept up to {test['capacity']:,.0f} requests a second{further}. "
             f"The peak, of clients that wait for their answers, is {peak:,.0f} answers a second.")
 
 # %% ../../nbs/load/05_page.ipynb #4cd035f9
@@ -137,6 +138,26 @@ def tuning_plot(tuned: dict): # Axes
     ax.set(title="Answers a second, with p99 as promised", yticks=[])
     return ax
 
+# %% ../../nbs/load/05_page.ipynb #95424b35
+def curve(row: dict) -> tuple[list[float], list[float]]: # Answers a second; p99 in ms
+    "Of one setting: at the promised rate, and with 8 and with 32 clients."
+    points = [(level["rate"], level["p99_ms"]) for level in [row["promised"], *row["levels"]] if level and level["p99_ms"] is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+def curves_plot(tuned: dict, sla: dict): # Axes
+    "The best setting, the present one, and the others."
+    from matplotlib.ticker import FuncFormatter
+    ax = axes(1, height=3.4)
+    for r in sorted(tuned["rows"], key=lambda r: (r["best"], r["tuning"] == tuned["present"])):
+        name = "best" if r["best"] else "present" if r["tuning"] == tuned["present"] else None
+        ax.plot(*curve(r), ".-", color={"best": GREEN, "present": BLUE}.get(name, GREY), lw=1.8 if name else 0.8, label=name)
+    ax.axhline(sla["p99_ms"], color=RED, ls="--", lw=1, label="p99 promised")
+    ax.set(title="p99 against answers a second", xlabel="answers a second", ylabel="ms", yscale="log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.set_xlim(0)
+    ax.legend(fontsize=10)
+    return ax
+
 # %% ../../nbs/load/05_page.ipynb #eef2e838
 LOAD_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <title>Load · mlkit</title><style>{{ css|safe }}</style></head><body>
@@ -157,7 +178,7 @@ at which a request was meant to be sent, so a halt of the server is seen by all 
 {% else %}<section><p class="soft">The server's processes cannot be seen from here, so its memory was not measured.</p></section>{% endif %}
 {% if tuned %}<section aria-labelledby="tuning"><h2 id="tuning">Settings</h2><p><strong>{{ tuned.advice }}</strong></p>
 <p>{{ "For" if tuned.change else "The present one, for" }} params.yaml: <code>{{ tuned.line }}</code></p>
-<div class="plots wide">{% for p in bars %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}"></figure>{% endfor %}</div>
+<div class="plots">{% for p in bars %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}"></figure>{% endfor %}</div>
 <div class="scroll" tabindex="0" role="group" aria-label="Table: the settings"><table><thead><tr>
 {% for h in ("setting", "", "answers a second", "p99 at the promised rate, ms", "promise") %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for r in rows %}<tr><th scope="row">{{ r.setting }}</th><td>{{ r.mark }}</td><td>{{ "{:,.0f}".format(r.rate) }}</td>
@@ -209,7 +230,7 @@ def load_page(about: About, test: dict, sla: dict, tuned: dict | None) -> str: #
              "facts": facts_of(about, test, sla), "closed": test["closed"], "knee": [as_picture(knee_plot(test, sla))],
              "open": test["open"],
              "growth": growth(points), "resources": [as_picture(memory_plot(points)), as_picture(cpu_plot(points, about.cores))] if points else [],
-             "tuned": tuned, "rows": tuning_rows(tuned) if tuned else [], "bars": [as_picture(tuning_plot(tuned))] if tuned else []}
+             "tuned": tuned, "rows": tuning_rows(tuned) if tuned else [], "bars": [as_picture(tuning_plot(tuned)), as_picture(curves_plot(tuned, sla))] if tuned else []}
     template = Environment(autoescape=True, trim_blocks=True).from_string(LEVELS + LOAD_PAGE)
     return template.render(shown, head=PAGE_HEAD, css=CSS + INDEX_CSS + ROLLOUT_CSS + LOAD_CSS, ms=ms, failed=failed)
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..client import Client, png_of
+from ..client import Client, png_of, said
 from ..core import DataError, ServeError
 from ..data.contract import Contract
 from ..export.signature import Signature
@@ -67,11 +67,12 @@ def blank_body(metadata: dict) -> bytes: # `metadata`: as the protocol has it
 # %% ../../nbs/load/00_requests.ipynb #504ccb6f
 def described(client: Client) -> tuple[str, list[bytes], str]: # Path, bodies, version
     "What to ask a server for. Raises `ServeError` where it does not tell what it serves."
-    metadata, told = client.tell(""), client.tell("contract")
     name = quote(client.model, safe="")
     predict, infer = f"/predict/{name}", f"/v2/models/{name}/infer"
-    if metadata is None:
-        raise ServeError(f"{client.url}: no model '{client.model}' here; name the one that it serves: --model NAME")
+    status, data = client.request("GET", f"/v2/models/{name}")
+    if status in (400, 404):
+        raise ServeError(f"{client.url}: {said(data)}; name the model that it serves: --model NAME")
+    metadata, told = client.read(status, data), client.tell("contract")
     if told is None:
         return infer, [blank_body(metadata)], ""
     first = Signature.from_dict(next(iter(told["signatures"]["steps"].values())))
