@@ -91,7 +91,7 @@ def target_of(
     ca: str | None = None,
 ) -> Target:
     "Raises `ConfigError` or `ServeError` where it cannot be asked."
-    client = Client(url, model, token, ca, attempts=1, seconds=10)
+    client = Client(url, model, token, ca, attempts=2, seconds=10)
     path, bodies, version = described(client)
     try:
         client.read(*client.request("POST", path, bodies[0]))
