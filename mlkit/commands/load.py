@@ -66,7 +66,8 @@ def line_of(level: dict) -> str: # See `mlkit.load.client.summary`
     from mlkit.load.page import ms
     what = f"{level['load']:,.0f} clients" if level["kind"] == "closed" else f"{level['load']:,.0f}/s"
     times = " ".join(f"{ms(level[k]):>8}" for k in ("p50_ms", "p90_ms", "p99_ms"))
-    return f"{what:>12} {level['rate']:>10,.0f} {times} {ms(level['p99_9_ms']):>9} {level['errors']:>8.2%} {level['busy']:>7.0%}" + "  promised" * level.get("promised", False)
+    end = "  promised" if level.get("promised") else ""
+    return f"{what:>12} {level['rate']:>10,.0f} {times} {ms(level['p99_9_ms']):>9} {level['errors']:>8.2%} {level['busy']:>7.0%}{end}"
 
 def row_of(row: dict) -> str: # See `mlkit.load.tune.try_setting`
     "A setting, as a line."

@@ -44,9 +44,9 @@ class Level:
 PERCENTILES = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "p99_9_ms": 99.9}
 
 def percentiles(latency: np.ndarray) -> dict[str, float | None]: # None: too few requests
-    "Each has ten requests beyond it, or the median five."
-    def one(q): return float(np.percentile(latency, q)) if len(latency) * (100 - q) / 100 >= (5 if q == 50 else 1) else None
-    return {name: one(q) for name, q in PERCENTILES.items()}
+    "Each has a request beyond it, or the median five."
+    def enough(q): return len(latency) * (100 - q) / 100 >= (5 if q == 50 else 1)
+    return {name: float(np.percentile(latency, q)) if enough(q) else None for name, q in PERCENTILES.items()}
 
 def summary(level: Level) -> dict: # For JSON
     "A level in figures."

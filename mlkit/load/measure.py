@@ -24,8 +24,8 @@ def check_sla(sla: dict): # The section `load`, checked
     "Raises `ConfigError` where it could not be judged."
     n = round(sla["rate"] * sla["seconds"])
     if n < LEAST:
-        raise ConfigError(f"load: {sla['rate']:g} requests a second for {sla['seconds']:g} s are {n}, and a p99 takes {LEAST}; "
-                          f"write seconds: {LEAST / sla['rate']:.3g}")
+        at = f"{sla['rate']:g} requests a second for {sla['seconds']:g} s"
+        raise ConfigError(f"load: {at} are {n}, and a p99 takes {LEAST}; write seconds: {LEAST / sla['rate']:.3g}")
 
 def criteria(level: dict, sla: dict) -> list[dict]: # name, value, asked, met
     "The promise, beside what was measured. `level`: see `summary`."
@@ -61,13 +61,18 @@ def said(criterion: dict) -> str:
     value, asked = criterion["value"], criterion["asked"]
     if criterion["name"] == "errors":
         return f"{value:.2%} of the requests fail where {asked:.2%} may"
-    return f"p99 is {value:.3g} ms where {asked:g} ms were promised" if value is not None else "too few requests were answered for a p99"
+    if value is None:
+        return "too few requests were answered for a p99"
+    return f"p99 is {value:.3g} ms where {asked:g} ms were promised"
 
 # %% ../../nbs/load/03_measure.ipynb #0d924ec7
 Loop = Callable # (Target, load, seconds): `closed_loop` or `open_loop`
 
-async def measured(loop: Loop, target: Target, load: float, seconds: float, server: list[psutil.Process]) -> dict: # See `summary`; 'busy', 'client_cores'
-    "A level in figures. `server`: its processes, where they are not this one's children."
+async def measured(
+    loop: Loop, target: Target, load: float, seconds: float,
+    server: list[psutil.Process] = (), # Its processes, where they are not this one's children
+) -> dict: # See `summary`; 'busy', 'client_cores'
+    "A level in figures."
     before = time.process_time()
     with OthersWork(family(server)) as others:
         level = await loop(target, load, seconds)
@@ -128,8 +133,8 @@ async def load_test(
                 told(levels[-1])
     levels.sort(key=lambda level: level["load"])
     held, why = verdict(first, sla)
-    return {"ceiling": most, "closed": closed, "open": levels, "promised": first, "criteria": criteria(first, sla), "holds": held,
-            "why": why, "capacity": capacity(levels, sla), "points": watch.points}
+    return {"holds": held, "why": why, "criteria": criteria(first, sla), "capacity": capacity(levels, sla), "ceiling": most,
+            "promised": first, "closed": closed, "open": levels, "points": watch.points}
 
 # %% ../../nbs/load/03_measure.ipynb #f93060af
 def capacity(levels: list[dict], sla: dict) -> float: # Requests a second; 0: at no rate

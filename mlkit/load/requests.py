@@ -51,13 +51,14 @@ def image_bodies(shape: tuple[int, int, int]) -> list[bytes]: # `shape`: (height
 # %% ../../nbs/load/00_requests.ipynb #f9e9035f
 def protocol_body(tensors: list[tuple[str, str, np.ndarray]]) -> bytes: # Name, datatype, values of one sample
     "A request of the protocol, in JSON."
-    inputs = [{"name": name, "datatype": datatype, "shape": list(x.shape), "data": x.ravel().tolist()} for name, datatype, x in tensors]
-    return json.dumps({"inputs": inputs}).encode()
+    def written(name, datatype, x): return {"name": name, "datatype": datatype, "shape": list(x.shape), "data": x.ravel().tolist()}
+    return json.dumps({"inputs": [written(*t) for t in tensors]}).encode()
 
 def tensor_bodies(signature: Signature) -> list[bytes]:
     "Those that a release is asked for its golden answers."
     asked, wire = questions(signature)[0], [t for t, _ in signature.packs()]
-    return [protocol_body([(t.name, DATATYPES[t.dtype], x[i:i + 1]) for t, x in zip(wire, asked)]) for i in range(len(asked[0]))]
+    def one(i): return protocol_body([(t.name, DATATYPES[t.dtype], x[i:i + 1]) for t, x in zip(wire, asked)])
+    return [one(i) for i in range(len(asked[0]))]
 
 def blank_body(metadata: dict) -> bytes: # `metadata`: as the protocol has it
     "Zeros, for a server that tells no more than the shapes."

@@ -33,17 +33,23 @@ FAR = 0.8 # of the best so far
 
 def score(levels: list[dict], sla: dict) -> float: # Answers a second
     "Of levels in closed loop."
-    return max((level["rate"] for level in levels if level["p99_ms"] is not None and level["p99_ms"] <= sla["p99_ms"]), default=0.0)
+    within = [level for level in levels if level["p99_ms"] is not None and level["p99_ms"] <= sla["p99_ms"]]
+    return max((level["rate"] for level in within), default=0.0)
 
-async def try_setting(target: Target, sla: dict, tuning: Tuning, best: dict | None, server=()) -> dict: # 'tuning', 'score', 'promised', 'early', 'busy'
-    "Measure a server that runs so. `best`: the best so far."
+async def try_setting(
+    target: Target, # A server that runs so
+    sla: dict, # The section `load`
+    tuning: Tuning,
+    best: dict | None, # The best so far
+) -> dict: # 'tuning', 'score', 'levels', 'promised', 'early', 'holds', 'busy'
+    "Measure a setting."
     seconds = sla["seconds"]
     await closed_loop(target, 8, min(WARM_UP, seconds))
-    levels = [await measured(closed_loop, target, 8, seconds, server)]
+    levels = [await measured(closed_loop, target, 8, seconds)]
     early = best is not None and levels[0]["rate"] < FAR * best["levels"][0]["rate"]
     if not early:
-        levels.append(await measured(closed_loop, target, 32, seconds, server))
-    promised = None if early else await measured(open_loop, target, sla["rate"], seconds, server)
+        levels.append(await measured(closed_loop, target, 32, seconds))
+    promised = None if early else await measured(open_loop, target, sla["rate"], seconds)
     busy = max(level["busy"] for level in [*levels, *([promised] if promised else [])])
     return {"tuning": asdict(tuning), "score": score(levels, sla), "levels": levels, "promised": promised, "early": early,
             "holds": promised is not None and holds(promised, sla), "busy": busy}
@@ -91,7 +97,12 @@ async def confirmed(attempt, present: Tuning, best: Tuning) -> list[tuple[dict, 
     "Measured again in turns."
     return [(await attempt(present, None), await attempt(best, None)) for _ in range(ROUNDS)]
 
-def advice(present: Tuning, best: dict, rounds: list[tuple[dict, dict]], sla: dict) -> tuple[bool, str]: # Whether to change; a sentence
+def advice(
+    present: Tuning,
+    best: dict, # See `try_setting`
+    rounds: list[tuple[dict, dict]], # See `confirmed`
+    sla: dict, # The section `load`
+) -> tuple[bool, str]: # Whether to change; a sentence
     "What to do."
     busy = max((r["busy"] for r in [best, *(r for pair in rounds for r in pair)]))
     if busy > BUSY:

@@ -22,8 +22,8 @@ def family(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 def listeners(port: int) -> list[psutil.Process]:
     "Who listens at a port of this machine, and can be seen."
     with contextlib.suppress(psutil.Error):
-        seen = psutil.net_connections("tcp")
-        return [psutil.Process(c.pid) for c in seen if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid]
+        seen = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid]
+        return [psutil.Process(c.pid) for c in seen if c.laddr.port == port]
     return []
 
 def role(process: psutil.Process) -> str: # 'workers', 'gateway'
@@ -52,7 +52,7 @@ class Watch:
     "Looks at a server again and again, while the context lasts."
     def __init__(self, processes: Iterable[psutil.Process], every: float = 0.5): # seconds
         self.roots, self.every, self.over = list(processes), every, Event()
-        self.points: list[dict] = [] # 's': seconds since the start; 'gateway_mb', 'workers_mb'; 'cores': that worked since the last look
+        self.points: list[dict] = [] # 's': since the start; 'gateway_mb', 'workers_mb'; 'cores': busy since the last look
 
     def __enter__(self):
         self.began = time.monotonic()
