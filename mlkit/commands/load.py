@@ -137,8 +137,9 @@ async def test_url(url: str, model: str, token: str | None, ca: str | None, sla:
 def load(target, alias, model, token, ca, rate, seconds, tune, write):
     """Load a served model, and say whether it keeps the promise of 'load' in params.yaml: p99 and errors at a rate.
 
-    TARGET is a project, whose released model is served for the test, or the URL of a server that runs. The page is
-    reports/load.html. Exit code 1 where the promise is broken; 0 where the machine was too busy for a verdict, which is said."""
+    TARGET is a project, whose released model is served for the test, or the URL of a server that runs. It takes a minute, and
+    with --tune some more. The page is reports/load.html. Exit code 1 where the promise is broken; 0 where the machine was too
+    busy for a verdict, which is said."""
     import uvloop
     from mlkit.load.page import headline, write_test
     is_url = "://" in target
