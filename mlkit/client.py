@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['HERE', 'AGAIN', 'DOCUMENTS', 'Answer', 'json_value', 'as_rows', 'png_of', 'image_bodies', 'Judge', 'judge_of',
-           'Client', 'said', 'Known']
+           'Client', 'said', 'Known', 'row_bodies']
 
 # %% ../nbs/11_client.ipynb #226290ff
 import json, math, random, ssl, time
@@ -13,6 +13,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
 import numpy as np
 from fastcore.basics import patch
@@ -25,6 +26,8 @@ class Answer:
     "What the model says to one sample."
     answer: str | float # The class, or the value
     probabilities: dict[str, float] = field(default_factory=dict) # name of a class: its share; empty: a value
+    request_id: str = field(default="", compare=False) # As the server logs it: with `row`, where a label belongs
+    row: int = field(default=0, compare=False) # In its request
 
     @property
     def confidence(self) -> float: # NaN of a value
@@ -140,9 +143,9 @@ class Client:
 
 # %% ../nbs/11_client.ipynb #f77f3d89
 @patch
-def once(self: Client, method: str, path: str, body: bytes | None, seconds: float) -> tuple[int, bytes, float]: # status, body, Retry-After
+def once(self: Client, method: str, path: str, body: bytes | None, seconds: float, id: str = "") -> tuple[int, bytes, float]: # status, body, Retry-After
     "One request. Raises `OSError` and `HTTPException`."
-    headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+    headers = ({"authorization": f"Bearer {self.token}"} if self.token else {}) | ({"x-request-id": id} if id else {})
     connection = self.connection(seconds)
     try:
         connection.request(method, self.path + path, body, headers)
@@ -154,13 +157,13 @@ def once(self: Client, method: str, path: str, body: bytes | None, seconds: floa
 
 # %% ../nbs/11_client.ipynb #1d9d5e18
 @patch
-def request(self: Client, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]: # status, body
+def request(self: Client, method: str, path: str, body: bytes | None = None, id: str = "") -> tuple[int, bytes]: # status, body
     "Asked again where it is safe. Raises `ServeError` where there is no answer in time."
     end, why = time.monotonic() + self.seconds, ""
     for attempt in range(self.attempts):
         pause = 0.0
         try:
-            status, data, pause = self.once(method, path, body, max(0.001, end - time.monotonic()))
+            status, data, pause = self.once(method, path, body, max(0.001, end - time.monotonic()), id)
             if status != 503:
                 return status, data
             why = said(data)
@@ -229,15 +232,26 @@ def known(self: Client) -> Known:
 
 # %% ../nbs/11_client.ipynb #b46496d0
 @patch
-def predict(self: Client, samples: Any) -> list[Answer]: # `samples`: rows, a frame, pixels, PIL images, files
-    "An answer a sample. Raises `DataError` on what the model does not take, `ServeError` where the server fails."
-    path, rows = f"/predict/{self._name}", as_rows(samples)
-    if rows is None:
-        return [Answer(**self.read(*self.request("POST", path, body))) for body in image_bodies(samples)]
-    known = self.known()
-    if known.judge and rows:
+def predict(
+    self: Client,
+    samples: Any, # rows, a frame, pixels, PIL images, files
+    request_id: str | None = None, # by which it is logged; of further requests with .1, .2, … behind it; None: a new one
+) -> list[Answer]: # one a sample
+    "Raises `DataError` on what the model does not take, `ServeError` where the server fails."
+    rows, first = as_rows(samples), request_id or uuid4().hex
+    known = None if rows is None else self.known()
+    if known and known.judge and rows:
         known.judge.check(rows)
+    out = []
+    for i, body in enumerate(image_bodies(samples) if known is None else row_bodies(rows, known)):
+        id = f"{first}.{i}" if i else first
+        said = self.read(*self.request("POST", f"/predict/{self._name}", body, id))
+        out += [Answer(**a, request_id=id, row=j) for j, a in enumerate(said if isinstance(said, list) else [said])]
+    return out
+
+def row_bodies(rows: list[dict], known: Known) -> Iterator[bytes]:
+    "Rows as JSON, as many at a time as the server takes."
     forms = known.judge.forms if known.judge else {}
     plain = [{str(k): json_value(v, forms.get(k, "")) for k, v in row.items()} for row in rows]
-    parts = (plain[i:i + known.most] for i in range(0, len(plain), known.most))
-    return [Answer(**a) for part in parts for a in self.read(*self.request("POST", path, json.dumps(part).encode()))]
+    for i in range(0, len(plain), known.most):
+        yield json.dumps(plain[i:i + known.most]).encode()

@@ -230,8 +230,7 @@ def choose_for_rows(sections: Sections, shards: Path, contract):
     sections["prepare"]["method"] = split_method(contract)
     sections["train"] = row_training(int(0.7 * len(values))) | sections["train"]
     sections["tune"]["space"] = Choice(space)
-    sections["monitor"] = {"share": Choice(0.01, "so small: any column"),
-                           "fault": Choice({"name": "shift_and_swap"}, "what the monitor must notice")}
+    sections["monitor"] = {"fault": Choice({"name": "shift_and_swap"}, "what the monitor must notice")}
 
 # %% ../nbs/09_new.ipynb #306c48d5
 def choose(

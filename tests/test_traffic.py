@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPException
 from threading import Event, Thread
 
@@ -14,8 +15,8 @@ from test_gateway import ask, hashes, older_than, shop
 
 from mlkit.registry.bundle import identity_of, read_manifest
 from mlkit.rollout.evidence import Allowed
-from mlkit.rollout.file import order, read_state, started
-from mlkit.rollout.state import OVER, Place, Plan, promote_now
+from mlkit.rollout.file import order, read_state, started, write_state
+from mlkit.rollout.state import OVER, Place, Plan, begin, promote_now
 from mlkit.serving.front import Front, Release
 from mlkit.serving.hosted import example_bundle
 
@@ -172,9 +173,20 @@ def test_several_models_at_once(root, tmp_path, monkeypatch):
         order(root, lambda state: promote_now(state, "a test", "it is good", time.time()))
         wait(lambda: json.loads(ask(front, "POST", "/predict/shop", row)[1])["answer"] == "yes")
         assert ask(front, "POST", "/v2/models/pets/infer", json.dumps(pixels).encode()) == said
-        front.process.kill()
+        front.process.kill() # at once: the supervisor may not know yet what was promoted
         wait(lambda: json.loads(ask(front, "POST", "/predict/shop", row)[1])["answer"] == "yes")
         assert ask(front, "POST", "/v2/models/pets/infer", json.dumps(pixels).encode()) == said
+
+def test_what_was_promoted_is_served_whatever_was_lost(root, monkeypatch):
+    "The copy that the gateway had may be swept away before the supervisor looks."
+    monkeypatch.setattr("mlkit.serving.front.promote_in_registry", lambda root: lambda state: None)
+    bundle = root / "1/bundle"
+    candidate, stable = version(root, "2", model=older_than(40)), Place("1", identity(bundle))
+    with Front(bundle, hashes(bundle), identity(bundle)[:12], root=root) as front:
+        state = begin(Plan("shop", stable, candidate), "a test", "", time.time())
+        write_state(root, replace(state, phase="promoted"))
+        front.conclude(0, print)
+        assert front.bundled.version == candidate.bundle[:12] and front.bundled.model.is_file()
 
 
 def wait(condition, seconds=60):

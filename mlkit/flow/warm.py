@@ -25,7 +25,7 @@ PRELOAD = [ # in the order in which a pipeline needs them; not cleanlab, which s
     "ruamel.yaml", "pyarrow.parquet", "sklearn.ensemble", "torch", "lightning_fabric", "safetensors.torch",
     "mlflow.tracking", "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store", "alembic.command", "xgboost", "captum.attr",
     "onnxruntime", "onnx", "onnxscript", "torch.onnx", "onnxscript.function_libs.torch_lib.ops",
-    "evidently", "evidently.presets", "plotly.graph_objs", "optuna"]
+    "optuna"]
 IDLE = 15 * 60 # Seconds without a kernel after which the parent ends
 
 # %% ../../nbs/flow/07_warm.ipynb #f90e5d91

@@ -6,10 +6,10 @@ __all__ = ['CHAMPION', 'CHAMPION_KEYS', 'PUBLISHED', 'FETCHED', 'champion_entry'
            'verdict_digest', 'publication_key', 'note_publication', 'last_publication', 'known_publication',
            'versions_of', 'living_run', 'checked_bundle', 'upload', 'register', 'published_version', 'verdict_part',
            'keep_verdict', 'keep_signature', 'is_signed', 'artifact_digest', 'checked_manifest', 'champion_event',
-           'publication_events', 'adopted', 'version_held', 'wanted_aliases', 'set_aliases', 'champion_bundle',
-           'compared_on_rows', 'against_champion', 'more_facts', 'said_against', 'publish_locked', 'publish',
-           'find_version', 'check_alias', 'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict', 'fetch_bundle',
-           'fetch_signature', 'checked_version', 'fetch']
+           'publication_events', 'adopted', 'version_held', 'wanted_aliases', 'set_aliases', 'set_alias',
+           'champion_bundle', 'compared_on_rows', 'against_champion', 'more_facts', 'said_against', 'publish_locked',
+           'publish', 'find_version', 'check_alias', 'release_of', 'check_verdict', 'is_bundle', 'fetch_verdict',
+           'fetch_bundle', 'fetch_signature', 'checked_version', 'fetch']
 
 # %% ../../nbs/registry/08_store.ipynb #82ffe85d
 import hashlib, json, tempfile
@@ -483,8 +483,16 @@ def set_aliases(
     there = {alias: str(v) for alias, v in client.get_registered_model(name).aliases.items()}
     moved = {alias: (there.get(alias), v) for alias, v in wanted.items() if there.get(alias) != v}
     for alias, (_, v) in sorted(moved.items()):
-        client.set_registered_model_alias(name, alias, v)
+        set_alias(client, name, alias, v)
     return moved
+
+def set_alias(client, name: str, alias: str, version: str):
+    "Two projects that give a model its first alias at once both insert a row, and a database takes one: the other asks again."
+    from mlflow.exceptions import MlflowException
+    try:
+        client.set_registered_model_alias(name, alias, version)
+    except MlflowException:
+        client.set_registered_model_alias(name, alias, version)
 
 # %% ../../nbs/registry/08_store.ipynb #676b5609
 FETCHED = ".mlkit/fetched" # where versions lie that were brought here, in the project

@@ -21,7 +21,8 @@ from .door import Access, Tail, check_access, http_protocol, operators, shown_ho
 from .gateway import Gateway
 from .hosted import Bundled, ENOUGH, Hosted, Tuning, private_copy
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
-from .traffic import Traffic
+from ..rollout.state import Plan as RolloutPlan
+from .traffic import Traffic, candidate_copy
 from ..triton_server.server import free_port
 from .worker import die_with
 
@@ -256,7 +257,7 @@ def conclude(self: Front, i: int, progress):
         if ours and state.phase == "promoting":
             state = tick(root, None, time.time(), None, promote_in_registry(root))
         if ours and state.phase == "promoted":
-            self.take(i, state.plan.candidate.bundle[:12])
+            self.take(i, state.plan)
             progress(f"{bundled.name}: {state.events[-1].why}")
     except (MlkitError, OSError) as e:
         if str(e) != self.trouble:
@@ -264,15 +265,17 @@ def conclude(self: Front, i: int, progress):
         self.trouble = str(e)
 
 @patch
-def take(self: Front, i: int, version: str):
-    "The gateway's copy of a version is the supervisor's now."
-    old = self.models[i].bundled
+def take(self: Front, i: int, plan: RolloutPlan):
+    "The gateway's copy of the candidate is the supervisor's now; a new one where a killed gateway's was swept away."
+    old, version = self.models[i].bundled, plan.candidate.bundle[:12]
     copies = sorted(old.folder.parent.glob(f"{version}-*"))
     if copies:
-        number = copies[-1].name.rpartition("-")[2]
-        taken = replace(old, version=version, folder=copies[-1], number=number)
-        self.models[i] = replace(self.models[i], bundled=taken)
-        shutil.rmtree(old.folder, ignore_errors=True)
+        taken = replace(old, version=version, folder=copies[-1], number=copies[-1].name.rpartition("-")[2])
+    else:
+        number = str(int(old.number) + 1)
+        taken = candidate_copy(self.models[i].root, plan.model, plan.candidate, old.folder.parent / f"{version}-{number}", number)
+    self.models[i] = replace(self.models[i], bundled=taken)
+    shutil.rmtree(old.folder, ignore_errors=True)
 
 # %% ../../nbs/serving/12_front.ipynb #e0f0a1ea
 @patch
@@ -284,11 +287,12 @@ def watch(self: Front, progress=print, every: float = 0.05):
         time.sleep(every)
         for line in said.lines():
             progress(line)
-        if time.monotonic() - looked > 1:
+        has_ended = process.poll() is not None
+        if has_ended or time.monotonic() - looked > 1: # what a rollout has promoted is what it is started with
             for i in range(len(self.models)):
                 self.conclude(i, progress)
             looked = time.monotonic()
-        if process.poll() is None or self.process is None:
+        if not has_ended or self.process is None:
             continue
         quick = quick + 1 if time.monotonic() - began < 5 else 0
         if quick > 5:

@@ -12,14 +12,15 @@ from typing import Any
 
 import msgspec, numpy as np
 from fastcore.basics import patch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 
 from .. import __version__
 from ..core import DataError, MlkitError
 from ..export.signature import Signatures, arrays
 from .enforce import Enforcer
 from .protocol import DATATYPES, decoded, read_request, write_answer
-from .queue import Busy, Queue, Unanswered
+from .queue import Busy, Queue, Unanswered, WAIT_STEP
 from .request_log import asked_model, note
 
 # %% ../../nbs/serving/06_gateway.ipynb #e9174341
@@ -200,6 +201,9 @@ class Metrics:
         self.samples = Counter("mlkit_samples", "Samples that were answered.", ["model", "bundle"], **to)
         self.waiting = Gauge("mlkit_waiting_samples", "Samples that wait for a worker.", ["model", "bundle"], **to)
         self.workers = Gauge("mlkit_ready_workers", "Workers that answer.", ["model", "bundle"], **to)
+        self.models: list[Served] = [] # Of the last look
+        self.registry.register(self)
+        ProcessCollector(**to) # Its start, memory and open files
 
     def count(self, model: Served, n: int):
         "Samples that were answered."
@@ -211,10 +215,23 @@ class Metrics:
 
     def text(self, models: list[Served]) -> bytes:
         "As Prometheus reads it."
+        self.models = models
+        self.waiting.clear() # A version that is no longer served
+        self.workers.clear()
         for m in models:
             self.waiting.labels(m.name, m.bundle).set(m.queue.n_waiting)
             self.workers.labels(m.name, m.bundle).set(m.queue.n_ready)
         return generate_latest(self.registry)
+
+    def collect(self):
+        "What the queues have counted; the registry calls it."
+        labels = ["model", "bundle"]
+        sizes = HistogramMetricFamily("mlkit_batch_samples", "Samples in one run of the model.", labels=labels)
+        waits = HistogramMetricFamily("mlkit_queue_seconds", "That the first request of a batch waited.", labels=labels)
+        for m in self.models:
+            sizes.add_metric([m.name, m.bundle], m.queue.sizes.buckets(), m.queue.sizes.sum)
+            waits.add_metric([m.name, m.bundle], m.queue.waits.buckets(WAIT_STEP), m.queue.waits.sum * WAIT_STEP)
+        return [sizes, waits]
 
 # %% ../../nbs/serving/06_gateway.ipynb #508ea540
 @patch
