@@ -144,7 +144,7 @@ async def serve_nothing(protocol=Nothing):
 @contextlib.contextmanager
 def server_of(code: str): # `code`: Python that prints its port; gives the address
     "A process of its own, which ends with the context."
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         port = process.stdout.readline().strip()
         if not port:
