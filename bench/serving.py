@@ -27,6 +27,7 @@ import psutil
 
 from mlkit.registry.bundle import read_manifest, verify_bundle
 from mlkit.serving.front import Front, example_row
+from mlkit.serving.hosted import Tuning
 from mlkit.serving.protocol import DATATYPES
 from mlkit.triton_server.repository import write_repository
 from mlkit.export.signature import Signatures, arrays
@@ -81,7 +82,7 @@ def body(signatures, sent):
 @contextmanager
 def mlkit(bundle, name, engine="onnxruntime"):
     files = read_manifest(bundle)["files"]
-    with Front(bundle, {f: e["sha256"] for f, e in files.items()}, "bench", engine=engine) as front:
+    with Front(bundle, {f: e["sha256"] for f, e in files.items()}, "bench", tuning=Tuning(engine=engine)) as front:
         yield f"{front.url}/v2/models/{name}/infer", psutil.Process(front.process.pid)
 
 

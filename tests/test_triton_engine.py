@@ -15,6 +15,7 @@ import pytest
 
 from mlkit.core import RegistryError, SetupError
 from mlkit.serving.front import Front
+from mlkit.serving.hosted import Tuning
 from mlkit.serving.triton_worker import SHM
 from mlkit.triton_server.install import install_serving
 from test_gateway import ROW, ask, bundle, hashes, load, older_than, predict, shop, tensors, workers # noqa: F401
@@ -22,7 +23,7 @@ from test_gateway import ROW, ask, bundle, hashes, load, older_than, predict, sh
 pytest.importorskip("grpc")
 
 
-def serve(bundle, **how): return Front(bundle, hashes(bundle), "v1", engine="triton", **how)
+def serve(bundle, **how): return Front(bundle, hashes(bundle), "v1", tuning=Tuning(engine="triton"), **how)
 def shared_memory(pids): return [f for pid in pids for f in Path("/dev/shm").glob(f"{SHM}{pid}-*")]
 
 
@@ -116,8 +117,8 @@ def test_a_killed_or_stopped_process_costs_no_request(front, victim, how):
 
 
 def test_nothing_is_left_of_a_supervisor(bundle):
-    code = ("import sys, json; from pathlib import Path; from mlkit.serving.front import Front, serve_until_told; "
-            "front = Front(Path(sys.argv[1]), json.loads(sys.argv[2]), 'v1', engine='triton'); "
+    code = ("import sys, json; from pathlib import Path; from mlkit.serving.front import Front, serve_until_told; from mlkit.serving.hosted import Tuning; "
+            "front = Front(Path(sys.argv[1]), json.loads(sys.argv[2]), 'v1', tuning=Tuning(engine='triton')); "
             "serve_until_told(front, lambda line: print(line, flush=True))")
     command = [sys.executable, "-c", code, str(bundle), json.dumps(hashes(bundle))]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -139,7 +140,7 @@ def test_a_changed_bundle_is_not_served(bundle, tmp_path):
     shutil.copytree(bundle, changed)
     (changed / "model_repository/shop/config.pbtxt").write_text("")
     with pytest.raises(RegistryError, match="was changed after the bundle was verified"):
-        Front(changed, hashes(bundle), "v1", engine="triton")
+        Front(changed, hashes(bundle), "v1", tuning=Tuning(engine="triton"))
 
 
 def test_a_triton_that_answers_wrongly_gets_no_request(front, tmp_path):

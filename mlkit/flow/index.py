@@ -143,7 +143,8 @@ INDEX_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 {% if reasons %}<ul class="reasons">{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}{% endif %}
 <dl class="facts"><div><dt>written</dt><dd><time datetime="{{ written.isoformat() }}">{{ date }}</time></dd></div>
 {% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
-{% if verdict %}<p><a href="registry.html">All versions and their history</a>{% if rollout %} · <a href="rollout.html">The last rollout</a>{% endif %}</p>{% endif %}</div>
+{% if verdict %}<p><a href="registry.html">All versions and their history</a>{% if rollout %} · <a href="rollout.html">The last rollout</a>{% endif %}
+{%- if load %} · <a href="load.html">The last load test</a>{% endif %}</p>{% endif %}</div>
 {% if verdict %}<div class="scroll" tabindex="0" role="group" aria-label="Table: the criteria of the release">
 <table><thead><tr><th scope="col">criterion</th><th scope="col">met</th><th scope="col">measured</th>
 <th scope="col">asked</th>{% if champion %}<th scope="col">champion</th>{% endif %}</tr></thead><tbody>
@@ -223,7 +224,7 @@ def index_page(
     written = written or datetime.now(timezone.utc)
     return Environment(autoescape=True).from_string(INDEX_PAGE).render(
         judged(verdict, facts.get("champion")), head=PAGE_HEAD, css=CSS + INDEX_CSS, stages=cards, facts=described(facts, verdict),
-        written=written, date=f"{written:%-d %B %Y, %H:%M} UTC", figure=figure, beside=beside, rollout=facts.get("rollout"),
+        written=written, date=f"{written:%-d %B %Y, %H:%M} UTC", figure=figure, beside=beside, rollout=facts.get("rollout"), load=facts.get("load"),
         breakable=breakable)
 
 # %% ../../nbs/flow/19_index.ipynb #ae6d9aca
@@ -237,8 +238,8 @@ def project_facts(
     lock = root / "dvc.lock"
     measured = {f.name: md5(f.read_bytes()).hexdigest() for f in sorted((root / MEASUREMENTS).glob("*.*"))}
     hashes = {"lock": md5(lock.read_bytes()).hexdigest() if lock.is_file() else None, "measured": measured}
-    rollout = {"rollout": True} if (root / "reports/rollout.html").is_file() else {}
-    return git_state(root) | hashes | rollout | standing
+    beside = {name: True for name in ("rollout", "load") if (root / f"reports/{name}.html").is_file()}
+    return git_state(root) | hashes | beside | standing
 
 def needed(nodes: dict) -> list[str]: # Paths
     "The files that the page is made from."

@@ -19,7 +19,7 @@ from ..data.contract import Contract, load_contract, type_of
 from ..export.signature import Signatures
 from .door import Access, Tail, check_access, http_protocol, operators, shown_host
 from .gateway import Gateway
-from .hosted import Bundled, ENGINES, ENOUGH, Hosted, private_copy
+from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
 from ..rollout.state import Plan as RolloutPlan
 from .traffic import Traffic, candidate_copy
@@ -56,11 +56,10 @@ class Plan:
     models: list[dict] # See `Model`; with text for paths
     sockets: tuple[int, int] # File descriptors that listen: for clients, for metrics
     ready: int # File descriptor of a pipe: a byte says that the model answers
-    n_workers: int
+    tuning: dict # See `mlkit.serving.hosted.Tuning`
     grace: float # Seconds that requests have to end
     host: str
     access: dict # `mlkit.serving.door.Access`
-    engine: str # One of `mlkit.serving.hosted.ENGINES`
 
 def web_server(app, grace: float, context: ssl.SSLContext | None = None): # uvicorn.Server
     "It leaves signals to its caller."
@@ -73,13 +72,13 @@ def web_server(app, grace: float, context: ssl.SSLContext | None = None): # uvic
         limit_concurrency=1024, backlog=1024, timeout_keep_alive=30, timeout_graceful_shutdown=int(grace)))
 
 # %% ../../nbs/serving/12_front.ipynb #3784b6ff
-async def traffic_of(model: Model, gateway: Gateway, n_workers: int, engine: str) -> Traffic:
+async def traffic_of(model: Model, gateway: Gateway, tuning: Tuning) -> Traffic:
     "Bring a model up. Raises `ServeError` where it does not answer as it should."
     folder = model.bundled.folder
     for left in folder.parent.glob("*-*"): # of a gateway that was killed
         if left != folder:
             shutil.rmtree(left, ignore_errors=True)
-    return Traffic(await Hosted(model.bundled, n_workers, engine).start(), gateway)
+    return Traffic(await Hosted(model.bundled, tuning).start(), gateway)
 
 async def run_gateway(plan: Plan):
     "Serve until SIGTERM; what is under way ends first, within the grace."
@@ -87,7 +86,7 @@ async def run_gateway(plan: Plan):
     async with contextlib.AsyncExitStack() as models:
         for model in map(Model.from_dict, plan.models):
             try:
-                traffic = await traffic_of(model, gateway, plan.n_workers, plan.engine)
+                traffic = await traffic_of(model, gateway, Tuning(**plan.tuning))
             except ServeError as e:
                 sys.exit(str(e))
             models.push_async_callback(traffic.end)
@@ -159,16 +158,15 @@ class Front:
         bundle: Path, listed: dict[str, str], version: str, # See `Release`
         port: int = 0, metrics_port: int = 0, # 0: any free one
         host: str = "127.0.0.1",
-        n_workers: int = 2,
+        tuning: Tuning = Tuning(),
         access: Access = Access(),
         root: Path | None = None, # See `Release`
         others: Sequence[Release] = (), # Served beside it
-        engine: str = "onnxruntime", # One of `mlkit.serving.hosted.ENGINES`
     ):
-        if n_workers < 2:
-            raise ServeError(f"--workers {n_workers}: takes 2 or more, so that one answers while another is replaced")
-        self.host, self.n_workers, self.access, self.engine = check_access(host, access), n_workers, access, engine
-        ENGINES[engine].check()
+        if tuning.workers < 2:
+            raise ServeError(f"--workers {tuning.workers}: takes 2 or more, so that one answers while another is replaced")
+        self.host, self.tuning, self.access = check_access(host, access), tuning, access
+        ENGINES[tuning.engine].check()
         sweep()
         self.folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
         self.process, self.sockets, self.trouble = None, [], ""
@@ -207,7 +205,7 @@ def start(self: Front) -> Front: # `self`, whose model answers
     "Raises `ServeError` where the gateway ends, or the model does not answer in time."
     ready, tell = os.pipe()
     fds = tuple(s.fileno() for s in self.sockets)
-    plan = Plan([m.to_dict() for m in self.models], fds, tell, self.n_workers, self.grace, self.host, asdict(self.access), self.engine)
+    plan = Plan([m.to_dict() for m in self.models], fds, tell, asdict(self.tuning), self.grace, self.host, asdict(self.access))
     code = "import sys; from mlkit.serving.front import gateway_process; gateway_process(int(sys.argv[1]), sys.argv[2])"
     self.said = open(Path(self.folder.name) / "log", "a+", encoding="utf-8", errors="replace")
     self.process = subprocess.Popen(
@@ -350,7 +348,7 @@ def serve_until_told(
     name = ", ".join(f"{m.bundled.name} {m.bundled.version}" for m in front.models)
     try:
         with front:
-            progress(f"{name} at {front.url}, metrics at {front.metrics_url} ({ENGINES[front.engine].title}, {front.n_workers} workers)")
+            progress(f"{name} at {front.url}, metrics at {front.metrics_url} ({ENGINES[front.tuning.engine].title}, {front.tuning.workers} workers)")
             for line in front.access.in_words():
                 progress(line)
             for model in front.models:

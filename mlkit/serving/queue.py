@@ -7,6 +7,7 @@ __all__ = ['WAIT_STEP', 'PROVED_FOR', 'MAX_FAILURES', 'Busy', 'Unanswered', 'Lim
 import asyncio, math, time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +36,8 @@ class Limits:
     max_waiting: int = 256 # Samples
     deadline: float = 5.0 # Seconds until a request is answered
     patience: float = 2.0 # Seconds that a run may take, before its worker counts as stuck
+    batch: int | None = None # Samples of several requests in one run; None: `max_batch`
+    delay: float = 0.0 # Seconds that a request waits for others to run with it
 
 # %% ../../nbs/serving/02_queue.ipynb #f133b2e2
 WAIT_STEP = 1e-4 # seconds
@@ -124,11 +127,25 @@ async def _batch(self: Queue, connection) -> list[Waiting]: # Empty: the connect
     while not connection.gone:
         while self.line and self.line[0].taken:
             self.line.popleft()
-        if self.line:
+        pause = self._pause()
+        if pause == 0:
             return self._take()
         self.arrived.clear()
-        await self.arrived.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self.arrived.wait()
     return []
+
+@patch
+def _pause(self: Queue) -> float | None: # seconds until a batch may go; None: until somebody comes
+    if not self.line:
+        return None
+    if not self.limits.delay or self.n_waiting >= self._most:
+        return 0
+    return max(0, self.line[0].since + self.limits.delay - time.monotonic())
+
+@patch(as_prop=True)
+def _most(self: Queue) -> int: return self.limits.batch or self.limits.max_batch # samples that run together
 
 @patch
 def _take(self: Queue):
@@ -136,7 +153,7 @@ def _take(self: Queue):
     while self.line:
         request = self.line[0]
         size = 0 if request.taken else len(request.inputs[0])
-        if batch and (n + size > self.limits.max_batch or request.failures or batch[0].failures):
+        if batch and (n + size > self._most or request.failures or batch[0].failures):
             break
         self.line.popleft()
         if not request.taken:

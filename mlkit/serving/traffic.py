@@ -164,7 +164,7 @@ async def load(self: Traffic, root: Path, model: str, place: Place) -> str: # Em
         bundled = await asyncio.to_thread(candidate_copy, root, model, place, to, str(number))
         if bundled.name != stable.bundled.name:
             return f"it is called '{bundled.name}', and the server answers for '{stable.bundled.name}'"
-        self.candidate = await Hosted(bundled, stable.n_workers, stable.engine).start()
+        self.candidate = await Hosted(bundled, stable.tuning).start()
     except (MlkitError, OSError) as e:
         shutil.rmtree(to, ignore_errors=True)
         return " ".join(str(e).split())[:300]

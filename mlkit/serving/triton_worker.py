@@ -192,6 +192,6 @@ def work(
         os._exit(1) # gRPC's threads may hold up another end
 
 # %% ../../nbs/serving/15_triton_worker.ipynb #ae2ea715
-def start_triton_worker(model: Path, path: Path) -> subprocess.Popen:
+def start_triton_worker(model: Path, path: Path, n_threads: int = 1) -> subprocess.Popen: # `n_threads`: config.pbtxt says them
     "Start a worker; it listens once its Triton answers."
     return start_process("mlkit.serving.triton_worker", model, path)

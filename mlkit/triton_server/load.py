@@ -107,26 +107,31 @@ def measure_load(
     return levels
 
 # %% ../../nbs/triton_server/08_load.ipynb #c796e4f4
-def cpu_seconds() -> tuple[float, float]: # of all programs; of this process and its children
+def cpu_seconds(
+    server=(), # Its processes (psutil), where they are not this one's children
+) -> tuple[float, float]: # of all programs; of this process, its children and the server
     "CPU time so far, on the cores that this process may use."
     import psutil
     cores = os.sched_getaffinity(0)
     each = [t for i, t in enumerate(psutil.cpu_times(percpu=True)) if i in cores]
     everybody = sum(t.user + t.nice + t.system + t.steal for t in each)
     own = sum(os.times()[:4]) # with the children that have ended
-    for child in psutil.Process().children(recursive=True):
+    for p in {*psutil.Process().children(recursive=True), *server}:
         with suppress(psutil.Error):
-            own += sum(child.cpu_times()[:2])
+            own += sum(p.cpu_times()[:2])
     return everybody, own
 
 class OthersWork:
     "How much others work while the context lasts. `share`: of the time of all cores, in [0, 1]."
+    def __init__(self, server=()): # See `cpu_seconds`
+        self.server = server
+
     def __enter__(self):
-        self.began, self.before = time.monotonic(), cpu_seconds()
+        self.began, self.before = time.monotonic(), cpu_seconds(self.server)
         return self
 
     def __exit__(self, *_):
-        everybody, own = np.subtract(cpu_seconds(), self.before)
+        everybody, own = np.subtract(cpu_seconds(self.server), self.before)
         available = (time.monotonic() - self.began) * len(os.sched_getaffinity(0))
         self.share = float(np.clip((everybody - own) / available, 0, 1))
 
