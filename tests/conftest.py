@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
 FULL = os.environ.get("MLKIT_TEST_FULL") == "1" # `make test-full`: every case and every seed
 
+COLD = {"XDG_RUNTIME_DIR": "/dev/null"} # no folder for the socket of a warm parent: kernels start as ordinary ones
+
 def few(cases, n=1):
     "All cases in a full run, else the first `n`: for cases of one kind, which go through the same lines."
     return list(cases) if FULL else list(cases)[:n]
