@@ -9,7 +9,7 @@ def forgotten(project, *stages):
     "As if these stages had never run, and nothing had been published. The others are in DVC's cache."
     for run in [f for f in (project / ".dvc/cache/runs").rglob("*") if f.is_file()]:
         if YAML(typ="safe").load(run)["cmd"].split()[-1] in stages:
-            shutil.rmtree(run.parent)
+            run.unlink() # its folder stays, as where DVC dies between making it and writing the file
     for path in project.outputs(*stages):
         (project / path).unlink()
     for file in [project / "dvc.lock", project / "champion.json", *project.root.glob("mlflow.db*"), *project.root.glob("*.jsonl")]:
