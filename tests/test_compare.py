@@ -1,13 +1,14 @@
 "`mlkit compare`: what changed, what came of it, and which of two models is better on the same rows."
 import pytest
-from conftest import EVIL, one_line
+from conftest import EVIL, one_line, quick
 
 @pytest.fixture(scope="module")
-def two(finished, tmp_path_factory):
+def two(finished, uninterrupted, tmp_path_factory):
     "The first run is version 1 and a commit; the second, with fewer epochs and another name of the experiment, is the working folder."
     project = finished.clone(tmp_path_factory.mktemp("two") / "project")
     project.git("tag", "first")
-    project.param(train__n_epochs=2, train__experiment=EVIL, serve__measure_s=0.3, stress__retrain_gflop=2, release__criteria={"evaluate.accuracy": {"min": 0.5}})
+    quick(project).param(train__experiment=EVIL, release__criteria={"evaluate.accuracy": {"min": 0.5}})
+    project.know(uninterrupted)
     project.mlkit("repro")
     return project
 
@@ -16,7 +17,7 @@ def lines(project, *names): return project.mlkit("compare", *names).stdout.split
 def test_what_changed_stands_before_what_came_of_it(two):
     said = lines(two, "first")
     assert said[0].startswith("A: first (") and said[1] == "B: working folder, Released"
-    changed = [i for i, l in enumerate(said) if l.startswith("value train.n_epochs: 30 → 2")]
+    changed = [i for i, l in enumerate(said) if l.startswith("value train.n_epochs: 30 → 3")]
     came = [i for i, l in enumerate(said) if l.startswith("evaluate.accuracy: ")]
     assert changed and came and changed[0] < came[0]
     assert "(" in said[came[0]] and "−" in said[came[0]], "both intervals and the difference are there"
@@ -29,7 +30,7 @@ def test_versions_and_commits_meet_on_the_same_rows(two, names):
     said = lines(two, *names)
     paired = next(l for l in said if l.startswith("On the same 288 test samples"))
     assert " is worse than A: accuracy -0.0" in paired and "p " in paired, paired
-    assert any(l.startswith("value train.n_epochs: 30 → 2") for l in said)
+    assert any(l.startswith("value train.n_epochs: 30 → 3") for l in said)
 
 def test_the_other_way_round_the_sign_turns(two):
     assert " is better than A: accuracy +0." in "\n".join(lines(two, ".", "first"))
@@ -43,7 +44,7 @@ def test_values_that_no_run_has_used(two, tmp_path):
     other = two.clone(tmp_path / "other")
     other.param(train__n_epochs=77)
     said = lines(other, "first")
-    assert any(l.startswith("value train.n_epochs: 30 → 2") for l in said) and not any("→ 77" in l for l in said)
+    assert any(l.startswith("value train.n_epochs: 30 → 3") for l in said) and not any("→ 77" in l for l in said)
     assert any("params.yaml has other values by now (train.n_epochs)" in l for l in said)
 
 def test_the_page(two):

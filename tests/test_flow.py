@@ -209,7 +209,8 @@ def test_a_page_does_not_say_what_is_installed(small, tmp_path):
     (srun := tmp_path / "bin/srun").parent.mkdir()
     srun.write_text("#!/bin/sh\nexit 1\n")
     srun.chmod(0o755)
-    small.run("env", f"PATH={srun.parent}:{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS=always", "mlkit", "repro", "-f", "make")
+    settings = COLD | {"PATH": f"{srun.parent}:{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS": "always"}
+    small.run("env", *(f"{k}={v}" for k, v in settings.items()), "mlkit", "repro", "-f", "make")
     assert small.outputs("make") == reports, "".join(difflib.unified_diff(before.splitlines(True), (small / "reports/make.ipynb").read_text().splitlines(True)))
     page = (small / "reports/make.html").read_text(encoding="utf-8")
     assert "of this cell" in page and "sklearn/__init__.py:1: UserWarning" in page and "srun" not in page

@@ -288,7 +288,7 @@ def test_server_dies_with_its_parent(repository, victim):
             x.kill()
         p.wait()
     if victim == "parent":
-        assert not psutil.wait_procs(parts, timeout=30)[1] and not shared_memory(p.pid)
+        assert not psutil.wait_procs(parts, timeout=60)[1] and not shared_memory(p.pid)
 
 
 def test_sigterm_ends_serve_forever_in_bounded_time(repository):
@@ -307,7 +307,7 @@ def test_sigterm_ends_serve_forever_in_bounded_time(repository):
         parts = psutil.Process(p.pid).children(recursive=True)
         p.send_signal(signal.SIGTERM)
         assert p.wait(120) == 0 and p.stdout.read() == "rows: stopped\n"
-        assert not psutil.wait_procs(parts, timeout=30)[1]
+        assert not psutil.wait_procs(parts, timeout=60)[1]
     finally:
         p.kill()
         p.wait()
