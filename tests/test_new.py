@@ -44,6 +44,11 @@ def releases_of_a_shop(folder):
         project.said[f"{step}.metrics"] = kept
     return project
 
+def briefly(project):
+    "`brief`, committed with the dvc.yaml that follows from it."
+    brief(project).mlkit("render")
+    project.commit()
+
 def verdict(project):
     done = project.mlkit("repro", rc=None)
     assert "Traceback" not in done.stdout + done.stderr and "Report: " in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
@@ -104,7 +109,7 @@ def photos(tmp_path_factory):
 def test_photos(photos, tmp_path):
     project, done = new(tmp_path / "shapes", "--from", photos)
     assert "105 images in 5 classes; left out, with fewer than three different ones: 'a pair' (2), 'only one' (1)" in " ".join(done.stdout.split()) and "1 unreadable" in done.stdout
-    brief(project).commit()
+    briefly(project)
     v = verdict(project)
     assert v["model"] == "shapes" and v["released"]
     drive(project, tmp_path)
@@ -152,7 +157,7 @@ def test_messy_table(tmp_path):
 def test_a_value(tmp_path):
     "Regression, on a bundled table."
     project, _ = new(tmp_path / "dia", "--from", "diabetes")
-    brief(project).commit()
+    briefly(project)
     v = verdict(project)
     drive(project, tmp_path) if FULL else project.commit()
     apart = project.dvc("exp", "run", "--temp", "-S", "train.n_epochs=1", "evaluate") # in another folder, by DVC's own copy of git's settings
