@@ -15,7 +15,7 @@ test: setup spark ## every test: those in the notebooks, and those that cross th
 	@tests/in_two.sh
 
 test-full: export MLKIT_TEST_FULL = 1
-test-full: test ## the same with every case and seed, and ten kills at random moments; half as long again
+test-full: test ## the same with every case and seed, and ten kills at random moments
 
 lab: setup     ## JupyterLab, on this machine only
 	@jupyter lab --ip 127.0.0.1 nbs
