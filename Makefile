@@ -1,11 +1,11 @@
-# Four commands, each doing its own set-up. PYTHON names the interpreter that the environment is made with.
+# Commands that do their own set-up. PYTHON names the interpreter that the environment is made with.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lab setup spark install clean
+.PHONY: repro test test-full lab setup spark install clean
 
 repro: setup   ## run what has changed, give the verdict
 	@mlkit repro
@@ -13,6 +13,9 @@ repro: setup   ## run what has changed, give the verdict
 test: setup spark ## every test: those in the notebooks, and those that cross them
 	@nbdev-test nbs --skip-folder-re "^(stages|[_.].*)$$" --n-workers 2
 	@tests/in_two.sh
+
+test-full: export MLKIT_TEST_FULL = 1
+test-full: test ## the same with every case and seed, and ten kills at random moments
 
 lab: setup     ## JupyterLab, on this machine only
 	@jupyter lab --ip 127.0.0.1 nbs

@@ -2181,6 +2181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlkit.flow.git.write_list': ('flow/git.html#write_list', 'mlkit/flow/git.py')},
             'mlkit.flow.heal': { 'mlkit.flow.heal.broken_lock': ('flow/heal.html#broken_lock', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.broken_rwlock': ('flow/heal.html#broken_rwlock', 'mlkit/flow/heal.py'),
+                                 'mlkit.flow.heal.empty_runs': ('flow/heal.html#empty_runs', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.heal': ('flow/heal.html#heal', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.heal_dvc': ('flow/heal.html#heal_dvc', 'mlkit/flow/heal.py'),
                                  'mlkit.flow.heal.left_over': ('flow/heal.html#left_over', 'mlkit/flow/heal.py'),

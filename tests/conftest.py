@@ -12,6 +12,13 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
+FULL = os.environ.get("MLKIT_TEST_FULL") == "1" # `make test-full`: every case and every seed
+
+COLD = {"XDG_RUNTIME_DIR": "/dev/null"} # no folder for the socket of a warm parent: kernels start as ordinary ones
+
+def few(cases, n=1):
+    "All cases in a full run, else the first `n`: for cases of one kind, which go through the same lines."
+    return list(cases) if FULL else list(cases)[:n]
 
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -188,14 +195,17 @@ def shared(tmp_path_factory):
 def fresh(tmp_path_factory): return checkout(tmp_path_factory.mktemp("fresh") / "project")
 
 def quick(project):
-    "The same stages with less to do in each."
+    "The same stages with less to do in each; in a full run with all that the stages compare and show."
     project.param(train__n_epochs=3, serve__measure_s=0.3, serve__concurrency=[1], evaluate__n_bins=5, stress__retrain_gflop=2)
+    if not FULL:
+        project.param(audit__max_samples=500, export__variants=["fp32"], explain__n_ordinary=2, explain__n_wrong=2, explain__method={"n_steps": 8},
+                      stress__n_samples=100, stress__n_learned=300)
     project.replace("params.yaml", "evaluate.accuracy: {min: 0.97}", "evaluate.accuracy: {min: 0.5}")
     return project
 
 def brief(project):
-    "A made project that measures for a moment, and builds no engine for machines that are not here."
-    project.param(export__engine="none", serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
+    "A made project that measures for a moment, and builds nothing for machines that are not here, or that is not served."
+    project.param(export__engine="none", export__variants=["fp32"], serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
     return project
 
 @pytest.fixture(scope="session")

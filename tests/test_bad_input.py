@@ -190,7 +190,9 @@ def small_disk(finished, tmp_path_factory):
     disk = tmp_path_factory.mktemp("disk")
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(disk)], capture_output=True, text=True) if shutil.which("mount") else None
     if not mounted or mounted.returncode: pytest.skip("not run: a full disk; no tmpfs can be mounted here (needs root)")
-    try: yield finished.clone(disk / "project")
+    project = finished.clone(disk / "project")
+    project.param(audit__max_samples=500)
+    try: yield project
     finally: subprocess.run(["umount", "-l", str(disk)], check=True)
 
 @pytest.mark.parametrize("left_kb", [0, 200, 1500])
@@ -217,7 +219,7 @@ def test_full_disk(small_disk, left_kb):
 def stopped(finished, tmp_path_factory):
     "A clone with much to run, whose runs are stopped one after the other."
     project = finished.clone(tmp_path_factory.mktemp("stopped") / "project")
-    project.param(ingest__samples_per_file=600, train__seed=1, train__n_epochs=8)
+    project.param(ingest__samples_per_file=600, audit__max_samples=500, train__seed=1, train__n_epochs=8, export__variants=["fp32"], stress__retrain_gflop=0)
     return project
 
 def stop(project, stage, wait, send, group=True):

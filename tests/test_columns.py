@@ -282,9 +282,9 @@ def test_a_header_longer_than_what_is_looked_at_first(tmp_path):
     names = [f"a_rather_long_name_of_a_column_{i}" for i in range(20_000)]
     text = ",".join(names) + "\n" + ",".join(["1"] * 20_000) + "\n" + ",".join(["2"] * 20_000) + "\n"
     assert len(text) > 1 << 19
-    start = time.perf_counter()
+    start = time.process_time()
     frame = pl.concat(csv(tmp_path, text).rows())
-    assert frame.columns == names and frame.height == 2 and time.perf_counter() - start < 30
+    assert frame.columns == names and frame.height == 2 and time.process_time() - start < 30
 
 
 def test_a_value_behind_the_last_column_is_not_lost(tmp_path):

@@ -1,13 +1,13 @@
 "`mlkit compare`: what changed, what came of it, and which of two models is better on the same rows."
 import pytest
-from conftest import EVIL, one_line
+from conftest import EVIL, one_line, quick
 
 @pytest.fixture(scope="module")
 def two(finished, tmp_path_factory):
     "The first run is version 1 and a commit; the second, with fewer epochs and another name of the experiment, is the working folder."
     project = finished.clone(tmp_path_factory.mktemp("two") / "project")
     project.git("tag", "first")
-    project.param(train__n_epochs=2, train__experiment=EVIL, serve__measure_s=0.3, stress__retrain_gflop=2, release__criteria={"evaluate.accuracy": {"min": 0.5}})
+    quick(project).param(train__n_epochs=2, train__experiment=EVIL, release__criteria={"evaluate.accuracy": {"min": 0.5}})
     project.mlkit("repro")
     return project
 

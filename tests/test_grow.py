@@ -22,15 +22,16 @@ def project(tmp_path_factory):
     project.mlkit("repro", "prepare")
     return project
 
-def splits(project): return {n: s for s in ("train", "validation", "test") for n in pl.read_parquet(project / f"data/prepared/{s}.parquet", columns=["height", "age"]).rows()}
+def splits_of(project): return {n: s for s in ("train", "validation", "test") for n in pl.read_parquet(project / f"data/prepared/{s}.parquet", columns=["height", "age"]).rows()}
+def drawn(project): return {row[:2]: row[2] for row in pl.read_parquet(project / "data/shards/*.parquet", columns=["height", "age", "_draw"]).rows()} # what decides the split
 def shards(project): return pl.read_parquet(project / "data/shards/*.parquet").drop("_row")
 
 def test_files_and_rows(project):
-    before, folder = splits(project), project.root.parent / "people"
+    before, folder = splits_of(project), project.root.parent / "people"
     pl.concat([people(300), people(30, 300)]).write_csv(folder / "a.csv") # it grew
     people(50, 600).write_csv(folder / "A first.csv") # sorts before it
     assert ran(project.mlkit("repro", "prepare").stdout) == ["ingest", "audit", "prepare"]
-    after = splits(project)
+    after = splits_of(project)
     assert project.json("reports/metrics/ingest.json")["rows"] == 380 and len(after) == 380 and before.items() <= after.items()
 
 def test_a_column_is_gone(project):
@@ -43,9 +44,10 @@ def test_a_column_is_gone(project):
     assert "not what they were: column 'town' is gone." in said and "'mlkit contract accept'" in said
     assert "column 'town' is new" in project.mlkit("repro", "ingest").stdout
 
-def grows(project, source, add):
+def grows(project, source, add, stage="ingest"):
     "DVC cannot see it: `mlkit repro` looks. What is there comes in, then the 50 rows that `add` adds; then nothing."
-    def repro(): done = project.mlkit("repro", "prepare"); return ran(done.stdout), "has changed since" in done.stdout
+    def repro(): done = project.mlkit("repro", stage); return ran(done.stdout), "has changed since" in done.stdout
+    splits = {"ingest": drawn, "prepare": splits_of}[stage]
     project.param(ingest__source=source)
     project.mlkit("contract", "accept", "data/contract.json")
     assert "ingest" in repro()[0]
@@ -79,7 +81,7 @@ def test_a_source_of_ones_own(project):
     (project / "nbs/task.ipynb").write_text(json.dumps(notebook | {"cells": [*notebook["cells"], cell]}))
     people(300).write_csv(project / "patients.csv")
     def add(rows): pl.concat([people(300), rows]).write_csv(project / "patients.csv")
-    grows(project, "clinic", add)
+    grows(project, "clinic", add, "prepare")
 
 def test_a_database(project, postgres):
     def insert(rows): ask(postgres, f"INSERT INTO people VALUES {', '.join(map(str, rows.rows()))}")

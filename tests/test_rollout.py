@@ -242,7 +242,7 @@ def test_two_starts_at_once(tmp_path):
     barrier, results, names = FORK.Barrier(6), FORK.Queue(), [f"salt{i}" for i in range(6)]
     processes = [FORK.Process(target=try_to_start, args=(tmp_path, name, barrier, results)) for name in names]
     for p in processes: p.start()
-    said = dict(results.get(timeout=30) for _ in names)
+    said = dict(results.get(timeout=300) for _ in names)
     for p in processes: p.join()
     winners = [name for name in names if said[name] == name]
     assert winners == [read_state(tmp_path).plan.salt] and len(read_history(tmp_path)) == 1

@@ -255,7 +255,7 @@ def test_server_dies_with_its_parent(repository, victim):
             x.kill()
         p.wait()
     if victim == "parent":
-        assert not psutil.wait_procs(parts, timeout=30)[1] and not shared_memory(p.pid)
+        assert not psutil.wait_procs(parts, timeout=60)[1] and not shared_memory(p.pid)
 
 
 def test_it_ends_with_an_open_connection(repository):
@@ -265,5 +265,5 @@ def test_it_ends_with_an_open_connection(repository):
         connection.request("GET", "/v2/health/ready")
         assert connection.getresponse().read() == b""
         parts = family(ours)
-    assert parts and not psutil.wait_procs(parts, timeout=30)[1]
+    assert parts and not psutil.wait_procs(parts, timeout=60)[1]
     connection.close()
