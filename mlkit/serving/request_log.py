@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['USUAL', 'SANE', 'CALL', 'SIDES', 'REQUEST', 'SAVE_S', 'FILE_S', 'FILE_ROWS', 'FILE_BYTES', 'NAME', 'MAX_ROWS',
            'MAX_BYTES', 'PAUSE', 'LogSettings', 'request_id', 'is_sampled', 'Call', 'note', 'asked_model', 'column',
-           'png', 'picture_columns', 'Layout', 'requests', 'OpenFile', 'trim', 'size_of', 'RequestLog']
+           'png', 'picture_columns', 'Layout', 'requests', 'as_folder', 'OpenFile', 'trim', 'size_of', 'RequestLog']
 
 # %% ../../nbs/serving/05_request_log.ipynb #d9f5785d
 import hashlib, io, itertools, json, os, re, secrets, threading, time
@@ -196,6 +196,10 @@ FILE_ROWS, FILE_BYTES = 50_000, 32 << 20
 NAME = re.compile(r"\d{8}T\d{6}-\d+-\d+\.parquet")
 _numbers = itertools.count(1)
 
+def as_folder(name: str) -> str:
+    "What the folder of a model, or of a version, is called."
+    return re.sub(r"[^\w-]", "_", name)
+
 class OpenFile:
     "Rows of one version, on their way to one file."
     def __init__(self, folder: Path, layout: Layout, now: float): # `now`: monotonic
@@ -319,8 +323,7 @@ def _take(self: RequestLog, now: float): # from the buffer into open files
         if key not in self.layouts:
             self.layouts[key] = Layout(model.signatures, model.enforcer.contract, self.settings.images)
         if key not in self.files:
-            parts = [re.sub(r"[^\w-]", "_", part) for part in key]
-            self.files[key] = OpenFile(self.folder.joinpath(*parts), self.layouts[key], now)
+            self.files[key] = OpenFile(self.folder.joinpath(*map(as_folder, key)), self.layouts[key], now)
         self.files[key].add(self.layouts[key].frame(model, calls), now)
 
 @patch
