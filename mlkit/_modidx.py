@@ -3870,6 +3870,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mlkit/retraining/steps.py'),
                                         'mlkit.retraining.steps.quarantine': ( 'retraining/steps.html#quarantine',
                                                                                'mlkit/retraining/steps.py'),
+                                        'mlkit.retraining.steps.requests_before': ( 'retraining/steps.html#requests_before',
+                                                                                    'mlkit/retraining/steps.py'),
                                         'mlkit.retraining.steps.retrain': ('retraining/steps.html#retrain', 'mlkit/retraining/steps.py'),
                                         'mlkit.retraining.steps.steps_of': ('retraining/steps.html#steps_of', 'mlkit/retraining/steps.py'),
                                         'mlkit.retraining.steps.train': ('retraining/steps.html#train', 'mlkit/retraining/steps.py'),

@@ -7,7 +7,7 @@ __all__ = ['BESIDE', 'CALLED', 'QUARANTINE', 'Batch', 'beside', 'moments', 'with
 # %% ../../nbs/retraining/01_batch.ipynb #5d45fd3e
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np, polars as pl
@@ -124,6 +124,7 @@ def news(
     marks: list[int], # see `golden_marks`
     since: datetime | None = None, # rows of before have another truth
     spoilt: tuple[tuple[datetime, datetime], ...] = (), # times of which no row is taken
+    requests: set[str] = frozenset(), # ids that were trained on
 ) -> Batch:
     "What a batch brings."
     rows, left = batch.rows, Counter(batch.left_out)
@@ -132,11 +133,13 @@ def news(
         mask = np.asarray(mask, bool)
         left[why] += int(mask.sum())
         rows = rows.filter(pl.Series(~mask, dtype=pl.Boolean))
-    drop(np.isin(keys(rows, contract), keys(known, contract)), "known from training")
+    drop(rows[".request"].is_in(list(requests)).fill_null(False), "trained on before")
+    if "_row" not in content_columns(contract):
+        drop(np.isin(keys(rows, contract), keys(known, contract)), "known from training")
     drop(np.isin(keys(rows, contract), aside), "set aside before")
     if marks and "_row" not in content_columns(contract):
         drop(is_golden(rows, contract, marks), "in the golden set")
-    drop(~rows.select(pl.struct(pl.lit(pl.Series(keys(rows, contract)))).is_first_distinct()).to_series().to_numpy() if len(rows) else [], "twice in the batch")
+    drop(~rows.select(pl.struct(".request", key=pl.Series(keys(rows, contract))).is_first_distinct()).to_series(), "twice in the batch")
     if since:
         drop((rows[".time"] < since).fill_null(False), "from before the truth changed")
     for start, end in spoilt:

@@ -8,7 +8,7 @@ __all__ = ['STATE', 'LOCK', 'FOLDER', 'FORMAT', 'STEPS', 'ENDS', 'FORGET', 'Stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from ..core import DataError, MlkitError, read_json, write_json

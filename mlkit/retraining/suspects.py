@@ -16,6 +16,7 @@ from ..audit.labels import robust_z, FAR_RESIDUAL
 from ..audit.skill import N_FOLDS, OutOfFold, out_of_fold, predicted_by
 from ..audit.tables import inputs_of, target_of
 from ..data.contract import Contract
+from .batch import keys
 
 # %% ../../nbs/retraining/02_suspects.ipynb #679723b0
 MOST = 5000 # training rows that are looked at
@@ -205,13 +206,16 @@ def audit_batch(
     seed: int = 0,
 ) -> Suspects:
     "Whether the labels of a batch can be believed."
+    fresh = ~np.isin(keys(rows, contract, label=False), keys(known, contract, label=False))
     if len(known) > MOST:
         known = known[np.random.default_rng(seed).permutation(len(known))[:MOST]]
     before, batch = both(known, rows, contract)
     aside = np.zeros(len(rows), bool)
-    where = np.flatnonzero(judged_rows(batch))
+    fresh = fresh if fresh.any() else np.ones(len(rows), bool)
+    where = np.flatnonzero(fresh)
+    where = where[judged_rows(batch.take(where))]
     found = cross_fitted(batch.take(where))
-    old = seen_by_old(before, batch) if found else None
+    old = seen_by_old(before, batch.take(where)) if found else None
     if found is None or old is None:
         return Suspects(aside, "too few rows, or one class only: nobody can tell whether the labels are right")
     often, behind = usual(before, len(where), seed)
@@ -227,7 +231,7 @@ def audit_batch(
 def whole(rows, batch, before, old, usually, aside, groups, bad, flipped, judged) -> Suspects:
     "The judgement of what the groups leave."
     where, found = judged
-    (often, behind), rest = usually, batch.take(np.flatnonzero(~aside & judged_rows(batch)))
+    (often, behind), rest = usually, batch.take(where[~aside[where]])
     if bad and len(rest) >= 4 * N_FOLDS:
         left, old = cross_fitted(rest.take(judged_rows(rest))), seen_by_old(before, rest)
     else:

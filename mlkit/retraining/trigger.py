@@ -5,10 +5,10 @@ __all__ = ['WATCH', 'WANTED', 'SPOILT', 'ELSEWHERE', 'read_watch', 'same_version
            'what_happened', 'decide']
 
 # %% ../../nbs/retraining/00_trigger.ipynb #ce7b0ab8
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import ConfigError, DataError, read_json
+from ..core import DataError, read_json
 
 # %% ../../nbs/retraining/00_trigger.ipynb #69a8e124
 WATCH = "reports/watch.json"

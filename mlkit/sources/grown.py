@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import DataError, read_json, sha256, write_atomic, write_json
 from ..data.columns.registry import parse
 from ..data.contract import Contract, load_contract, type_of
-from ..data.hashing import hash_column, in_unit, mix
+from ..data.hashing import in_unit, mix
 from ..data.split import golden_mark, read_golden
 from .base import Source, source
 
