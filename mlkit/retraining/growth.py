@@ -36,8 +36,7 @@ def errors_with_and_without(known: pl.DataFrame, rows: pl.DataFrame, contract: C
     "Of new rows, predicted by a model of all rows, and of new rows alone."
     before, batch = both(known, rows, contract)
     batch = batch.take(judged_rows(batch))
-    found = fitted(batch)
-    if found is None:
+    if not (models := fitted(batch)):
         return None
     fold, with_old, alone = np.random.default_rng(0).permutation(len(batch)) % N_FOLDS, [], []
     every = lambda part: before.take(np.arange(len(before)), np.asarray(before.y)) if part is None else _joined(before, part)
@@ -45,7 +44,7 @@ def errors_with_and_without(known: pl.DataFrame, rows: pl.DataFrame, contract: C
         part, asked = batch.take(fold != k), batch.take(fold == k)
         for learned, out in ((every(part), with_old), (part, alone)):
             present = None if batch.regression else np.unique(learned.y)
-            out.append(error(predicted_by(learned, asked, found.model), asked.y, present))
+            out.append(error(predicted_by(learned, asked, models[0].model), asked.y, present))
     return float(np.mean(with_old)), float(np.mean(alone))
 
 def _joined(a, b):

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'REPEATS', 'SURE', 'LEAST_IN_GROUP', 'GROUPS', 'as_data', 'both', 'judged_rows', 'Believed', 'surer_half',
-           'believed', 'cross_fitted', 'fitted', 'usual', 'more_often', 'Old', 'seen_by_old', 'of_same_confidence',
-           'Group', 'group_columns', 'groups_that_stand_out', 'agrees', 'Suspects', 'flipped_share', 'audit_batch',
-           'whole']
+           'believed', 'fitted', 'cross_fitted', 'best', 'usual', 'more_often', 'Old', 'seen_by_old',
+           'of_same_confidence', 'Group', 'group_columns', 'groups_that_stand_out', 'agrees', 'Suspects',
+           'flipped_share', 'audit_batch', 'whole']
 
 # %% ../../nbs/retraining/02_suspects.ipynb #c414eba1
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import numpy as np, polars as pl
 
 from ..audit.base import Data
 from ..audit.labels import robust_z, FAR_RESIDUAL
-from ..audit.skill import N_FOLDS, OutOfFold, out_of_fold, predicted_by
+from ..audit.skill import N_FOLDS, OutOfFold, each_out_of_fold, predicted_by
 from ..audit.tables import inputs_of, target_of
 from ..data.contract import Contract
 from .batch import keys
@@ -75,26 +75,31 @@ def believed(p: np.ndarray, y: np.ndarray, present: np.ndarray | None, spread: f
     said = present[p.argmax(1)]
     return Believed(said != y, surer_half(p.max(1)), said)
 
-def cross_fitted(data: Data) -> Believed | None: # None: too little to say anything
-    "What a model says of each row that it has not seen."
-    found = fitted(data)
-    return found and believed(found.p, data.y, None if data.regression else np.unique(data.y))
-
-def fitted(data: Data) -> OutOfFold | None:
-    "The out-of-fold predictions; None: too few rows, or one class."
+def fitted(data: Data) -> list[OutOfFold]: # the most skilled model first; empty: too few rows, or one class
+    "The out-of-fold predictions of each quick model."
     enough = len(data) >= 4 * N_FOLDS and data.X.shape[1] and len(np.unique(data.y)) > 1
-    return out_of_fold(data) if enough else None
+    return sorted(each_out_of_fold(data), key=lambda f: -f.skill) if enough else []
+
+def cross_fitted(data: Data) -> dict[str, Believed]: # model: what it says; as `fitted`
+    "What models say of rows that they have not seen."
+    present = None if data.regression else np.unique(data.y)
+    return {f.model: believed(f.p, data.y, present) for f in fitted(data)}
+
+def best(found: dict[str, Believed]) -> Believed | None: # of `cross_fitted`
+    "What the most skilled model says."
+    return next(iter(found.values()), None)
 
 # %% ../../nbs/retraining/02_suspects.ipynb #fde990eb
-def usual(known: Data, n: int, seed: int = 0) -> tuple[float, int]: # the share; sure rows behind it
+def usual(known: Data, n: int, seed: int = 0) -> dict[str, tuple[float, int]]: # model: the share; rows behind it
     "How often a model that is cross-fitted within `n` training rows contradicts one."
-    rng, wrong, sure = np.random.default_rng(seed), 0, 0
+    rng, counts = np.random.default_rng(seed), {}
     for _ in range(REPEATS if n < len(known) else 1):
         part = known.take(rng.permutation(len(known))[:n])
-        part = part.take(judged_rows(part))
-        if found := cross_fitted(part):
-            wrong, sure = wrong + int(found.wrong[found.sure].sum()), sure + found.n
-    return wrong / max(sure, 1), sure
+        for model, found in cross_fitted(part.take(judged_rows(part))).items():
+            wrong, sure = counts.get(model, (0, 0))
+            counts[model] = wrong + int(found.wrong[found.sure].sum()), sure + found.n
+    most = len(known) // (1 if known.regression else 2)
+    return {model: (wrong / max(sure, 1), min(sure, most)) for model, (wrong, sure) in counts.items()}
 
 def more_often(k: int, n: int, share: float, behind: int) -> float: # p, one-sided
     "Fisher's exact test: `k` of `n` against a share that `behind` rows have shown."
@@ -113,9 +118,9 @@ class Old:
 def seen_by_old(known: Data, batch: Data) -> Old | None: # None: nothing can be said
     "How often a model of the training rows contradicts the batch."
     known = known.take(judged_rows(known))
-    found = fitted(known)
-    if found is None:
+    if not (models := fitted(known)):
         return None
+    found = models[0]
     p = predicted_by(known, batch, found.model)
     if known.regression:
         spread = 1.4826 * np.median(np.abs(known.y - found.p)) or 1e-12
@@ -179,8 +184,8 @@ def groups_that_stand_out(data: Data, found: Believed, of: dict[str, np.ndarray]
 def agrees(part: Data, usual_share: float, flipped: float) -> bool:
     "Whether the labels of a group agree with each other."
     part = part.take(judged_rows(part))
-    found = cross_fitted(part) if len(part) >= 50 else None
-    return found is not None and found.share <= usual_share + flipped
+    found = cross_fitted(part) if len(part) >= 50 else {}
+    return any(f.share <= usual_share + flipped for f in found.values())
 
 # %% ../../nbs/retraining/02_suspects.ipynb #b9de3009
 @dataclass(frozen=True)
@@ -214,44 +219,47 @@ def audit_batch(
     fresh = fresh if fresh.any() else np.ones(len(rows), bool)
     where = np.flatnonzero(fresh)
     where = where[judged_rows(batch.take(where))]
-    found = cross_fitted(batch.take(where))
+    every = cross_fitted(batch.take(where))
+    found = best(every)
     old = seen_by_old(before, batch.take(where)) if found else None
     if found is None or old is None:
         return Suspects(aside, "too few rows, or one class only: nobody can tell whether the labels are right")
-    often, behind = usual(before, len(where), seed)
+    usually = usual(before, len(where), seed)
+    often = min((share for share, _ in usually.values()), default=0.0)
     of = {c: v[where] for c, v in group_columns(rows).items()}
     groups = groups_that_stand_out(batch.take(where), found, of, often, flipped)
     bad = [g for g in groups if g.column != "day" or not g.consistent]
     for g in bad:
         values = group_columns(rows)[next(c for c, name in GROUPS.items() if name == g.column)]
         aside |= values == g.value
-    return whole(rows, batch, before, old, (often, behind), aside, groups, bad, flipped, (where, found))
+    return whole(rows, batch, before, old, usually, aside, groups, bad, flipped, (where, every))
 
 # %% ../../nbs/retraining/02_suspects.ipynb #329e76e4
 def whole(rows, batch, before, old, usually, aside, groups, bad, flipped, judged) -> Suspects:
     "The judgement of what the groups leave."
-    where, found = judged
-    (often, behind), rest = usually, batch.take(where[~aside[where]])
+    where, every = judged
+    found, rest, left = best(every), batch.take(where[~aside[where]]), {} if bad else every
     if bad and len(rest) >= 4 * N_FOLDS:
         left, old = cross_fitted(rest.take(judged_rows(rest))), seen_by_old(before, rest)
-    else:
-        left = None if bad else found
+    often = usually.get(next(iter(every)), (0.0, 0))[0]
     facts = {"contradicted": found.share, "usual": often, "by_training": old.share, "expected": old.expected, "p_training": old.p}
     suspect, rather = np.zeros(len(rows), bool), np.full(len(rows), np.nan)
     suspect[where], rather[where] = found.wrong & found.sure, found.rather
     told = [str(g) for g in bad]
     told += [f"{g}, and they agree with each other: the truth may have changed then" for g in groups if g not in bad]
     new_truth = False
-    if left is not None and old is not None:
-        p = more_often(int(left.wrong[left.sure].sum()), left.n, often, behind)
-        share = flipped_share(left.share, often)
+    both_say = {m: b for m, b in left.items() if m in usually}
+    if both_say and old is not None:
+        p = max(more_often(int(b.wrong[b.sure].sum()), b.n, *usually[m]) for m, b in both_say.items())
+        m, least = min(both_say.items(), key=lambda mb: flipped_share(mb[1].share, usually[mb[0]][0]))
+        share, often = flipped_share(least.share, usually[m][0]), usually[m][0]
         facts |= {"flipped": share, "p": p}
         disagrees = old.p < 0.01 and old.share - old.expected >= flipped / 2
         if disagrees and p < SURE and share >= flipped:
             aside = np.ones(len(rows), bool)
-            told.append(f"about {100 * share:.0f} % of the labels are wrong: {100 * left.share:.0f} % of the sure ones are contradicted within the batch, {100 * often:.0f} % within as many training rows")
+            told.append(f"about {100 * share:.0f} % of the labels are wrong: {100 * least.share:.0f} % of the sure ones are contradicted within the batch, {100 * often:.0f} % within as many training rows")
         elif disagrees:
             new_truth = True
-            told.append(f"the labels agree with each other as labels do ({100 * left.share:.0f} % contradicted, {100 * often:.0f} % usually), and not with the training rows ({100 * old.share:.0f} %): the truth has changed")
+            told.append(f"the labels agree with each other as labels do ({100 * least.share:.0f} % contradicted, {100 * often:.0f} % usually), and not with the training rows ({100 * old.share:.0f} %): the truth has changed")
     text = "; ".join(told) or f"{100 * found.share:.1f} % of the sure labels are contradicted, {100 * often:.1f} % usually"
     return Suspects(aside, text, new_truth, tuple(groups), facts, suspect, rather)
