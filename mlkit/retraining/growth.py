@@ -12,12 +12,12 @@ import numpy as np, polars as pl
 
 from ..audit.skill import N_FOLDS, predicted_by
 from ..core import DataError, write_atomic
-from ..data.contract import Contract, save_contract
+from ..data.contract import Contract
 from ..data.split import freeze_golden
 from ..flow.config import read_params
 from .batch import keys
 from .suspects import believed, both, fitted, judged_rows
-from ..sources.grown import CONTRACT, MANIFEST, SCHEME, add_batch, content_columns, folder_of, read_manifest
+from ..sources.grown import MANIFEST, SCHEME, add_batch, content_columns, folder_of, read_manifest
 
 # %% ../../nbs/retraining/03_growth.ipynb #c739c38e
 def held_back(rows: pl.DataFrame, known: pl.DataFrame, contract: Contract, share: float) -> np.ndarray: # (n,) bool
@@ -58,13 +58,13 @@ def rows_to_keep(known: pl.DataFrame, rows: pl.DataFrame, contract: Contract, ke
     if "_row" in content_columns(contract):
         return True, "old rows stay, since rows of this table are known by their position"
     if keep != "auto":
-        return keep == "all", f"old rows {'stay' if keep == 'all' else 'go, but for the golden ones'}, as retrain.keep says"
+        return keep == "all", f"old rows {'stay' if keep == 'all' else 'go, and the golden set with them'}, as retrain.keep says"
     found = errors_with_and_without(known, rows, contract)
     if found is None:
         return True, "old rows stay: too few new ones to do without"
     stays = found[0] <= found[1]
     told = f"a quick model errs by {found[0]:.3g} on new rows with the old ones, {found[1]:.3g} without"
-    return stays, f"old rows {'stay' if stays else 'go, but for the golden ones'}: {told}"
+    return stays, f"old rows {'stay' if stays else 'go, and the golden set with them'}: {told}"
 
 # %% ../../nbs/retraining/03_growth.ipynb #28d384bc
 def frozen_golden(root: Path, name: str) -> str: # `name`: of `retrain.golden`; what `prepare.golden` is to say
@@ -72,6 +72,10 @@ def frozen_golden(root: Path, name: str) -> str: # `name`: of `retrain.golden`; 
     named = (read_params(root).get("prepare") or {}).get("golden")
     if named:
         return named
+    folder, _ = grown_folder(root)
+    since = read_manifest(folder).get("from") if (folder / MANIFEST).is_file() else None
+    if since is not None: # the one of this name has the truth of before
+        name = f"{name.removesuffix('.json')}-{since}.json"
     if not (root / name).is_file():
         test = root / "data/prepared/test.parquet"
         if not test.is_file():
@@ -105,7 +109,7 @@ def grown_folder(root: Path) -> tuple[Path, str]: # the folder; the source of be
         folder = folder_of(source, root)
         return folder, read_manifest(folder)["source"]
     folder = root / FOLDER
-    if folder.exists() and any(folder.iterdir()) and not any((folder / n).exists() for n in (MANIFEST, ".gitignore", CONTRACT)):
+    if folder.exists() and any(folder.iterdir()) and not any((folder / n).exists() for n in (MANIFEST, ".gitignore")):
         raise DataError(f"{folder}: is there already and holds other files; move them away")
     return folder, source
 
@@ -119,12 +123,11 @@ def grow(
 ) -> str: # one line
     "Add a batch to the project. To call it again changes nothing."
     folder, inner = grown_folder(root)
-    golden, facts = frozen_golden(root, golden), {}
-    save_contract(contract, folder / CONTRACT)
+    golden, facts = frozen_golden(root, golden) if keeps_old else None, {}
     if not keeps_old:
         before = read_manifest(folder)["batches"] if (folder / MANIFEST).is_file() else []
         at = next((i for i, b in enumerate(before) if b["file"] == f"{name}.parquet"), len(before))
-        facts = {"from": at, "golden": golden}
+        facts = {"from": at}
     add_batch(folder, inner, name, rows.select(f.name for f in contract.columns), **facts)
     set_params(root, ingest={"source": f"{SCHEME}{folder.relative_to(root).as_posix()}"}, prepare={"golden": golden})
     return f"{len(rows):,} rows are in {folder.name}/{name}.parquet, behind {inner}"

@@ -181,14 +181,14 @@ def last_verdict(root: Path) -> dict:
 def compare(p: Project, bundles: Callable[[], tuple[Path, Path]]) -> Callable[[State], State]: # `bundles`: of the champion and of the new model
     "The step that asks both models."
     def step(state: State) -> State:
-        from mlkit.registry.verdict import reason_lines
+        from mlkit.registry.verdict import VERDICT, verdict_line
         verdict = last_verdict(p.root)
         if verdict["bundle"] != state.bundle:
             return state.after("refused", "somebody has run the pipeline since it was trained; retrain again")
         if state.bundle == state.champion["bundle"]:
             return state.after("nothing to do", "the same model came out")
         if not verdict["released"]:
-            return state.after("refused", f"the verdict refuses it: {'; '.join(reason_lines(verdict)[:3])}")
+            return state.after("refused", f"by its own verdict. {verdict_line(read_json(p.root / VERDICT))}")
         golden, recent = asked(p, state, verdict, *bundles())
         from mlkit.retraining.compare import won
         wins, why = won(golden, recent, state.concept)
@@ -201,6 +201,7 @@ def compare(p: Project, bundles: Callable[[], tuple[Path, Path]]) -> Callable[[S
 def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     "The outcomes on the golden set and on the rows that were held back."
     from mlkit.flow.runner import load_project
+    from mlkit.registry.champion import not_comparable
     from mlkit.retraining.compare import asked_of, golden_rows, outcome, recent_rows
     from mlkit.sources.base import import_task
     from mlkit.task import load_task
@@ -212,8 +213,11 @@ def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     how = asked_of(task, figure, higher, looked["confidence"], params["release"].get("margin", 0), looked["n_bins"])
     held = pl.read_parquet(p.folder(state) / "held.parquet")
     tried = 1 + len(trainings(p.root, p.model))
-    return (outcome(lambda: golden_rows(p.root, params["prepare"]["golden"], theirs, mine), how, tried),
-            outcome(lambda: recent_rows(p.root, held, p.contract.target.name, theirs, mine), how))
+    recent = outcome(lambda: recent_rows(p.root, held, p.contract.target.name, theirs, mine), how)
+    frozen = params["prepare"]["golden"]
+    if not frozen:
+        return not_comparable("the golden set has the truth of before"), recent
+    return outcome(lambda: golden_rows(p.root, frozen, theirs, mine), how, tried), recent
 
 def both_bundles(p: Project) -> Callable[[], tuple[Path, Path]]:
     "The champion's bundle, from the registry, and that of the last run."
