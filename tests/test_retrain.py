@@ -168,7 +168,7 @@ def test_wrong_input(shop):
     labels.write_csv(shop / "labels.csv")
     shop.mlkit("label", "labels.csv")
     code, lines = run(shop)
-    assert code == 0 and "0 new labelled rows" in lines[-1] and "2 labels" in lines[-1], lines
+    assert code == 0 and "0 new labelled rows" in lines[-1] and "2 labels of other requests" in lines[-1], lines
     write_state(shop.root, State("1", "zoo", {"version": "1", "bundle": "b"}).after("collected"))
     with pytest.raises(DataError, match="a retraining of zoo is under way"): run(shop, labelled())
     (shop / STATE).write_text("{}")
@@ -179,6 +179,7 @@ def test_wrong_input(shop):
 KILLED = '''
 import json, os, signal, sys
 from pathlib import Path
+import mlflow, onnxruntime, sklearn.ensemble # each child would
 import mlkit.retraining.steps as steps
 from mlkit.commands.retrain import start_rollout
 from mlkit.retraining.state import write_state

@@ -101,14 +101,14 @@ def collect(p: Project, decision: Decision) -> Callable[[State], State]:
                      golden_marks(p.root, golden), moment(decision.since), spoilt, requests_before(p))
         facts = {"rows": len(found), "left_out": found.left_out, "doubts": found.doubts} | ({"trouble": trouble} if trouble else {})
         if len(found) < p.settings.least:
-            return state.after("nothing to do", f"{len(found):,} new labelled rows, {p.settings.least:,} are needed{left_text(found)}", facts)
+            return state.after("nothing to do", f"{len(found):,} new labelled rows, {p.settings.least:,} are needed{left_text(found, trouble)}", facts)
         write_parquet(p.folder(state) / "batch.parquet", found.rows)
-        return state.after("collected", f"{len(found):,} new labelled rows{left_text(found)}", facts)
+        return state.after("collected", f"{len(found):,} new labelled rows{left_text(found, trouble)}", facts)
     return step
 
-def left_text(batch: Batch) -> str: # '; left out: 3 no label'
+def left_text(batch: Batch, trouble: dict[str, int]) -> str: # '; left out: 3 no label'
     "What was left out, in words."
-    told = [f"{n:,} {why}" for why, n in batch.left_out.items()]
+    told = [f"{n:,} {why}" for why, n in {**batch.left_out, **trouble}.items()]
     return f"; left out: {', '.join(told)}" if told else ""
 
 # %% ../../nbs/retraining/06_steps.ipynb #5a77ba24
@@ -201,7 +201,7 @@ def compare(p: Project, bundles: Callable[[], tuple[Path, Path]]) -> Callable[[S
 def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     "The outcomes on the golden set and on the rows that were held back."
     from mlkit.flow.runner import load_project
-    from mlkit.registry.champion import not_comparable
+    from mlkit.registry.champion import Outcome
     from mlkit.retraining.compare import asked_of, golden_rows, outcome, recent_rows
     from mlkit.sources.base import import_task
     from mlkit.task import load_task
@@ -216,7 +216,7 @@ def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     recent = outcome(lambda: recent_rows(p.root, held, p.contract.target.name, theirs, mine), how)
     frozen = params["prepare"]["golden"]
     if not frozen:
-        return not_comparable("the golden set has the truth of before"), recent
+        return Outcome("cannot be compared", "it has the truth of before"), recent
     return outcome(lambda: golden_rows(p.root, frozen, theirs, mine), how, tried), recent
 
 def both_bundles(p: Project) -> Callable[[], tuple[Path, Path]]:
