@@ -195,7 +195,8 @@ steps.write_state = kept
 edges = steps.Edges(lambda root: 0, start_rollout(root, "shop"))
 for at in [(when, phase) for phase in ("collected", "audited", "trained", "compared", "handed over") for when in ("before", "after")]:
     if not (child := os.fork()): # nothing was computed yet, so a fork is safe
-        os._exit(steps.retrain(root, "now", edges, "new.parquet", say=lambda line: None))
+        try: os._exit(steps.retrain(root, "now", edges, "new.parquet", say=lambda line: None))
+        finally: os._exit(70)
     status = os.waitpid(child, 0)[1]
     print(*at, status, flush=True)
 '''
