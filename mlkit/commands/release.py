@@ -37,19 +37,20 @@ def say_comparison(
         click.secho(f"Registry: {harmless(against['text'])}", fg="green" if against["promoted"] else "yellow")
 
 # %% ../../nbs/commands/06_release.ipynb #7fef2bac
-def publish_there(root: str, verdict: dict, ask: bool) -> dict: # Of a `Publication`
+def publish_there(root: str, verdict: dict, ask: bool, crown: bool = True) -> dict: # Of a `Publication`
     "Publish the bundle of a project."
-    return asdict(publish(Path(root), Path(root) / BUNDLE, verdict, ask=ask))
+    return asdict(publish(Path(root), Path(root) / BUNDLE, verdict, ask=ask, crown=crown))
 
 def published(
     root: Path, # the project
     verdict: dict, # released
     ask: bool, # ask MLflow also where nothing has changed
+    crown: bool = True, # whether a better one becomes champion at once
 ) -> Publication:
     "Publish what is not published yet. Raises `RegistryError` as `publish` does."
     if not ask and (known := known_publication(root, tracking_uri(None), verdict)):
         return known
-    return Publication(**call_ready(root, "mlkit.commands.release:publish_there", str(root), verdict, ask))
+    return Publication(**call_ready(root, "mlkit.commands.release:publish_there", str(root), verdict, ask, crown))
 
 # %% ../../nbs/commands/06_release.ipynb #9b778b68
 EXIT_CODES = {"Not released": 1, "Undecided": 3} # 2 is a wrong command line
@@ -59,6 +60,7 @@ SAID = "reports/verdict.json" # all that was said, for programs
 def conclude(
     root: Path, # the project
     ask: bool = False, # ask MLflow also where nothing has changed since the last publication
+    crown: bool = True, # whether a better one becomes champion at once; a rollout may decide it instead
 ) -> int: # the exit code, see `EXIT_CODES`; 0 for a pipeline without a release
     "Say the verdict with its reasons, and publish what is released."
     if not (root / VERDICT).is_file():
@@ -74,7 +76,7 @@ def conclude(
     for line in reason_lines(verdict) + (look_lines(looked, verdict["compare"]) if looked else []):
         click.echo(f"  {harmless(line)}")
     if verdict["released"]:
-        publication = published(root, verdict, ask)
+        publication = published(root, verdict, ask, crown)
         say_publication(publication, read_champion(root)["bundle"])
         against = said_against(root, verdict)
         say_comparison(against)

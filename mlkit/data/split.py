@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'METHODS', 'turned', 'fraction', 'check_shares', 'collect', 'like', 'class_edges', 'freeze_golden',
-           'read_golden', 'split_table', 'Split']
+           'golden_mark', 'read_golden', 'split_table', 'Split']
 
 # %% ../../nbs/data/09_split.ipynb #9f9b26f5
 from collections import Counter
@@ -92,11 +92,11 @@ def freeze_golden(
 ) -> int: # Different rows
     "Freeze rows as the golden set. Raises `ConfigError` where the file is there: a golden set does not change."
     if path.exists(): raise ConfigError(f"{path} is there already, and a golden set does not change; give the new one another name")
-    marks = collect(nw.from_native(frame).lazy().select(_mark().alias("mark")).unique("mark"))["mark"].sort().to_list()
+    marks = collect(nw.from_native(frame).lazy().select(golden_mark().alias("mark")).unique("mark"))["mark"].sort().to_list()
     write_json(path, {"golden": [f"{m:014x}" for m in marks]})
     return len(marks)
 
-def _mark(): return (nw.col("_draw") * _DIGITS).cast(nw.Int64)
+def golden_mark(): return (nw.col("_draw") * _DIGITS).cast(nw.Int64) # Narwhals expression: by which a golden row is known
 
 def read_golden(path: Path) -> list[int]:
     "Raises `DataError` where the file is missing, or holds something else."
@@ -195,8 +195,8 @@ def _by_time(frame, time, edges):
 
 # %% ../../nbs/data/09_split.ipynb #0b431a16
 def _keep_golden(frame, golden, group):
-    marked = frame.with_columns(_mark().is_in(list(golden)).alias("_golden"))
-    found = collect(marked.filter(nw.col("_golden")).select(_mark().alias("m")).unique("m"))
+    marked = frame.with_columns(golden_mark().is_in(list(golden)).alias("_golden"))
+    found = collect(marked.filter(nw.col("_golden")).select(golden_mark().alias("m")).unique("m"))
     if len(found) < len(set(golden)):
         raise DataError(
             f"{len(set(golden)) - len(found)} of {len(set(golden))} golden rows are not in the data any more; bring them back, or freeze a new set under another name"

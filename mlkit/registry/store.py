@@ -427,6 +427,7 @@ def publication_events(
     version: str,
     manifest: str, # hash of the list of its files
     more=lambda: {}, # called for a new release: what else is known of it, see `more_facts`
+    crown: bool = True, # whether a better one becomes champion at once; a rollout may decide it instead
 ) -> list[dict]: # see `history.event`; empty: the last release was the same
     "What a publication adds to the history."
     new, to = champion_entry(verdict), {"version": version, "bundle": verdict["bundle"]}
@@ -439,7 +440,7 @@ def publication_events(
     held = holder(entries, "challenger", new["model"])
     if not held or held["to"]["bundle"] != new["bundle"]:
         events.append(event("challenger", new["model"], to, "the last that was released", "release", held and held["to"]))
-    return events + champion_event(entries, verdict, to, facts.get("against"))
+    return events + (champion_event(entries, verdict, to, facts.get("against")) if crown else [])
 
 # %% ../../nbs/registry/08_store.ipynb #03bdc70b
 def adopted(
@@ -578,6 +579,7 @@ def publish_locked(
     folder: Path, # of the bundle
     verdict: dict, # of this bundle
     uri: str, # of the store
+    crown: bool = True, # see `publication_events`
 ) -> Publication:
     "What `publish` does while nobody else publishes in this project."
     before, seen = checked_history(root), read_view(root)
@@ -590,7 +592,7 @@ def publish_locked(
         manifest = checked_manifest(name, found, folder, releases(entries, version.name, verdict["bundle"]))
         done = keep_verdict(client, uri, run, verdict) or done
         events = publication_events(entries, verdict, str(version.version), manifest,
-                                    lambda: more_facts(root, client, uri, entries, folder, verdict))
+                                    lambda: more_facts(root, client, uri, entries, folder, verdict), crown)
         for e in events:
             if "against" in e:
                 client.set_model_version_tag(version.name, version.version, "against_champion", e["against"]["text"][:5000])
@@ -612,6 +614,7 @@ def publish(
     verdict: dict, # of this bundle, see `verdict.verdict`
     uri: str | None = None, # see `store.tracking_uri`
     ask: bool = False, # ask MLflow also where the note says that all is done
+    crown: bool = True, # see `publication_events`
 ) -> Publication:
     "Put a released bundle into the registry. Raises `RegistryError` where it is refused, damaged, or not the verdict's."
     from filelock import FileLock
@@ -626,7 +629,7 @@ def publish(
         return known
     (root / PUBLISHED).parent.mkdir(exist_ok=True)
     with FileLock(root / ".mlkit/publish.lock"):
-        return publish_locked(root, folder, verdict, uri)
+        return publish_locked(root, folder, verdict, uri, crown)
 
 # %% ../../nbs/registry/08_store.ipynb #42228268
 def find_version(

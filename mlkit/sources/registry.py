@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..core import DataError, name_fault, nearest
-from . import bundled, kafka, postgres, sqlite
+from . import bundled, grown, kafka, postgres, sqlite
 from .base import SOURCES, Source, find_source
 from .files import open_path
 from .folders import folder_state, hidden
@@ -17,7 +17,7 @@ from .paths import data_path, located, seen_from, unwatched
 from .remote import Remote
 
 # %% ../../nbs/sources/16_registry.ipynb #43b0c351
-BUILT_IN = (bundled, kafka, postgres, sqlite) # importing them registers their sources
+BUILT_IN = (bundled, grown, kafka, postgres, sqlite) # importing them registers their sources
 
 def opener(
     name: str, root: Path, # As in `open_source`
