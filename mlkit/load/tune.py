@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import ConfigError, write_atomic
 from ..device import usable_cores
-from ..flow.config import parse_yaml
+from ..flow.config import GATEWAY, parse_yaml
 from .client import closed_loop, open_loop
 from .measure import WARM_UP, holds, measured
 from .requests import Target
@@ -134,7 +134,7 @@ async def tune(
 # %% ../../nbs/load/04_tune.ipynb #4c5f3327
 def params_line(tuning: Tuning) -> str:
     "As `params.yaml` has it."
-    written = {k: "null" if v is None else f"{v:g}" for k, v in asdict(tuning).items()}
+    written = {k: "null" if v is None else f"{v:g}" for k, v in asdict(tuning).items() if k in GATEWAY}
     return f"gateway: {{{', '.join(f'{k}: {v}' for k, v in written.items())}}}"
 
 SECTION = re.compile(r"^gateway:[^\n]*(?:\n[ \t]+[^\n]*)*", re.M)
