@@ -2878,6 +2878,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mlkit.load.tune.params_line': ('load/tune.html#params_line', 'mlkit/load/tune.py'),
                                  'mlkit.load.tune.score': ('load/tune.html#score', 'mlkit/load/tune.py'),
                                  'mlkit.load.tune.search': ('load/tune.html#search', 'mlkit/load/tune.py'),
+                                 'mlkit.load.tune.section_of': ('load/tune.html#section_of', 'mlkit/load/tune.py'),
                                  'mlkit.load.tune.steps': ('load/tune.html#steps', 'mlkit/load/tune.py'),
                                  'mlkit.load.tune.try_setting': ('load/tune.html#try_setting', 'mlkit/load/tune.py'),
                                  'mlkit.load.tune.tune': ('load/tune.html#tune', 'mlkit/load/tune.py'),

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'CLEAR', 'ROUNDS', 'SECTION', 'steps', 'score', 'try_setting', 'better', 'search', 'confirmed', 'advice',
-           'tune', 'params_line', 'with_tuning', 'write_tuning']
+           'tune', 'section_of', 'params_line', 'with_tuning', 'write_tuning']
 
 # %% ../../nbs/load/04_tune.ipynb #bcba7ab7
 import re
@@ -132,9 +132,13 @@ async def tune(
     return {"rows": rows, "present": asdict(present), "best": asdict(found), "change": change, "advice": why}
 
 # %% ../../nbs/load/04_tune.ipynb #4c5f3327
+def section_of(tuning: Tuning) -> dict: # name: value
+    "The section `gateway`."
+    return {k: v for k, v in asdict(tuning).items() if k in GATEWAY}
+
 def params_line(tuning: Tuning) -> str:
     "As `params.yaml` has it."
-    written = {k: "null" if v is None else f"{v:g}" for k, v in asdict(tuning).items() if k in GATEWAY}
+    written = {k: "null" if v is None else f"{v:g}" for k, v in section_of(tuning).items()}
     return f"gateway: {{{', '.join(f'{k}: {v}' for k, v in written.items())}}}"
 
 SECTION = re.compile(r"^gateway:[^\n]*(?:\n[ \t]+[^\n]*)*", re.M)
@@ -150,7 +154,7 @@ def with_tuning(text: str, tuning: Tuning) -> str: # `text`: of params.yaml
 def _only_tuning_differs(text, new, tuning):
     from ruamel.yaml import YAMLError
     try:
-        return parse_yaml(text.encode()) | {"gateway": asdict(tuning)} == parse_yaml(new.encode())
+        return parse_yaml(text.encode()) | {"gateway": section_of(tuning)} == parse_yaml(new.encode())
     except YAMLError:
         return False
 
