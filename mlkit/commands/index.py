@@ -40,7 +40,7 @@ def standing(
     from mlkit.training.store import tracking_uri
     if not (root / VERDICT).is_file():
         return {}
-    verdict, champion, note = verdict_of_today(root), read_champion(root), last_publication(root, tracking_uri())
+    verdict, champion, note = verdict_of_today(root), read_champion(root), last_publication(root, tracking_uri(None, root))
     published = all(note.get(k) == verdict[k] for k in ("model", "bundle"))
     aliases = sorted(alias for alias, v in note.get("aliases", {}).items() if v == note["version"])
     crowned = champion and champion | {"version": note["aliases"].get("champion") if note.get("champion") == champion else None}

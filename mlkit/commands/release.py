@@ -48,7 +48,7 @@ def published(
     crown: bool = True, # whether a better one becomes champion at once
 ) -> Publication:
     "Publish what is not published yet. Raises `RegistryError` as `publish` does."
-    if not ask and (known := known_publication(root, tracking_uri(None), verdict)):
+    if not ask and (known := known_publication(root, tracking_uri(None, root), verdict)):
         return known
     return Publication(**call_ready(root, "mlkit.commands.release:publish_there", str(root), verdict, ask, crown))
 

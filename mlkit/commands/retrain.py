@@ -18,13 +18,14 @@ def start_rollout(root: Path, model: str): # function(bundle, why) -> what it di
         from dataclasses import replace
         from mlkit.commands.rollout import candidate_of, expected_disagreement, stable_of
         from mlkit.registry.promotion import version_of
+        from mlkit.training.store import tracking_uri
         from mlkit.rollout.evidence import Allowed
         from mlkit.rollout.file import check_over, order, read_state, started
         from mlkit.rollout.state import Plan
         there = read_state(root)
         if not (there and there.plan.candidate.bundle == bundle):
             check_over(there)
-            stable, candidate = stable_of(root, model), candidate_of(root, model, version_of(model, bundle))
+            stable, candidate = stable_of(root, model), candidate_of(root, model, version_of(model, bundle, tracking_uri(None, root)))
             share, _ = expected_disagreement(root, model, stable, candidate)
             plan = replace(Plan(model, stable, candidate), allowed=Allowed(disagreement=share))
             there = order(root, started(plan, "mlkit retrain", why))

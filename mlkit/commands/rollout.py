@@ -59,7 +59,7 @@ def candidate_of(root: Path, model: str, wanted: str) -> Place: # `wanted`: a ve
     from mlkit.registry.verdict import check_model_name
     from mlkit.training.store import mlflow_calls, tracking_uri
     check_model_name(model, "the model's name")
-    uri = tracking_uri(None)
+    uri = tracking_uri(None, root)
     with mlflow_calls(uri):
         client = registry_client(uri, model)
         version, release, _ = checked_version(root, client, uri, model, wanted, root / FETCHED)

@@ -151,7 +151,7 @@ WATCH_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 <div class="scroll" tabindex="0" role="group" aria-label="Table: what has changed"><table><thead><tr>
 {% for h in ("what", "found", "since", "what to do") %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for e in episodes %}<tr{% if e.over %} class="over"{% endif %}><th scope="row"><span class="{{ "no" if e.severity == "alert" and not e.over else "yes" if e.over else "" }}">{{ e.what }}</span><small>{{ "over" if e.over else "act" if e.severity == "alert" else "look" }}</small></th>
-<td>{{ e.text }}</td><td>{{ when(e.first) }}{% if e.over %} to {{ when(e.last) }}{% endif %}</td><td>{{ e.do }}</td></tr>
+<td>{{ e.text }}</td><td>{{ when(e.first) }}{% if e.over and when(e.last) != when(e.first) %} to {{ when(e.last) }}{% endif %}</td><td>{{ e.do }}</td></tr>
 {% endfor %}</tbody></table></div></section>{% endif %}
 {% if pictures %}<section aria-labelledby="time"><h2 id="time">Over time</h2><div class="plots">
 {% for p in pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}"></figure>{% endfor %}</div></section>{% endif %}

@@ -17,6 +17,7 @@ import polars as pl
 
 from ..core import DataError, MlkitError, read_json, write_json
 from ..data.contract import Contract, load_contract
+from ..flow.config import LOAD, check, read_params
 from .labels import label_requests, read_labels
 from .profile import PROFILE, Profile, Seen, profile_from, see
 from .replay import replayed, with_replay
@@ -162,9 +163,9 @@ class Told:
     judged: Judged
     since: dict[tuple, str] # What and column of a finding: when it began
 
-def judged_windows(found: list[Kept], here: dict[str, Watched], settings: WatchSettings) -> Iterator[Told]:
+def judged_windows(found: list[Kept], here: dict[str, Watched], limits: Settings) -> Iterator[Told]:
     "In order of time. Windows of versions that are not here are left out."
-    limits, calm, since = Settings(settings.share_false, settings.effect, settings.least), [], {}
+    calm, since = [], {}
     last = version = None
     for k in found:
         by = here.get(k.version)
@@ -174,7 +175,7 @@ def judged_windows(found: list[Kept], here: dict[str, Watched], settings: WatchS
         version = k.version
         before = sum((server_side(c.seen) for c in calm[-N_BEFORE:]), Seen()) if calm else None
         judged = judge(by.profile, by.task, k.seen, before, limits)
-        judged = still(judged, k, last, settings.least)
+        judged = still(judged, k, last, limits.least)
         names = [(f.what, f.column) for f in judged.findings]
         since = {n: since.get(n, k.start.isoformat()) for n in names}
         if not {"errors", "latency"} & {w for w, _ in names}:
@@ -265,5 +266,6 @@ def look(
     found, trouble = counted_windows(root, settings, since, until, source is None, progress)
     lost = Counter(k.version for k in found if k.version not in here)
     trouble |= {f"windows of version {v}, which is not on this machine ('mlkit serve --alias champion' fetches it), left out": n for v, n in lost.items()}
-    told = list(judged_windows(found, here, settings))
+    limits = Settings(settings.share_false, settings.effect, settings.least, check("load", read_params(root).get("load"), LOAD)["p99_ms"])
+    told = list(judged_windows(found, here, limits))
     return Look(root, settings, by, here, told, trouble, datetime.now(timezone.utc).isoformat(timespec="seconds"))

@@ -57,6 +57,7 @@ class Settings:
     share_false: float = 0.05 # Of calm windows that may alarm
     effect: float = 0.1 # Distance from which a move matters
     least: int = 100 # Rows that say something
+    p99_ms: float = 100.0 # That is promised: of a hundred answers one may take longer
 
 SURE = 0.001 # p below which a change is no chance, where one thing is tested
 
@@ -96,7 +97,8 @@ def of_inputs(profile: Profile, seen: Seen, found: dict[str, Shift], needed: lis
     gone = [c for c in needed if c not in seen.there]
     lost = [Finding("schema", "alert", f"{c}: the column is not sent any more", c) for c in gone]
     columns = sorted((c for c in found if c not in PREDICTION), key=lambda c: -max(found[c].distance, found[c].missing_more))
-    told = [of_column(c, profile.shapes[c], found[c], profile.reference, seen.sketch) for c in columns]
+    gaps = {f"{c} missing" for c in columns if found[c].gaps} # what `statistics` adds says the same once more
+    told = [of_column(c, profile.shapes[c], found[c], profile.reference, seen.sketch) for c in columns if c not in gaps]
     return lost + [f for f in told if f]
 
 # %% ../../nbs/monitoring/10_why.ipynb #506ef766
@@ -166,14 +168,16 @@ def of_server(seen: Seen, before: Seen | None, settings: Settings) -> list[Findi
         more, p = share_changed(a, b)
         if p < SURE and more >= matters:
             out.append(Finding(what, "alert", f"{percent(b[0] / b[1])} of the requests {words}, and {percent(a[0] / a[1])} did before".replace("refused, since they break the contract, and", "refused, since they break the contract; before it was").replace(" % did before", " %"), effect=more, p=p))
-    return out + of_latency(seen, before)
+    return out + of_latency(seen, before, settings)
 
-def of_latency(seen: Seen, before: Seen) -> list[Finding]:
-    "Whether it takes twice as long, and more than a millisecond longer."
+def of_latency(seen: Seen, before: Seen, settings: Settings) -> list[Finding]:
+    "Whether it takes twice as long, and more than a millisecond longer. It is an alarm where the promise is broken."
+    broken = (quantile(seen.latency, 0.99) or 0) > settings.p99_ms
     for share, name in ((0.5, "half of the answers take"), (0.99, "one answer of a hundred takes")):
         a, b = (quantile(s.latency, share) for s in (before, seen))
         if a and b and b >= SLOWER * a and b - a > 1:
-            return [Finding("latency", "alert", f"{name} {b:.3g} ms or more, and {a:.3g} ms before", effect=b / a)]
+            promise = f"; {settings.p99_ms:g} ms are promised (load.p99_ms)" if broken else ""
+            return [Finding("latency", "alert" if broken else "watch", f"{name} {b:.3g} ms or more, and {a:.3g} ms before{promise}", effect=b / a)]
     return []
 
 def of_contract(seen: Seen, told: set[str], settings: Settings) -> list[Finding]: # `told`: columns with a finding

@@ -39,7 +39,7 @@ def promote(
     "Give a role to a version. Raises `RegistryError` where the version may not be used."
     from filelock import FileLock
     check_model_name(name, "the model's name")
-    uri = tracking_uri(uri)
+    uri = tracking_uri(uri, root)
     client = registry_client(uri, name)
     (root / ".mlkit").mkdir(exist_ok=True)
     with FileLock(root / ".mlkit/publish.lock"), mlflow_calls(uri):
@@ -66,6 +66,7 @@ def rollback(
     uri: str | None = None, # see `store.tracking_uri`
 ) -> dict: # see `promote`
     "Take the champion back. Raises `RegistryError` where there is none to go back to, or it may not be used."
+    uri = tracking_uri(uri, root)
     if wanted is None:
         before = champion_before([e for e in checked_history(root) if e["model"] == name])
         if not before:

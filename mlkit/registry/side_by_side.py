@@ -158,7 +158,7 @@ def version_side(
     "A version of the registry. Raises `RegistryError` where it has no such version, or the version may not be used."
     from mlkit.registry.store import checked_version, verdict_part
     from mlkit.training.store import fetch_artifacts, mlflow_calls, mlflow_client, tracking_uri
-    uri = tracking_uri(None)
+    uri = tracking_uri(None, root)
     client = mlflow_client(uri)
     with mlflow_calls(uri):
         version, release, bundle = checked_version(root, client, uri, model, asked, root / ".mlkit/fetched")

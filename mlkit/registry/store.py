@@ -624,7 +624,7 @@ def publish(
     if verdict["criteria"][verdict["compare"]]["value"] is None:
         raise RegistryError(f"{verdict['compare']}: decides who is champion, but it was not measured here; "
                             "measure it with 'mlkit run release'")
-    uri = tracking_uri(uri)
+    uri = tracking_uri(uri, root)
     if not ask and (known := known_publication(root, uri, verdict)):
         return known
     (root / PUBLISHED).parent.mkdir(exist_ok=True)
@@ -781,7 +781,7 @@ def fetch(
 ) -> Path: # the part's folder
     "Bring a bundle here, or what it was made from. Raises `RegistryError` where the version may not be used."
     check_model_name(name, "the model's name")
-    uri = tracking_uri(uri)
+    uri = tracking_uri(uri, root)
     client = mlflow_client(uri)
     with mlflow_calls(uri):
         version, _, folder = checked_version(root or tracking_root(), client, uri, name, wanted, out)

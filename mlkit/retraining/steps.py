@@ -226,7 +226,7 @@ def both_bundles(p: Project) -> Callable[[], tuple[Path, Path]]:
         from mlkit.registry.quick import registry_client
         from mlkit.registry.store import champion_bundle
         from mlkit.training.store import mlflow_calls, tracking_uri
-        uri = tracking_uri(None)
+        uri = tracking_uri(None, p.root)
         with mlflow_calls(uri):
             theirs = champion_bundle(p.root, registry_client(uri, p.model), uri, {"model": p.model, "what": "champion", "to": p.champion})
         return theirs, p.root / BUNDLE

@@ -17,9 +17,11 @@ from urllib.parse import quote, unquote, urlsplit
 from ..core import RegistryError, masked, project_root, write_atomic
 
 # %% ../../nbs/training/07_store.ipynb #aa76fe69
-def tracking_root() -> Path:
+def tracking_root(
+    root: Path | None = None, # the project; None: the one that the working folder is in
+) -> Path:
     "The project's folder. For an experiment in a temporary folder of DVC: the project that it belongs to."
-    root = Path(os.environ.get("DVC_ROOT") or project_root()).resolve()
+    root = Path(root or os.environ.get("DVC_ROOT") or project_root()).resolve()
     if ".dvc" in root.parts:
         root = Path(*root.parts[:root.parts.index(".dvc")])
     return root
@@ -87,6 +89,7 @@ NO_SCHEME = re.compile(r"([\w-]+(\.[\w-]+)*|\[[\da-fA-F:.]+\]):\d+(/.*)?") # 'lo
 
 def tracking_uri(
     given: str | None = None, # an address; None: that of `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project
+    root: Path | None = None, # see `tracking_root`
 ) -> str: # absolute
     "The address of the store. Raises `RegistryError` where it cannot be meant, `ConfigError` where there is no project."
     given = (given or os.environ.get("MLFLOW_TRACKING_URI", "")).strip() or "sqlite:///mlflow.db"
@@ -96,9 +99,9 @@ def tracking_uri(
     if scheme in ("http", "https"):
         return server_uri(given)
     if scheme == "sqlite":
-        return sqlite_uri(given, Path("/") if given.startswith("sqlite:////") else tracking_root())
+        return sqlite_uri(given, Path("/") if given.startswith("sqlite:////") else tracking_root(root))
     if scheme in ("", "file") and given not in MLFLOW_WORDS:
-        return folder_uri(given, Path("/") if given.startswith(("/", "file:/")) else tracking_root())
+        return folder_uri(given, Path("/") if given.startswith(("/", "file:/")) else tracking_root(root))
     return given
 
 # %% ../../nbs/training/07_store.ipynb #0b21bf5f
