@@ -26,6 +26,7 @@ from .sketch import quantile
 from .why import Judged, Settings, judge
 from ..registry.bundle import identity_of, read_manifest
 from ..registry.released import bundle_to_serve
+from ..registry.verdict import VERDICT
 from ..task import Task, load_task
 
 # %% ../../nbs/monitoring/13_watch.ipynb #73032d2b
@@ -59,10 +60,8 @@ def versions_here(root: Path) -> dict[str, Watched]: # version: see `Watched`
 
 def released_here(root: Path) -> Watched:
     "The version that is watched where a log does not say who answered. Raises `MlkitError` where there is none."
-    try:
-        found = Watched(bundle_to_serve(root, None))
-    except MlkitError: # the last run was refused; what was released before may serve
-        found = Watched(bundle_to_serve(root, "champion"))
+    refused = (root / VERDICT).is_file() and read_json(root / VERDICT).get("released") is not True # what was released before may serve
+    found = Watched(bundle_to_serve(root, "champion" if refused else None))
     if not (found.bundle / PROFILE).is_file():
         raise DataError(f"{found.bundle}: was released by an mlkit that made no profile; run 'mlkit repro release'")
     return found
