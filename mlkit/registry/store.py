@@ -489,10 +489,11 @@ def set_aliases(
 
 def set_alias(client, name: str, alias: str, version: str):
     "Two projects that give a model its first alias at once both insert a row, and a database takes one: the other asks again."
-    from mlflow.exceptions import MlflowException
     try:
         client.set_registered_model_alias(name, alias, version)
-    except MlflowException:
+    except Exception as e:
+        if not hasattr(e, "error_code"): # as those of MLflow have, whose import takes seconds
+            raise
         client.set_registered_model_alias(name, alias, version)
 
 # %% ../../nbs/registry/08_store.ipynb #676b5609
