@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'N_BEFORE', 'WATCH', 'Watched', 'versions_here', 'released_here', 'Kept', 'kept_path', 'read_kept', 'keep',
-           'counted', 'typed', 'counted_windows', 'Told', 'judged_windows', 'still', 'server_side', 'row_of',
+           'counted', 'typed', 'once', 'counted_windows', 'Told', 'judged_windows', 'still', 'server_side', 'row_of',
            'quality_of', 'Look', 'look']
 
 # %% ../../nbs/monitoring/13_watch.ipynb #04b532fe
@@ -20,6 +20,7 @@ from ..data.contract import Contract, load_contract
 from ..flow.config import LOAD, check, read_params
 from .labels import label_requests, read_labels
 from .profile import PROFILE, Profile, Seen, profile_from, see
+from .quality import metric_of
 from .replay import replayed, with_replay
 from .requests import Window, WatchSettings, read_requests, watch_settings, windows
 from .sketch import quantile
@@ -120,8 +121,8 @@ def counted(w: Window, here: dict[str, Watched], fallback: Watched) -> Kept:
     "A window of requests, counted with the profile of the version that gave most answers."
     versions = {v: n for v, n in sorted(w.frame["version"].value_counts().iter_rows(), key=lambda x: (-x[1], str(x[0]))) if v}
     by = next((here[v] for v in versions if v in here), fallback)
-    frame = w.frame.with_columns(pl.col("png")) if "png" in w.frame.columns else w.frame
-    seen = with_replay(see(by.profile, by.task, by.contract, typed(by.task, frame)), replayed(by.bundle, by.version, by.task, typed(by.task, frame)))
+    frame = typed(by.task, w.frame)
+    seen = with_replay(see(by.profile, by.task, by.contract, frame), replayed(by.bundle, by.version, by.task, frame))
     return Kept(w.start, w.end, by.version, w.open, versions, seen)
 
 def typed(task: Task, frame: pl.DataFrame) -> pl.DataFrame:
@@ -129,6 +130,16 @@ def typed(task: Task, frame: pl.DataFrame) -> pl.DataFrame:
     truths = [c.name for c in getattr(task.input, "columns", ()) if c.dtype == "bool" and c.name in frame.columns]
     gone = [c for c in frame.columns if c in getattr(task.input, "names", ()) and not frame[c].count()]
     return frame.drop(gone).with_columns(pl.col(truths).cast(pl.Boolean)) if truths or gone else frame
+
+def once(root: Path, window: str | int, known: dict[datetime, Kept], new: list[Kept]) -> dict[datetime, Kept]: # start: window
+    "No row is counted twice: windows by number begin elsewhere when the log is trimmed, and the new ones take the place of what they overlap."
+    fresh = {k.start: k for k in new}
+    for start, k in known.items():
+        if start not in fresh and any(n.start < k.end and start < n.end for n in new):
+            kept_path(root, window, start).unlink(missing_ok=True)
+        elif start not in fresh:
+            fresh[start] = k
+    return fresh
 
 def counted_windows(
     root: Path, settings: WatchSettings,
@@ -142,12 +153,14 @@ def counted_windows(
     labels, of_labels = read_labels(root, settings, fallback.contract)
     if len(labels):
         requests = label_requests(requests, labels, fallback.contract)
+    keeps = keeps and not (isinstance(settings.window, int) and (since or until)) # windows by number begin where the rows begin
     kept, damaged = read_kept(root, settings.window) if keeps else ([], 0)
-    known = {k.start: k for k in kept}
+    known, new = {k.start: k for k in kept}, []
     for w in windows(requests, settings.window):
-        new = counted(w, here, fallback)
-        known[w.start] = keep(root, settings.window, new, known) if keeps else new
-        progress(f"{w.start:%-d %B, %H:%M}: {new.seen.rows:,} rows")
+        one = counted(w, here, fallback)
+        new.append(keep(root, settings.window, one, known) if keeps else one)
+        progress(f"{w.start:%-d %B, %H:%M}: {one.seen.rows:,} rows")
+    known = once(root, settings.window, known, new)
     trouble = Counter(requests.trouble) + Counter(of_labels) + Counter({f"windows of {WINDOWS} that cannot be read, left out": damaged})
     there = [k for _, k in sorted(known.items()) if (not since or k.end > since) and (not until or k.start < until)]
     return there, {text: n for text, n in trouble.items() if n}
@@ -210,7 +223,7 @@ def row_of(told: Told, task: Task) -> dict:
 def quality_of(j: Judged, task: Task) -> dict | None:
     "How good a window's answers are, in the metric."
     as_metric = (lambda loss: 1 - loss) if task.target.says_class else (lambda loss: loss)
-    name = "accuracy" if task.target.says_class else "mean absolute error"
+    name = metric_of(task.target)
     if j.quality is None:
         return None if j.expected is None else {"metric": name, "value": None, "lower": None, "upper": None, "estimated": as_metric(j.expected), "n": 0}
     q = j.quality

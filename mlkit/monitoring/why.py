@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DO', 'SURE', 'BROKEN', 'FAILS', 'REFUSES', 'SLOWER', 'OTHERWISE', 'FEW_REPLAYED', 'Finding', 'Settings', 'percent',
-           'moved_in_words', 'of_column', 'of_inputs', 'worth', 'costs', 'of_answers', 'shown', 'metric', 'of_quality',
+           'moved_in_words', 'of_column', 'of_inputs', 'worth', 'costs', 'of_answers', 'shown', 'of_quality',
            'ended_with', 'of_server', 'of_latency', 'of_contract', 'of_replay', 'Judged', 'judge', 'finding_rows',
            'profile_rows']
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .profile import Profile, Seen
-from .quality import Measured, expected, explained, measured
+from .quality import Measured, expected, explained, measured, metric_of
 from .shift import Shift, share_changed, shifts
 from .sketch import Shape, Sketch, quantile, quantile_of
 from .statistics import PREDICTION
@@ -126,8 +126,6 @@ def shown(task: Task, loss: float) -> str:
     "A loss as its metric."
     return percent(1 - loss) if task.target.says_class else f"{loss:.4g}"
 
-def metric(task: Task) -> str: return "accuracy" if task.target.says_class else "mean absolute error"
-
 def of_quality(task: Task, profile: Profile, seen: Seen, inputs: list[Finding], settings: Settings) -> list[Finding]:
     "What is to be said of how good the answers are."
     if not profile.losses:
@@ -138,11 +136,11 @@ def of_quality(task: Task, profile: Profile, seen: Seen, inputs: list[Finding], 
     hoped = expected(profile.losses, np.asarray(seen.levels)) if np.any(seen.levels) else profile.losses.mean
     if hoped - profile.losses.mean < matters:
         return []
-    text = f"{metric(task)} is estimated at {shown(task, hoped)}, and was {shown(task, profile.losses.mean)}; nobody has sent enough labels yet"
+    text = f"{metric_of(task.target)} is estimated at {shown(task, hoped)}, and was {shown(task, profile.losses.mean)}; nobody has sent enough labels yet"
     return [Finding("quality", "alert", text, effect=hoped - profile.losses.mean)]
 
 def _measured(task, m: Measured, matters, inputs):
-    text = f"{metric(task)} is {shown(task, m.loss)} on {m.n:,} rows with labels, and was {shown(task, m.before)}"
+    text = f"{metric_of(task.target)} is {shown(task, m.loss)} on {m.n:,} rows with labels, and was {shown(task, m.before)}"
     broken = [f.column for f in inputs if f.what in BROKEN]
     if m.p_expected < SURE and m.loss - m.expected >= matters * (2 if inputs else 1) and not broken:
         return Finding("concept", "alert", f"{text}; of such rows {shown(task, m.expected)} was to be expected, so their truth has changed", effect=m.loss - m.expected, p=m.p_expected)
