@@ -72,7 +72,7 @@ def end_all(child, grace, shm):
     try:
         os.killpg(child.pid, signal.SIGKILL)
         while True:
-            os.waitpid(-1, 0) # what it left behind has become a child of this process
+            os.waitpid(-child.pid, 0) # what it left behind has become a child of this process, and keeps its group
     except (ProcessLookupError, ChildProcessError):
         pass
     for f in pathlib.Path("/dev/shm").glob(f"{shm}*"):
