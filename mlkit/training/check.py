@@ -29,11 +29,12 @@ def check_loss(
     targets: list[type], # see `possible_targets`
 ):
     "Raises `ConfigError` where no target takes these parameters of its loss."
-    from mlkit.component import checked_parameters, own_parameters
+    from mlkit.component import own_parameters
+    from mlkit.training.loss import checked_loss
     faults = []
     for target in sorted(targets, key=lambda t: -len(own_parameters(t.loss))):
         try:
-            checked_parameters(target.loss, values, "train.loss")
+            checked_loss(values, target)
             return
         except ConfigError as e:
             faults.append(e)

@@ -133,3 +133,12 @@ def save(self: Checkpoint,
 def drop(self: Checkpoint):
     "Remove the state: the training is done."
     self.path.unlink(missing_ok=True)
+
+# %% ../../nbs/training/01_checkpoint.ipynb #fa8579dc
+@patch
+def keep_good(self: Checkpoint,
+    tensors: dict, # name: tensor, as of `state_dict`
+) -> Path: # the file
+    "Keep weights for people."
+    own = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    return write_atomic(self.folder / "good" / f"{self.made_for[:32]}.safetensors", packed(own))
