@@ -6,7 +6,7 @@ __all__ = ['SHOWN', 'odd_samples', 'check_samples', 'diverged', 'largest_that_fi
 # %% ../../nbs/training/13_faults.ipynb #b85e7934
 from collections.abc import Callable
 
-import numpy as np, torch
+import torch
 
 from ..core import ConfigError, DataError
 

@@ -8,7 +8,7 @@ __all__ = ['CHECKED_EVERY', 'make_fabric', 'Training', 'batch_size_for', 'Watch'
 # %% ../../nbs/training/05_fit.ipynb #eca5d0c4
 import logging, time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np, torch
@@ -17,7 +17,6 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core import ConfigError
 from ..device import limit_threads
 from ..task import Task
 from .augment import Mixed, make_augmentation

@@ -25,7 +25,7 @@ from .optimize import OPTIMIZERS, SCHEDULES
 
 # %% ../../nbs/training/09_run.ipynb #716539cb
 COMPONENTS = { # of the section `train`
-    "model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "augment": AUGMENTATIONS, "loss": LOSSES,
+    "model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "augment": AUGMENTATIONS,
 }
 
 def completed(
@@ -35,9 +35,11 @@ def completed(
     def full(k, spec): # an own loss has a name, the target's has none; a list names several
         if isinstance(spec, list):
             return [full(k, one) for one in spec]
-        return check_component(COMPONENTS[k], spec, f"train.{k}")
-    given = {k: train[k] for k in COMPONENTS if train.get(k) is not None}
-    return train | {k: full(k, v) for k, v in given.items() if k != "loss" or "name" in v}
+        return check_component(COMPONENTS.get(k, LOSSES), spec, f"train.{k}")
+    loss = train.get("loss")
+    named = {k: train[k] for k in COMPONENTS if train.get(k) is not None}
+    named |= {"loss": loss} if isinstance(loss, dict) and "name" in loss else {}
+    return train | {k: full(k, v) for k, v in named.items()}
 
 # %% ../../nbs/training/09_run.ipynb #d0a7979c
 LOOP = "n_epochs", "optimizer", "schedule", "augment", "loss", "keep", "seed" # beside the batch size
