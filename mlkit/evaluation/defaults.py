@@ -72,10 +72,11 @@ def value_rows(
 # %% ../../nbs/evaluation/13_defaults.ipynb #a1c0fcd5
 def with_found(
     rows: list[dict], # See `value_rows`
-    found: dict[str, float], # What a search found: 'optimizer.lr' and its value
+    found: dict, # What a search found: 'optimizer.lr' and its value
 ) -> list[dict]:
     "The same rows, with the values of `train` that a search has found."
-    said = {f"train.{name}": {"is": f"{value:.4g}", "whose": FOUND} for name, value in found.items()}
+    from mlkit.training.tune import shown
+    said = {f"train.{name}": {"is": shown(value), "whose": FOUND} for name, value in found.items()}
     return [r | said.get(r["value"], {}) for r in rows]
 
 # %% ../../nbs/evaluation/13_defaults.ipynb #f89ee31f
