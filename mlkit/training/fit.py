@@ -24,7 +24,7 @@ from .augment import make_augmentation
 from .checkpoint import Checkpoint, fingerprint, sources
 from .class_weight import loss_by_class
 from .feed import Clock
-from .optimize import make_optimizer, make_schedule
+from .optimize import begin_epoch, make_optimizer, make_schedule
 
 # %% ../../nbs/training/05_fit.ipynb #bae5dccd
 def make_fabric(
@@ -138,7 +138,7 @@ class State:
     ):
         self.fabric, self.training, self.n, self.clock, self.watch = fabric, training, n, clock, watch or Watch()
         self.n_steps = -(-n // training.batch_size) # an epoch
-        self.net, self.optimizer = fabric.setup(net, make_optimizer(training.optimizer, net.parameters()))
+        self.net, self.optimizer = fabric.setup(net, make_optimizer(training.optimizer, net))
         self.schedule = make_schedule(training.schedule, self.optimizer, self.n_steps * training.n_epochs)
         self.generator = torch.Generator().manual_seed(training.seed)
         self.epoch, self.step, self.kept, self.history = 1, 0, None, [] # kept: the record of the best epoch
@@ -150,6 +150,7 @@ class State:
 def begin(self: State):
     "An epoch begins, or goes on."
     self.net.train()
+    begin_epoch(self.net, self.epoch)
     self.lap = time.perf_counter()
     if self.order is None:
         self.total = torch.zeros((), device=self.fabric.device)
