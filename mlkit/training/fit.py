@@ -25,7 +25,7 @@ from .class_weight import weighted_loss
 from .faults import check_samples, diverged, out_of_memory
 from .feed import Clock
 from .loss import loss_function, make_loss
-from .optimize import make_optimizer, make_schedule
+from .optimize import begin_epoch, make_optimizer, make_schedule
 
 # %% ../../nbs/training/05_fit.ipynb #bae5dccd
 def make_fabric(
@@ -154,7 +154,7 @@ class TrainState:
     ):
         self.fabric, self.training, self.n, self.clock, self.watch = fabric, training, n, clock, watch or Watch()
         self.n_steps = -(-n // training.batch_size) # an epoch
-        self.net, self.optimizer = fabric.setup(net, make_optimizer(training.optimizer, net.parameters()))
+        self.net, self.optimizer = fabric.setup(net, make_optimizer(training.optimizer, net))
         self.mean = averaged(net, training.average) if training.average else None
         self.schedule = make_schedule(training.schedule, self.optimizer, self.n_steps * training.n_epochs)
         self.generator = torch.Generator().manual_seed(training.seed)
@@ -174,6 +174,7 @@ class TrainState:
 def begin(self: TrainState):
     "An epoch begins, or goes on."
     self.net.train()
+    begin_epoch(self.net, self.epoch)
     self.lap = time.perf_counter()
     if self.order is None:
         self.total = torch.zeros((), device=self.fabric.device)

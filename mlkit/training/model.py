@@ -65,6 +65,7 @@ def make_model(
     task: Task,
 ) -> nn.Module: # in evaluation mode
     "Raises `ConfigError` on an unknown name or parameter, or a network that is for other data."
+    from mlkit.training import backbone # noqa: F401, it registers itself
     name = spec.get("name") if isinstance(spec, dict) else spec
     network = MODELS.find(name, "train.model")
     check_fits(network, task, name)
@@ -268,8 +269,10 @@ def empty_module(
     "A module for weights. Raises as `make_model`."
     from mlkit.candidates import blend, linear, trees # noqa: F401, they register themselves
     from mlkit.candidates.base import EMPTY
-    make = EMPTY.get(spec["name"], make_model)
-    return make(spec, task).eval()
+    if spec["name"] in EMPTY:
+        return EMPTY[spec["name"]](spec, task).eval()
+    bare = spec | {"weights": None} if spec.get("weights") else spec # those of a model come from its own file
+    return make_model(bare, task)
 
 # %% ../../nbs/training/00_model.ipynb #5f4f207a
 def save_model(

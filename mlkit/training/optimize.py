@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'make_optimizer', 'adamw', 'sgd', 'make_schedule', 'one_cycle', 'constant', 'cosine',
-           'warm_up']
+           'begin_epoch', 'warm_up']
 
 # %% ../../nbs/training/04_optimize.ipynb #351196a1
 import math
@@ -20,10 +20,14 @@ OPTIMIZERS = Registry("optimizer", "mlkit.optimizers")
 
 def make_optimizer(
     spec: dict, # as `train.optimizer` has it
-    parameters, # iterable of torch parameters
+    net: torch.nn.Module, # with a method `rate_groups`, where its layers learn at different rates
 ): # torch's Optimizer
     "Raises `ConfigError` on an unknown name or parameter."
-    return make_component(OPTIMIZERS, spec, parameters, where="train.optimizer")
+    groups = net.rate_groups() if hasattr(net, "rate_groups") else net.parameters()
+    optimizer = make_component(OPTIMIZERS, spec, groups, where="train.optimizer")
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("scale", 1.0)
+    return optimizer
 
 # %% ../../nbs/training/04_optimize.ipynb #452d6f08
 @OPTIMIZERS
@@ -64,7 +68,7 @@ def make_schedule(
 @SCHEDULES
 def one_cycle(optimizer, n_steps: int):
     "Up to the peak within three tenths of the steps, then down to nothing (Smith and Topin 2018)."
-    return lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=n_steps)
+    return lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=n_steps)
 
 # %% ../../nbs/training/04_optimize.ipynb #4e552fd8
 @SCHEDULES
@@ -80,7 +84,19 @@ def cosine(
     floor: NonNegativeFloat = 0.0, # share of the peak at the end
 ):
     "Half a cosine, from the peak to the floor (Loshchilov and Hutter 2017)."
-    return lr_scheduler.CosineAnnealingLR(optimizer, n_steps, eta_min=floor * optimizer.defaults["lr"])
+    def share(step):
+        return floor + (1 - floor) * (1 + math.cos(math.pi * step / n_steps)) / 2
+    return lr_scheduler.LambdaLR(optimizer, share)
+
+# %% ../../nbs/training/04_optimize.ipynb #8421f404
+def begin_epoch(
+    net: torch.nn.Module, # in training mode
+    epoch: int, # from 1
+):
+    "Tell each part of the network that asks for it."
+    for module in net.modules():
+        if hasattr(module, "begin_epoch"):
+            module.begin_epoch(epoch)
 
 # %% ../../nbs/training/04_optimize.ipynb #e294b819
 @SCHEDULES

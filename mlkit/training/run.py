@@ -14,6 +14,7 @@ from ..component import check_component
 from ..data.prepared import load_split
 from ..jobs import choose
 from ..task import Task
+from . import backbone # noqa: F401, it registers its networks
 from .augment import AUGMENTATIONS
 from .checkpoint import Checkpoint
 from .class_weight import class_weights
