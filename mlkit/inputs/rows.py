@@ -636,12 +636,12 @@ class GraphParts:
         self.nodes.append(helper.make_node(op, inputs, [f"{self.prefix}{len(self.nodes)}"], **attributes))
         return self.nodes[-1].output[0]
 
-    def constant(self, value: float, dtype: int) -> str: # Its name; `dtype` is one of `onnx.TensorProto`
+    def constant(self, value: float | list, dtype: int) -> str: # Its name; `dtype` is one of `onnx.TensorProto`
         "Add a constant, or find the one that is equal."
         from onnx import helper
         name = f"{self.prefix}c{len(self.constants)}"
         key = repr(value), dtype
-        return self.constants.setdefault(key, helper.make_tensor(name, dtype, [], [value])).name
+        return self.constants.setdefault(key, helper.make_tensor(name, dtype, np.shape(value), np.ravel(value))).name
 
 # %% ../../nbs/inputs/03_rows.ipynb #779c42b5
 def columns_graph(
