@@ -76,7 +76,7 @@ def leakage(
         name, s = data.columns[j], told.skills[j]
         text = (f"column '{name}' alone predicts '{data.contract.target.name}' (skill {s:.3f} out of fold, all others "
                 f"together {told.others:.3f})")
-        action = f"leave '{name}' out (dtype 'text' in the contract) unless it is known before the target is"
+        action = f"leave '{name}' out (dtype 'aside' in the contract) unless it is known before the target is"
         yield Finding("error", len(data), text, action, (), evidence(skill=s, others=told.others))
 
 # %% ../../nbs/audit/07_columns.ipynb #eec108b5

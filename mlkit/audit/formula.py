@@ -277,5 +277,5 @@ def formula(data):
     listed = ", ".join(f"'{names[j]}'" for j in found.columns)
     yield Finding("error", len(data), f"'{target}' is computed: {target} = {formula_text(found, names)} (exact in "
                   f"{found.share:.1%} of {data.of})", f"leave out what is known only with '{target}' among {listed} "
-                  "(dtype 'text' in the contract); if all are known before, no model is needed", (),
+                  "(dtype 'aside' in the contract); if all are known before, no model is needed", (),
                   evidence(share=found.share, columns=len(found.columns)))

@@ -34,6 +34,7 @@ class Column:
 
     kind: ClassVar[str]
     wire: ClassVar[str] = "float64" # Dtype of its input tensor: 'float64', 'str', 'datetime64[us]'
+    width: ClassVar[int] = 1 # Numbers that the first step makes of a value
 
 # %% ../../nbs/inputs/02_columns.ipynb #e9310f70
 KINDS: dict[str, type] = {} # kind: class

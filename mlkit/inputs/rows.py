@@ -33,6 +33,7 @@ from ..targets.base import Target, find_target
 from mlkit.inputs.columns import (
     Category, Column, DATE_PARTS, DAY, Date, FAR, N_KNOTS, Number, encoder_of, load_column, seconds,
 )
+from .text import Text, weigher
 
 # %% ../../nbs/inputs/03_rows.ipynb #42399853
 class Form(NamedTuple):
@@ -68,12 +69,25 @@ class Rows(Input):
         "Which column each feature is from."
         return [i for f in self.forms for i, c in enumerate(self.columns) for _ in FORMS[f].names(c)]
 
+    @cached_property
+    def spans(self) -> list[slice]: # Of `matrix`
+        "Where the numbers of each column stand."
+        ends = np.cumsum([c.width for c in self.columns]).tolist()
+        return [slice(end - c.width, end) for end, c in zip(ends, self.columns)]
+
 # %% ../../nbs/inputs/03_rows.ipynb #424c0f49
 @patch(as_prop=True)
 def codes(self: Rows) -> dict[int, int]: # Position of a feature that is a code: how many codes it can have
     "What a network embeds."
     sources = enumerate(self.columns[i] for i in self.sources)
     return {j: c.n_codes for j, c in sources if isinstance(c, Category)}
+
+@patch(as_prop=True)
+def texts(self: Rows) -> dict[int, Text]: # Position of the first feature of a text whose words are features: its column
+    "What a network reads word by word."
+    sizes = [(f, c, len(FORMS[f].names(c))) for f in self.forms for c in self.columns]
+    starts = np.cumsum([0, *(n for *_, n in sizes)]).tolist()
+    return {at: c for at, (f, c, _) in zip(starts, sizes) if f == "scaled" and isinstance(c, Text)}
 
 @patch(as_prop=True)
 def names(self: Rows) -> list[str]:
@@ -174,6 +188,8 @@ def fit_columns(
     "A record for each column."
     def fit(f):
         encoder = encoder_of(f.dtype)
+        if issubclass(encoder, Text):
+            return encoder.fit(f, sample[f.name])
         if issubclass(encoder, Number):
             return fit_number(f, sample[f.name], missing[f.name])
         return encoder(f.name, f.dtype, frequent(frame, f.name, min_count, max_values))
@@ -199,7 +215,8 @@ def fit_rows(
     missing = count_missing(frame, numeric)
     if not missing["_n"]:
         raise DataError(NO_ROWS)
-    sample = draw_sample(frame, [*numeric, target.name], missing["_n"], n_sample)
+    texts = [f.name for f in features if issubclass(encoder_of(f.dtype), Text)]
+    sample = draw_sample(frame, [*numeric, *texts, target.name], missing["_n"], n_sample)
     columns = fit_columns(frame, features, sample, missing, min_count, max_values)
     if not columns:
         raise DataError(f"column '{features[0].name}' {NO_VALUES}")
@@ -210,17 +227,16 @@ def fit_rows(
 def numbers(
     self: Rows,
     frame: pl.DataFrame, # With these columns, typed as in the contract
-) -> list[np.ndarray]: # (n,) float64, one a column
+) -> list[np.ndarray]: # (n,) float64, one a column; of a text (n, width)
     "The first step: what needs strings and dates. Raises `DataError` where a column is missing."
     if lost := [name for name in self.names if name not in frame.columns]:
         raise DataError(f"column '{lost[0]}' is missing; the model reads {', '.join(self.names)}")
     return [c.numbers(frame[c.name]) for c in self.columns]
 
 @patch
-def matrix(self: Rows, frame: pl.DataFrame) -> np.ndarray: # (n, c) float64
+def matrix(self: Rows, frame: pl.DataFrame) -> np.ndarray: # (n, c) float64, see `spans`
     "`numbers`, side by side."
-    found = self.numbers(frame)
-    return np.stack(found, 1) if found else np.zeros((len(frame), 0))
+    return np.concatenate([np.zeros((len(frame), 0)), *(v.reshape(len(frame), -1) for v in self.numbers(frame))], 1)
 
 # %% ../../nbs/inputs/03_rows.ipynb #670aaf1f
 @patch
@@ -259,13 +275,19 @@ class Encode(nn.Module):
         self.scored = [i for i in self.numeric if rows.columns[i].knots]
         self.flags = [i for i in self.numeric if rows.columns[i].flag]
         self.cycles = [(i, p) for i, c in columns for p in getattr(c, "parts", ())]
-        self.codes = [i for i, c in columns if not isinstance(c, Number)]
+        self.codes = [i for i, c in columns if isinstance(c, Category)]
+        self.texts = [i for i, c in columns if isinstance(c, Text)]
+        self.places = [list(range(s.start, s.stop)) for s in rows.spans]
         self.keep_order(rows)
         self.keep_values(rows)
 
     def keep(self, name: str, values: list, dtype: torch.dtype = torch.float64):
         "Constants of the graph."
         self.register_buffer(name, torch.tensor(values, dtype=dtype))
+
+    def of(self, raw, columns: list[int]): # (n, c) float64; (n, k)
+        "The numbers of some columns."
+        return raw[:, [at for i in columns for at in self.places[i]]]
 
 # %% ../../nbs/inputs/03_rows.ipynb #783bdd2e
 @patch
@@ -277,6 +299,7 @@ def keep_order(self: Encode, rows: Rows):
     made += [(i, f"{names[i]} missing") for i in self.flags]
     made += [(i, f"{names[i]} {p} {w}") for w in ("sin", "cos") for i, p in self.cycles]
     made += [(i, names[i]) for i in self.codes]
+    made += [(i, word) for i in self.texts for word in rows.columns[i].features()]
     where = {m: j for j, m in enumerate(made)}
     self.keep("order", [where[m] for m in zip(rows.sources, rows.features)], torch.int64)
 
@@ -320,17 +343,19 @@ def forward(self: Encode, raw): # (n, c) float64; (n, d) float32
     "All features, each in its place."
     parts = []
     if self.numeric:
-        v = raw[:, self.numeric]
+        v = self.of(raw, self.numeric)
         v = torch.where(torch.isnan(v), self.fill, v)
         parts.append(self.bounded(v))
     if self.scored:
         parts.append(self.normal_scores(v))
     if self.flags:
-        parts.append(torch.isnan(raw[:, self.flags]).float())
+        parts.append(torch.isnan(self.of(raw, self.flags)).float())
     if self.cycles:
-        parts += self.waves(raw[:, [i for i, _ in self.cycles]])
+        parts += self.waves(self.of(raw, [i for i, _ in self.cycles]))
     if self.codes:
-        parts.append(raw[:, self.codes].float())
+        parts.append(self.of(raw, self.codes).float())
+    if self.texts:
+        parts.append(self.of(raw, self.texts).float())
     return torch.cat(parts, 1)[:, self.order]
 
 # %% ../../nbs/inputs/03_rows.ipynb #7dc65cc6
@@ -340,12 +365,12 @@ class Plain(nn.Module):
         super().__init__()
         columns = list(enumerate(rows.columns))
         self.dates = [i for i, c in columns if isinstance(c, Date)]
-        self.others = [i for i, _ in columns if i not in self.dates]
+        self.texts = [i for i, c in columns if isinstance(c, Text)]
+        self.others = [i for i, _ in columns if i not in (*self.dates, *self.texts)]
         self.cycles = [(i, p) for i in self.dates for p in rows.columns[i].parts]
-        names = rows.names
-        made = [names[i] for i in (*self.others, *self.dates)] + [f"{names[i]} {p}" for i, p in self.cycles]
-        wanted = [name for c in rows.columns for name in c.plain_features()]
-        self.register_buffer("order", torch.tensor([made.index(name) for name in wanted], dtype=torch.int64))
+        self.weighers = nn.ModuleList(weigher(rows.columns[i]) for i in self.texts)
+        self.places = [list(range(s.start, s.stop)) for s in rows.spans]
+        self.keep_order(rows)
         self.keep("middle", [rows.columns[i].fill for i in self.dates])
         self.keep("period", [DATE_PARTS[p] for _, p in self.cycles])
 
@@ -353,16 +378,30 @@ class Plain(nn.Module):
         "Constants of the graph."
         self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
 
+    def keep_order(self, rows: Rows):
+        "Where each feature that `forward` makes belongs."
+        names = rows.names
+        made = [(i, names[i]) for i in (*self.others, *self.dates)] + [(i, f"{names[i]} {p}") for i, p in self.cycles]
+        made += [(i, word) for i in self.texts for word in rows.columns[i].plain_features()]
+        where = {m: j for j, m in enumerate(made)}
+        wanted = [(i, name) for i, c in enumerate(rows.columns) for name in c.plain_features()]
+        self.register_buffer("order", torch.tensor([where[w] for w in wanted], dtype=torch.int64))
+
+    def of(self, raw, columns: list[int]): # (n, c) float64; (n, k)
+        "The numbers of some columns."
+        return raw[:, [at for i in columns for at in self.places[i]]]
+
     def forward(self, raw): # (n, c) float64; (n, d) float32
         parts = []
         if self.others:
-            v = raw[:, self.others]
+            v = self.of(raw, self.others)
             parts.append(torch.where(torch.isnan(v), v, v.clamp(-FAR, FAR)))
         if self.dates:
-            parts.append((raw[:, self.dates] - self.middle) / DAY)
+            parts.append((self.of(raw, self.dates) - self.middle) / DAY)
         if self.cycles:
-            turns = raw[:, [i for i, _ in self.cycles]] / self.period
+            turns = self.of(raw, [i for i, _ in self.cycles]) / self.period
             parts.append(turns - torch.floor(turns))
+        parts += [weigh(self.of(raw, [i]).long()) for i, weigh in zip(self.texts, self.weighers)]
         return torch.cat(parts, 1)[:, self.order].float()
 
 # %% ../../nbs/inputs/03_rows.ipynb #a2cb2e6b
@@ -656,9 +695,12 @@ def columns_graph(
     made = [c.onnx(parts.node, parts.constant) for c in rows.columns]
     parts.nodes.append(h.make_node("Concat", made, [raw], axis=1))
     inputs = [h.make_tensor_value_info(c.name, types[c.wire], ["batch", 1]) for c in rows.columns]
-    output = h.make_tensor_value_info(raw, T.DOUBLE, ["batch", len(rows.columns)])
-    graph = h.make_graph(parts.nodes, "columns", inputs, [output], list(parts.constants.values()))
-    opsets = [h.make_opsetid("", opset), h.make_opsetid("ai.onnx.ml", 3)]
+    output = h.make_tensor_value_info(raw, T.DOUBLE, ["batch", sum(c.width for c in rows.columns)])
+    # of an operator that the checker does not know, it must be told what comes out, or it ends the process
+    cut = [h.make_tensor_value_info(n.output[0], T.STRING, ["batch", 1, None]) for n in parts.nodes if n.op_type == "Tokenizer"]
+    graph = h.make_graph(parts.nodes, "columns", inputs, [output], list(parts.constants.values()), value_info=cut)
+    microsoft = [h.make_opsetid("com.microsoft", 1)] if any(isinstance(c, Text) for c in rows.columns) else []
+    opsets = [h.make_opsetid("", opset), h.make_opsetid("ai.onnx.ml", 3), *microsoft]
     return h.make_model(graph, opset_imports=opsets, ir_version=10)
 
 # %% ../../nbs/inputs/03_rows.ipynb #734d0aab
@@ -686,7 +728,7 @@ def preprocess(
         raise DataError("the table has no column that a model may use; look at the contract")
     prefix = free_name("_", {name[:k] for name in self.names for k in range(len(name) + 1)})
     x = self.tensors()[1]
-    encode = to_onnx(self.encoder(), {"raw": ("float64", (len(self.columns),))}, ("x", *x[1:]), opset)
+    encode = to_onnx(self.encoder(), {"raw": ("float64", (sum(c.width for c in self.columns),))}, ("x", *x[1:]), opset)
     encode = onnx.compose.add_prefix(encode, f"{prefix}.")
     columns = columns_graph(self, prefix, opset)
     encode.ir_version = columns.ir_version

@@ -126,7 +126,7 @@ class Text(Column):
     def fit(cls, feature, texts: pl.Series, min_texts: int = MIN_TEXTS, max_words: int = MAX_WORDS) -> "Text":
         "The record of a column of texts, of the training split."
         words, counts, width = count_words(texts, min_texts, max_words)
-        return cls(feature.name, feature.dtype, words, counts, len(texts), width)
+        return cls(feature.name, feature.dtype, words=words, texts=counts, n_texts=len(texts), width=width)
 
 # %% ../../nbs/inputs/05_text.ipynb #da2b7b03
 @patch

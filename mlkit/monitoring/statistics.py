@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'KERNEL', 'BLOCK', 'PERIODS', 'PREDICTION', 'describes', 'noise_level', 'image_statistics', 'compared',
-           'compared_number', 'compared_category', 'compared_date', 'row_statistics', 'answer_statistics',
-           'array_statistics', 'statistics_of']
+           'compared_number', 'compared_category', 'compared_text', 'compared_date', 'row_statistics',
+           'answer_statistics', 'array_statistics', 'statistics_of']
 
 # %% ../../nbs/monitoring/00_statistics.ipynb #ae282747
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import numpy as np, polars as pl
 
 from ..core import DataError
 from ..inputs.columns import Category, Column, DATE_PARTS, Date, Number, seconds
+from ..inputs.text import Text, UNKNOWN
 from ..targets.base import Target
 from ..task import Task
 
@@ -108,6 +109,13 @@ def compared_category(column: Category, s: pl.Series, n_values: int):
     return {column.name: _classes(s.cast(pl.String), list(column.values), n_values)}
 
 # %% ../../nbs/monitoring/00_statistics.ipynb #d5c83b77
+@compared.register
+def compared_text(column: Text, s: pl.Series, n_values: int):
+    "How long a text is, and which share of its words the model does not know."
+    ids = column.numbers(s)
+    n = (ids > 0).sum(1)
+    return {f"{column.name} words": pl.Series(n, dtype=pl.Float64), f"{column.name} unknown": pl.Series((ids == UNKNOWN).sum(1) / np.maximum(n, 1))}
+
 PERIODS = "day", "week" # of `DATE_PARTS`
 
 @compared.register

@@ -499,7 +499,7 @@ def unclear_text(census, why: Unclear) -> Guess:
     values = census.values if census.values is not None else pl.Series([], dtype=pl.String)
     odd = values.filter(plain_floats(values).is_null())
     example = f" (such as {odd[0]!r})" if len(odd) else ""
-    return Guess("text", f"{why}{example}: kept aside; write them in one way", open=True)
+    return Guess("aside", f"{why}{example}: kept aside; write them in one way", open=True)
 
 # %% ../../../nbs/data/columns/01_numbers.ipynb #ee62037f
 def guess_float(census, t: Counter) -> Guess | None: # None: no numbers

@@ -46,7 +46,7 @@ def guess_stored(
         do = "leave it out or spread it over columns"
         raise DataError(f"column '{s.name}': holds {s.dtype}, which is no single value; {do}")
     if s.null_count() == len(s):
-        return find_column_type("text").guess(census_of(s))
+        return find_column_type("aside").guess(census_of(s))
     return next((g for t in column_types() if (g := t.takes(s.dtype))), None) or guess_text(census_of(s))
 
 # %% ../../../nbs/data/columns/04_registry.ipynb #3dcf32f8

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MAX_VALUES', 'YES', 'NO', 'TRUTH', 'PERHAPS', 'MAX_CODE', 'MAX_CATEGORIES', 'UUID', 'MAX_ID', 'add_counts', 'Counted',
            'truth', 'are_truth', 'Bool', 'form_of', 'is_frequent', 'categories_among', 'read_category',
-           'sorted_categories', 'Category', 'mostly_numbers', 'Words', 'Id', 'guess_words', 'Text']
+           'sorted_categories', 'Category', 'mostly_numbers', 'Words', 'Id', 'guess_words', 'Text', 'Aside']
 
 # %% ../../../nbs/data/columns/02_words.ipynb #d657f1ed
 from collections import Counter
@@ -215,9 +215,9 @@ def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
     "What text is whose values hardly repeat."
     n, distinct = census.n, census.distinct
     if t["spaces"] > 4 * n or t["chars"] > 60 * n:
-        return Guess("text", f"{t['spaces'] / n + 1:.0f} words a value, kept aside")
+        return Guess("text", f"{t['spaces'] / n + 1:.0f} words a value")
     if census.rows >= FEW and distinct > n / 2:
-        return Guess("text", f"{distinct:,} different values in {census.where}, kept aside")
+        return Guess("aside", f"{distinct:,} different values in {census.where}, kept aside")
     if census.rows >= FEW and is_named_id(census.name) and distinct > census.rows / 20:
         why = f"named as an id, {distinct:,} different values in {census.where}"
         return Guess("id", f"{why}: kept aside; it may be a group")
@@ -225,12 +225,18 @@ def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
 # %% ../../../nbs/data/columns/02_words.ipynb #83b14a6f
 @column_type
 class Text(Words):
-    "Free text; also a column without values, since nobody knows what it is."
-    name, order = "text", 60
+    "Free text that a model reads, word by word."
+    name, order, feature = "text", 61, True
+    encoder, wire = "text", "str"
 
-    def takes(self, dtype): return Guess("text", "stored as a time of day, kept aside") if dtype == pl.Time else None
+@column_type
+class Aside(Words):
+    "Text that no model reads; also a column without values, since nobody knows what it is."
+    name, order = "aside", 60
+
+    def takes(self, dtype): return Guess("aside", "stored as a time of day, kept aside") if dtype == pl.Time else None
 
     def guess(self, census):
         if not census.n:
-            return Guess("text", f"no value at all in {census.where}, kept aside", open=True)
+            return Guess("aside", f"no value at all in {census.where}, kept aside", open=True)
         return guess_words(census, census.tally_of(self))
