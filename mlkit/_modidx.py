@@ -5795,7 +5795,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlkit.training.search.end_trial': ('training/search.html#end_trial', 'mlkit/training/search.py'),
                                        'mlkit.training.search.finished': ('training/search.html#finished', 'mlkit/training/search.py'),
                                        'mlkit.training.search.is_end': ('training/search.html#is_end', 'mlkit/training/search.py'),
-                                       'mlkit.training.search.label_of': ('training/search.html#label_of', 'mlkit/training/search.py'),
                                        'mlkit.training.search.outcome': ('training/search.html#outcome', 'mlkit/training/search.py'),
                                        'mlkit.training.search.planned': ('training/search.html#planned', 'mlkit/training/search.py'),
                                        'mlkit.training.search.pruned': ('training/search.html#pruned', 'mlkit/training/search.py'),
