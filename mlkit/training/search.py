@@ -10,7 +10,7 @@ __all__ = ['REDUCTION', 'FINISHED', 'BEAT', 'PATIENCE', 'LIVES', 'SAME', 'Plan',
 import itertools, multiprocessing, os, threading, time, uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
