@@ -162,7 +162,7 @@ class Store:
     name: str # of the search: the same name, the same search
     shared: bool = False # other machines may work on it
 
-    def open(self): # Optuna's storage
+    def connect(self): # Optuna's storage
         "Raises `ConfigError` where it cannot be opened."
         try:
             if "://" in self.place:
@@ -178,7 +178,7 @@ class Store:
     def study(self, plan: Plan): # Optuna's
         "The search, with as many trials waiting as are planned."
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(storage=self.open(), study_name=self.name, direction="maximize", load_if_exists=True,
+        study = optuna.create_study(storage=self.connect(), study_name=self.name, direction="maximize", load_if_exists=True,
                                     sampler=plan.make_sampler(), pruner=plan.make_pruner())
         for _ in range(plan.n_planned - len(study.get_trials(deepcopy=False))):
             study.enqueue_trial({})
