@@ -90,16 +90,11 @@ def check_search(
     train: dict, # as in `searchable`
 ):
     "Raises `ConfigError` where the space names what there is not, or a range is empty."
-    from mlkit.training.tune import read_axis, read_space
+    from mlkit.training.tune import check_bounds, check_space
     space = tune.get("space", {})
     if tune.get("n_trials"):
-        axes = read_space(space, train)
-        if tune.get("sampler") == "grid":
-            for name, axis in axes.items():
-                axis.points(name)
-        return
-    for name, given in space.items():
-        read_axis(name, given)
+        return check_space(space, train)
+    check_bounds(space)
     known = searchable(train)
     if unknown := [name for name in space if name not in known]:
         raise ConfigError(f"tune.space: train has no '{unknown[0]}'{nearest(unknown[0], known)}")

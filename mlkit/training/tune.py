@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NOT_SEARCHED', 'UNNAMED', 'PLAIN', 'FORMS', 'leaves', 'components_first', 'put', 'overlaid', 'Range', 'range_points',
            'label', 'Choices', 'is_number', 'read_range', 'read_choices', 'read_axis', 'has', 'homes', 'read_space',
-           'value_at', 'check_kinds', 'drawn', 'shown', 'found_line']
+           'value_at', 'check_kinds', 'check_bounds', 'check_space', 'drawn', 'shown', 'found_line']
 
 # %% ../../nbs/training/06_tune.ipynb #e2aa5e30
 import json
@@ -146,7 +146,7 @@ def read_range(name: str, given: dict, now) -> Range: # `now`: what stands in `t
     if set(given) - {"low", "high", "log", "step"} or not all(map(is_number, numbers)):
         raise _fault(name, given)
     if given.get("low") is None or given.get("high") is None or not given["low"] < given["high"]:
-        raise _fault(name, given, "the lowest value must be below the highest")
+        raise _fault(name, given, "needs [lowest, highest], the lowest first")
     step, log = given.get("step"), given.get("log")
     if not isinstance(log, bool | None) or log and (step is not None or given["low"] <= 0):
         raise _fault(name, given, "log is true or false; true is for numbers above 0, and without a step")
@@ -236,6 +236,16 @@ def check_kinds(name: str, axis: Range | Choices, now):
         alike = now is None or value is None or (is_number(value) and whole if is_number(now) else isinstance(value, type(now)))
         if not alike:
             raise ConfigError(f"tune.space.{name}: {value!r} is not of the kind that train has there: {now!r}")
+
+# %% ../../nbs/training/06_tune.ipynb #9937bca8
+def check_bounds(space: dict): # of `params.yaml`
+    "Raises `ConfigError` where a name has no range and no choices."
+    for name, given in space.items():
+        read_axis(name, given)
+
+def check_space(space: dict, train: dict): # see `read_space`
+    "Raises `ConfigError` as `read_space`."
+    read_space(space, train)
 
 # %% ../../nbs/training/06_tune.ipynb #f7966dd7
 def drawn(
