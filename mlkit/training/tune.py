@@ -57,7 +57,7 @@ def put(
     section = train
     for key in outer:
         section = _inside(section, key, path)
-    if path.partition(".")[0] in NOT_SEARCHED or not isinstance(section, dict) or last not in section:
+    if not isinstance(section, dict) or last not in section:
         raise ConfigError(f"tune.space: train has no '{path}'{nearest(path, leaves(train))}")
     named = outer[0] if last == "name" and outer else path # whose parameters must be completed
     if named not in COMPONENTS or value is None:
