@@ -548,6 +548,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout._decide': ('commands/rollout.html#_decide', 'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.abort': ('commands/rollout.html#abort', 'mlkit/commands/rollout.py'),
+                                        'mlkit.commands.rollout.await_golden': ( 'commands/rollout.html#await_golden',
+                                                                                 'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.candidate_of': ( 'commands/rollout.html#candidate_of',
                                                                                  'mlkit/commands/rollout.py'),
                                         'mlkit.commands.rollout.champion_aside': ( 'commands/rollout.html#champion_aside',

@@ -323,7 +323,8 @@ def promote_now(state: State, who: str, why: str, now: float) -> State:
     "Go to the end. Raises `RolloutError` where it is over, or the candidate's golden answers were not checked yet."
     check_open(state)
     if state.phase == "checking":
-        raise RolloutError(f"the golden answers of {state.plan.candidate} are not checked yet; wait, or 'mlkit rollout abort'")
+        raise RolloutError(f"no server has checked the golden answers of {state.plan.candidate}; is one running "
+                           "('mlkit serve --alias champion')? Wait for it, or 'mlkit rollout abort'")
     return noted(state, now, who, "promoting", why or "no reason given", phase="promoting")
 
 def check_open(state: State):
