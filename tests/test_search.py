@@ -7,8 +7,8 @@ import pytest
 from conftest import few, wait_for
 
 from mlkit.core import ConfigError
-from mlkit.training.search import Plan, Store, search
-from mlkit.training.tune import Range, read_axis
+from mlkit.search.study import Plan, Store, search
+from mlkit.search.space import Range, read_axis
 
 class Slow:
     "A training of three epochs that notes each that it begins."

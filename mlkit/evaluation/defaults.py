@@ -75,7 +75,7 @@ def with_found(
     found: dict, # What a search found: 'optimizer.lr' and its value
 ) -> list[dict]:
     "The same rows, with the values of `train` that a search has found."
-    from mlkit.training.tune import shown
+    from mlkit.search.space import shown
     said = {f"train.{name}": {"is": shown(value), "whose": FOUND} for name, value in found.items()}
     return [r | said.get(r["value"], {}) for r in rows]
 

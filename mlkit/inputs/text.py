@@ -5,8 +5,6 @@ __all__ = ['WORD', 'UNKNOWN', 'FIRST', 'MIN_TEXTS', 'MAX_WORDS', 'SHORTEST', 'LO
            'look_up', 'numbered', 'reader', 'read_words', 'words_of', 'count_words', 'Text', 'weigher']
 
 # %% ../../nbs/inputs/05_text.ipynb #e642d66b
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
