@@ -7,7 +7,7 @@ from conftest import ROOT
 
 PROCESSES = ("run", "Popen", "call", "check_call", "check_output")
 AT = {"open": 3, "fdopen": 3, "TextIOWrapper": 1, "read_text": 0, "write_text": 1} # where `encoding` stands, by position
-NO_TEXT = ("tarfile", "zipfile", "os") # modules whose `open` gives bytes
+NO_TEXT = ("tarfile", "zipfile", "os", "fsspec") # modules whose `open` gives bytes
 
 
 def name_of(call): # ("open", "tarfile") of `tarfile.open(…)`

@@ -144,14 +144,14 @@ UNCLEAR = {
 def test_nobody_guesses_where_a_number_could_be_another(case):
     texts, words = UNCLEAR[case]
     f = taken(texts * 20)
-    assert f.dtype == "text" and words in f.why and "kept aside" in f.why
+    assert f.dtype == "aside" and words in f.why and "kept aside" in f.why
 
 
 def test_short_numbers_say_what_a_comma_means():
     incomes = [f"{v:,}" for v in R.integers(500, 90_000, 400)]
     assert any("," not in v for v in incomes)
     assert (taken(incomes).dtype, taken(incomes).format) == ("float64", ".")
-    assert taken([v for v in incomes if "," in v]).dtype == "text" # nothing decides
+    assert taken([v for v in incomes if "," in v]).dtype == "aside" # nothing decides
 
 
 # Whole numbers beyond 2^53
@@ -247,7 +247,7 @@ def test_a_person_says_what_is_not_missing():
 # Nothing left to learn from
 
 
-ASIDE = {"ids": {"id": R.permutation(60), "key": [f"k{i}" for i in range(60)]}, "texts": {"note": ["the quick brown fox jumps over it"] * 60},
+ASIDE = {"ids": {"id": R.permutation(60), "key": [f"k{i}" for i in range(60)]}, "names": {"note": [f"the fox {i % 40}" for i in range(60)]},
          "nothing": {"a": [None] * 60, "b": [""] * 60}}
 
 

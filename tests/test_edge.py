@@ -22,7 +22,7 @@ from mlkit.export.signature import Signature, Tensor, arrays
 from mlkit.serving.enforce import Enforcer
 from test_predict import Done
 
-WIRES = {"float64": "float64", "int64": "float64", "bool": "float64", "category": "str", "datetime": "datetime64[us]"}
+WIRES = {"float64": "float64", "int64": "float64", "bool": "float64", "category": "str", "text": "str", "datetime": "datetime64[us]"}
 FORMS = {"float64": ("", ".", ",", ".$", ",€", ".%", ",()", ".$()", ".USD", ",kr."), "datetime": run.DATES}
 BLANKS = ("", " ", "\t", "\xa0", "\u3000", "\x1c", "\ufeff")
 

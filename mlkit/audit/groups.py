@@ -58,7 +58,7 @@ def suspects(
 ) -> list[Suspect]:
     "The columns that may be groups, those that no model sees first. The group of the contract is always among them."
     kinds = {f.name: KIND_OF.get(f.dtype, "aside") for f in data.contract.inputs
-             if f.dtype in ("id", "text", *KIND_OF) and f.name in data.rows.columns and f.name != data.contract.time}
+             if f.dtype in ("id", "aside", "text", *KIND_OF) and f.name in data.rows.columns and f.name != data.contract.time}
     sizes = sizes_of(data, list(kinds))
     found = [Suspect(name, as_numbers(data.rows[name], True), n_groups, kinds[name])
              for name, (n_groups, n_rows) in sizes.items()

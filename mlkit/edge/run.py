@@ -5,11 +5,11 @@ __all__ = ['WHITE', 'NULLS', 'MISSING', 'PLAIN', 'SYMBOLS', 'CURRENCIES', 'AFFIX
            'NO', 'TRUTH', 'DATES', 'FIELDS', 'CLOCK', 'BLANKS', 'TIME', 'MONTHS', 'NAT', 'WRITTEN', 'READERS', 'USUAL',
            'ABSENT', 'TOLERABLE', 'PACKS', 'STORED', 'SUMS', 'GRAPH', 'SIGNATURES', 'CONTRACT', 'BATCH', 'HOW',
            'Refused', 'Broken', 'Unread', 'nearest', 'plain_number', 'digits_pattern', 'digits_value', 'dressed_number',
-           'number_in_text', 'read_number', 'read_whole', 'as_text', 'read_words', 'read_truth', 'date_pattern',
-           'midnight', 'minutes_from_utc', 'time_of_day', 'read_date', 'plain', 'microseconds', 'Column', 'in_words',
-           'asked', 'shown', 'said_of', 'flat', 'as_in_source', 'columns_of', 'Table', 'images', 'image_file', 'listed',
-           'checked_files', 'load_graph', 'Model', 'csv_rows', 'no_number', 'json_rows', 'in_batches', 'shown_name',
-           'pixels_of', 'rows_of', 'asked_of', 'main']
+           'number_in_text', 'read_number', 'read_whole', 'as_text', 'read_words', 'read_text', 'read_truth',
+           'date_pattern', 'midnight', 'minutes_from_utc', 'time_of_day', 'read_date', 'plain', 'microseconds',
+           'Column', 'in_words', 'asked', 'shown', 'said_of', 'flat', 'as_in_source', 'columns_of', 'Table', 'images',
+           'image_file', 'listed', 'checked_files', 'load_graph', 'Model', 'csv_rows', 'no_number', 'json_rows',
+           'in_batches', 'shown_name', 'pixels_of', 'rows_of', 'asked_of', 'main']
 
 # %% ../../nbs/edge/00_run.ipynb #dc0d23f0
 import argparse, csv, hashlib, io, json, math, re, sys
@@ -155,6 +155,13 @@ def read_words(v, written: dict) -> str: # '': missing
 YES, NO = ("true", "t", "yes", "y", "on", "1", "1.0"), ("false", "f", "no", "n", "off", "0", "0.0")
 TRUTH = {**dict.fromkeys(YES, 1.0), **dict.fromkeys(NO, 0.0)}
 
+# %% ../../nbs/edge/00_run.ipynb #0a803e78
+def read_text(v, written: dict) -> str: # '': missing
+    "Words, as written. Raises `Unread` where it is a number."
+    if not isinstance(v, str):
+        raise Unread("type")
+    return v if v.strip(WHITE) else ""
+
 # %% ../../nbs/edge/00_run.ipynb #ae42e4b7
 def read_truth(v, written: dict) -> float: # 0, 1; NaN: missing
     "Raises `Unread`."
@@ -227,7 +234,8 @@ def read_date(v, written: dict) -> int: # Microseconds since 1970 in UTC; `NAT`:
     return NAT
 
 # %% ../../nbs/edge/00_run.ipynb #0e1361df
-READERS = {"float64": read_number, "int64": read_whole, "bool": read_truth, "category": read_words, "datetime": read_date}
+READERS = {"float64": read_number, "int64": read_whole, "bool": read_truth, "category": read_words, "text": read_text,
+           "datetime": read_date}
 USUAL = {"float64": "float64", "str": "category", "datetime64[us]": "datetime"} # dtype of a tensor: column type
 ABSENT = {"float64": NAN, "str": "", "datetime64[us]": NAT} # The missing value on the wire
 TOLERABLE = ("type", "infinite", "huge")
@@ -270,7 +278,7 @@ class Column:
         "Raises `Unread`, or another `ValueError`."
         try:
             v = plain(v)
-            dated = isinstance(v, date) and self.wire != "datetime64[us]"
+            dated = isinstance(v, date) and self.written["dtype"] not in ("datetime", "text")
             return ABSENT[self.wire] if v is None else READERS["" if dated else self.written["dtype"]](v, self.written)
         except Unread as e:
             if e.args[0] in TOLERABLE and self.written.get("max_bad", 0):
@@ -307,7 +315,7 @@ def asked(written: dict) -> str:
         return f"a number with {in_words(form)}"
     if dtype == "datetime":
         return f"a date as {form} writes it" if form else "a date as ISO 8601 writes it"
-    return {"float64": "a number", "int64": "a whole number", "bool": "a yes or no", "category": "text"}[dtype]
+    return {"float64": "a number", "int64": "a whole number", "bool": "a yes or no", "category": "text", "text": "text"}[dtype]
 
 # %% ../../nbs/edge/00_run.ipynb #a0af169b
 def shown(v) -> str:

@@ -133,7 +133,6 @@ class ColumnType:
     feature = False # Whether a model may use it; otherwise the column is kept aside
     encoder = "" # How `inputs.rows` encodes it: 'number', 'category' or 'date'; "": it does not
     wire = "" # dtype of the model's input in a request: 'float64', 'str', 'datetime64[us]'; "": never sent
-    drift = "" # What a drift test compares: 'distribution' of values, 'shares' of categories; "": nothing
 
 # %% ../../../nbs/data/columns/00_base.ipynb #6d27a460
 @patch
@@ -264,6 +263,6 @@ class Levels(ColumnType):
     "The levels of an image's pixels."
     name, what, stored = "uint8", "a level from 0 to 255", pl.UInt8
     feature = numeric = True
-    wire, drift = "uint8", "distribution"
+    wire = "uint8"
 
     def show_range(self, f): return f"{f.range[0]:g} to {f.range[1]:g}" if f.range else ""

@@ -95,7 +95,7 @@ def count_formats(
 class Date(ColumnType):
     "Dates and times."
     name, what, stored, order = "datetime", "a date", pl.Datetime("us", "UTC"), 40
-    feature, encoder, wire, drift = True, "date", "datetime64[us]", "distribution"
+    feature, encoder, wire = True, "date", "datetime64[us]"
 
     def takes(self, dtype): return Guess("datetime", "stored as a date") if dtype in (pl.Date, pl.Datetime) else None
 

@@ -346,7 +346,7 @@ class Number(ColumnType):
     "What all types of numbers share."
     tallied_as = "number"
     numeric = feature = tracked = True
-    encoder, wire, drift = "number", "float64", "distribution"
+    encoder, wire = "number", "float64"
 
 @patch
 def tally(self: Number, values: pl.Series, thorough: bool = False) -> Counter:

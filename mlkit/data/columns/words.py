@@ -65,7 +65,7 @@ def are_truth(t: Counter) -> bool: # word: how often; '': others
 class Bool(Counted):
     "Truth values."
     name, what, stored, order = "bool", "a yes or no", pl.Boolean, 10
-    encoder, wire, drift = "number", "float64", "distribution"
+    encoder, wire = "number", "float64"
 
     def takes(self, dtype): return Guess("bool", "stored as true or false") if dtype == pl.Boolean else None
 
@@ -147,7 +147,7 @@ def sorted_categories(counts: dict[str, int]) -> tuple[str, ...]:
 class Category(Counted):
     "Categories, and the classes of a target."
     name, what, order, tracked = "category", "text", 70, True
-    encoder, wire, drift = "category", "str", "shares"
+    encoder, wire = "category", "str"
 
     def takes(self, dtype): return Guess("category", "stored as categories") if dtype in (pl.Categorical, pl.Enum) else None
 
@@ -222,13 +222,21 @@ def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
         why = f"named as an id, {distinct:,} different values in {census.where}"
         return Guess("id", f"{why}: kept aside; it may be a group")
 
-# %% ../../../nbs/data/columns/02_words.ipynb #83b14a6f
+# %% ../../../nbs/data/columns/02_words.ipynb #99f708fa
 @column_type
 class Text(Words):
     "Free text that a model reads, word by word."
     name, order, feature = "text", 61, True
     encoder, wire = "text", "str"
 
+    def read(self, s, f):
+        "As written; only what is blank is missing. A number is no text."
+        if s.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+            return super().read(s, f)
+        bad = s.is_not_null()
+        return pl.Series(s.name, [None] * len(s), pl.String), {"type": bad} if bad.any() else {}
+
+# %% ../../../nbs/data/columns/02_words.ipynb #83b14a6f
 @column_type
 class Aside(Words):
     "Text that no model reads; also a column without values, since nobody knows what it is."
