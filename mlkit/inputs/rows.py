@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'N_SAMPLE', 'NO_FEATURES', 'NO_ROWS', 'NO_VALUES', 'MODULES', 'ROW_GROUP', 'LEFT_OUT', 'N_ODD', 'SHOWN',
-           'Form', 'Rows', 'by_content', 'frequent', 'count_missing', 'draw_sample', 'fit_number', 'fit_columns',
-           'fit_rows', 'pieces', 'Encode', 'Plain', 'SideBySide', 'ahead', 'encode_group', 'save_features', 'own_files',
-           'ordered', 'write_splits', 'read_as', 'count_rows', 'prepare_rows', 'free_name', 'GraphParts',
-           'columns_graph', 'rename_output', 'swap_rarest', 'shift_and_swap']
+           'Form', 'Rows', 'text_features', 'by_content', 'frequent', 'count_missing', 'draw_sample', 'fit_number',
+           'fit_columns', 'fit_rows', 'pieces', 'Encode', 'Plain', 'SideBySide', 'ahead', 'encode_group',
+           'save_features', 'own_files', 'ordered', 'write_splits', 'read_as', 'count_rows', 'prepare_rows',
+           'free_name', 'GraphParts', 'columns_graph', 'rename_output', 'swap_rarest', 'shift_and_swap']
 
 # %% ../../nbs/inputs/03_rows.ipynb #091e79eb
 import math, os, re, shutil
@@ -82,12 +82,21 @@ def codes(self: Rows) -> dict[int, int]: # Position of a feature that is a code:
     sources = enumerate(self.columns[i] for i in self.sources)
     return {j: c.n_codes for j, c in sources if isinstance(c, Category)}
 
-@patch(as_prop=True)
-def texts(self: Rows) -> dict[int, Text]: # Position of the first feature of a text whose words are features: its column
-    "What a network reads word by word."
-    sizes = [(f, c, len(FORMS[f].names(c))) for f in self.forms for c in self.columns]
+def text_features(rows: Rows, form: str) -> dict[int, Text]: # Position of its first feature in this form: column
+    "Where the features of texts begin."
+    sizes = [(f, c, len(FORMS[f].names(c))) for f in rows.forms for c in rows.columns]
     starts = np.cumsum([0, *(n for *_, n in sizes)]).tolist()
-    return {at: c for at, (f, c, _) in zip(starts, sizes) if f == "scaled" and isinstance(c, Text)}
+    return {at: c for at, (f, c, _) in zip(starts, sizes) if f == form and isinstance(c, Text)}
+
+@patch(as_prop=True)
+def texts(self: Rows) -> dict[int, Text]: # Position of the first word: column
+    "What a network reads word by word."
+    return text_features(self, "scaled")
+
+@patch(as_prop=True)
+def word_weights(self: Rows) -> list[int]: # Positions of features
+    "The weights of words that trees and the linear model read: mostly 0, never missing."
+    return [at + i for at, c in text_features(self, "plain").items() for i in range(len(c.plain_features()))]
 
 @patch(as_prop=True)
 def names(self: Rows) -> list[str]:
