@@ -629,6 +629,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'mlkit/data/columns/base.py'),
                                          'mlkit.data.columns.base.ColumnType.doubts': ( 'data/columns/base.html#columntype.doubts',
                                                                                         'mlkit/data/columns/base.py'),
+                                         'mlkit.data.columns.base.ColumnType.examples': ( 'data/columns/base.html#columntype.examples',
+                                                                                          'mlkit/data/columns/base.py'),
                                          'mlkit.data.columns.base.ColumnType.format_error': ( 'data/columns/base.html#columntype.format_error',
                                                                                               'mlkit/data/columns/base.py'),
                                          'mlkit.data.columns.base.ColumnType.guess': ( 'data/columns/base.html#columntype.guess',

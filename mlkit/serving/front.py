@@ -310,13 +310,7 @@ def ended(code: int) -> str:
 # %% ../../nbs/serving/12_front.ipynb #8ea9afeb
 def example_row(contract: Contract, columns: list[str]) -> dict:
     "A row that the contract allows."
-    def value(f):
-        if f.categories:
-            return f.categories[0]
-        if f.median is not None:
-            return f.median
-        return f.range[1] if f.range else "2024-01-01" if type_of(f).encoder == "date" else ""
-    return {f.name: value(f) for f in contract.inputs if f.name in columns}
+    return {f.name: type_of(f).examples(f)[0] for f in contract.inputs if f.name in columns}
 
 def example_image(folder: Path, signatures: Signatures) -> Path:
     "A file of the size that the model takes."

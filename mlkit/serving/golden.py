@@ -19,13 +19,9 @@ N_QUESTIONS = 8
 
 def ordinary(t: Tensor) -> list:
     "Values that a column may have."
-    f = t.column
-    if f is None:
-        return [""] if t.dtype == "str" else [0.0, 1.0]
-    if f.categories:
-        return list(f.categories)
-    known = [v for v in (*(f.range or ()), f.median) if v is not None]
-    return known or {"number": [0.0, 1.0], "date": ["2024-01-01"]}.get(type_of(f).encoder, [""])
+    if t.column is not None:
+        return type_of(t.column).examples(t.column)
+    return [""] if t.dtype == "str" else [0.0, 1.0]
 
 # %% ../../nbs/serving/01_golden.ipynb #86c38def
 def _of_a_table(signature):

@@ -131,7 +131,8 @@ class ColumnType:
     numeric = False # Whether values have an order and a distance, so that a range and a median mean something
     tracked = False # Whether repeats are looked for, where the first rows have none
     feature = False # Whether a model may use it; otherwise the column is kept aside
-    encoder = "" # How `inputs.rows` encodes it: 'number', 'category' or 'date'; "": it does not
+    encoder = "" # How `inputs.rows` encodes it: 'number', 'category', 'date' or 'text'; "": it does not
+    usual = ("",) # Values of a column of which nothing is known
     wire = "" # dtype of the model's input in a request: 'float64', 'str', 'datetime64[us]'; "": never sent
 
 # %% ../../../nbs/data/columns/00_base.ipynb #6d27a460
@@ -192,6 +193,15 @@ def ready(self: ColumnType, v) -> bool: # `v`: any Python value
 def asks(self: ColumnType, f) -> str: # `f`: `Feature`
     "What a value must be, in words."
     return self.what
+
+# %% ../../../nbs/data/columns/00_base.ipynb #e1c0fe86
+@patch
+def examples(self: ColumnType, f) -> list: # `f`: `Feature`
+    "Values that a column may have, as a user writes them; the most usual one first."
+    if f.categories:
+        return list(f.categories)
+    known = [v for v in (f.median, *reversed(f.range or ())) if v is not None]
+    return known or list(self.usual)
 
 # %% ../../../nbs/data/columns/00_base.ipynb #fd1a3ce8
 @patch

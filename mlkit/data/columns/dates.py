@@ -95,7 +95,7 @@ def count_formats(
 class Date(ColumnType):
     "Dates and times."
     name, what, stored, order = "datetime", "a date", pl.Datetime("us", "UTC"), 40
-    feature, encoder, wire = True, "date", "datetime64[us]"
+    feature, encoder, wire, usual = True, "date", "datetime64[us]", ("2024-01-01",)
 
     def takes(self, dtype): return Guess("datetime", "stored as a date") if dtype in (pl.Date, pl.Datetime) else None
 

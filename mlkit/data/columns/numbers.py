@@ -346,7 +346,7 @@ class Number(ColumnType):
     "What all types of numbers share."
     tallied_as = "number"
     numeric = feature = tracked = True
-    encoder, wire = "number", "float64"
+    encoder, wire, usual = "number", "float64", (0, 1)
 
 @patch
 def tally(self: Number, values: pl.Series, thorough: bool = False) -> Counter:

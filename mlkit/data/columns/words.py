@@ -65,7 +65,7 @@ def are_truth(t: Counter) -> bool: # word: how often; '': others
 class Bool(Counted):
     "Truth values."
     name, what, stored, order = "bool", "a yes or no", pl.Boolean, 10
-    encoder, wire = "number", "float64"
+    encoder, wire, usual = "number", "float64", (True, False)
 
     def takes(self, dtype): return Guess("bool", "stored as true or false") if dtype == pl.Boolean else None
 
@@ -227,7 +227,7 @@ def guess_words(census, t: Counter) -> Guess | None: # None: the values repeat
 class Text(Words):
     "Free text that a model reads, word by word."
     name, order, feature = "text", 61, True
-    encoder, wire = "text", "str"
+    encoder, wire, usual = "text", "str", ("a few words", "and some more of them")
 
     def read(self, s, f):
         "As written; only what is blank is missing. A number is no text."
