@@ -81,9 +81,11 @@ def read_words(
 # %% ../../nbs/inputs/05_text.ipynb #6826bac5
 def words_of(
     texts: pl.Series, # n strings
-) -> pl.Series: # n lists of words, in lower case
-    "As `WORD` cuts them; for counting."
-    return texts.cast(pl.String).fill_null("").str.extract_all(WORD).list.eval(pl.element().str.to_lowercase())
+    lower: bool = True, # whether in lower case
+) -> pl.Series: # n lists of words
+    "As `WORD` cuts them; for people and for counting."
+    cut = texts.cast(pl.String).fill_null("").str.extract_all(WORD)
+    return cut.list.eval(pl.element().str.to_lowercase()) if lower else cut
 
 MIN_TEXTS, MAX_WORDS = 3, 20_000
 SHORTEST, LONGEST, COVERED = 8, 256, 0.95 # Words of a text that are read; share of the texts that are read whole
