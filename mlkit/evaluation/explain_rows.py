@@ -341,11 +341,14 @@ def show(self: RowsExplainer,
     titles: list[str], # of all of them
 ):
     "A small chart a row; then its texts, word by word."
+    import matplotlib.pyplot as plt
     if not len(rows := explained.rows[part]):
         return
     raw = self.raw[rows.tolist()]
     plot_row_parts(raw.rows(named=True), explained.parts[part], titles[part])
-    for column, parts in self.words(raw).items():
+    if texts := self.words(raw):
+        plt.show() # before them, and not at the end of the cell
+    for column, parts in texts.items():
         for title, text, of_words in zip(titles[part], raw[column], parts):
             show_words(title, column, text, of_words)
 
