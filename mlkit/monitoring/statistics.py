@@ -120,7 +120,7 @@ def compared_date(column: Date, s: pl.Series, n_values: int):
     return _with_gaps(column, passed, since)
 
 # %% ../../nbs/monitoring/00_statistics.ipynb #91e39aeb
-COMMON = 0.01 # of the training texts
+COMMON = 0.05 # of the training texts
 
 @compared.register
 def compared_text(column: Text, s: pl.Series, n_values: int):
