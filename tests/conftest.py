@@ -204,8 +204,8 @@ def quick(project):
     return project
 
 def brief(project):
-    "A made project that measures for a moment, and builds nothing for machines that are not here, or that is not served."
-    project.param(export__engine="none", export__variants=["fp32"], serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
+    "A made project that learns and measures for a moment, and builds nothing for machines that are not here, or that is not served."
+    project.param(train__n_epochs=8, export__engine="none", export__variants=["fp32"], serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
     return project
 
 @pytest.fixture(scope="session")

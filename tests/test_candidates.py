@@ -20,7 +20,7 @@ def blended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
     houses(folder / "houses.csv")
     project, _ = new(folder / "houses", "--from", folder / "houses.csv", "--target", "price")
-    brief(project).param(train__n_epochs=8)
+    brief(project)
     return project, verdict(project)
 
 def test_whoever_wins_is_exported_served_and_released(blended):
