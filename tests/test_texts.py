@@ -96,3 +96,18 @@ def test_a_device_reads_words_as_the_project_does(device, docs):
     expected = chain.answers(arrays(chain.signatures.served, rows))["probabilities"]
     assert (rc, err) == (0, "")
     assert [list(json.loads(line)["probabilities"].values()) for line in out.splitlines()] == expected.tolist()
+
+
+def test_a_folder_of_texts(tmp_path):
+    "One sub-folder a class; a table of texts is made of it, in whatever encoding they are."
+    for i in range(12):
+        for label, text in (("ham", f"see you at {i}, naïve friend"), ("spam", f"buy {i} cheap pills now")):
+            (file := tmp_path / "mails" / label / f"{i}.txt").parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(text.encode(("utf-8", "utf-8-sig", "utf-16", "cp1252")[i % 4]))
+    (tmp_path / "mails/spam/empty.txt").touch()
+    project, done = new(tmp_path / "mail", "--from", tmp_path / "mails")
+    assert "25 texts in 2 classes" in done.stdout and "text: text" in done.stdout and "a column is called 'label'" in done.stdout
+    project.mlkit("repro", "ingest")
+    assert "1 text: is empty (spam/empty.txt)" in (project / "reports/ingest.html").read_text()
+    rows = pl.concat(pl.read_parquet(f) for f in sorted((project / "data/shards").glob("*.parquet")))
+    assert rows.sort("file")["text"][0] == "see you at 0, naïve friend" and rows["text"].str.contains("naïve friend$").sum() == 12

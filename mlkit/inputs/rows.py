@@ -5,7 +5,7 @@ __all__ = ['FORMS', 'N_SAMPLE', 'NO_FEATURES', 'NO_ROWS', 'NO_VALUES', 'MODULES'
            'Form', 'Rows', 'text_features', 'by_content', 'frequent', 'count_missing', 'draw_sample', 'fit_number',
            'fit_columns', 'fit_rows', 'pieces', 'Encode', 'Plain', 'SideBySide', 'ahead', 'encode_group',
            'save_features', 'own_files', 'ordered', 'write_splits', 'read_as', 'count_rows', 'prepare_rows',
-           'free_name', 'GraphParts', 'columns_graph', 'rename_output', 'swap_rarest', 'shift_and_swap']
+           'free_name', 'GraphParts', 'columns_graph', 'rename_output', 'swap', 'shift_and_swap']
 
 # %% ../../nbs/inputs/03_rows.ipynb #091e79eb
 import math, os, re, shutil
@@ -807,15 +807,15 @@ def example(self: Rows, raw: pl.DataFrame) -> str: # Of raw samples
     return f"client.answer_rows({json.dumps(row.to_dicts(), ensure_ascii=False)}){rest}"
 
 # %% ../../nbs/inputs/03_rows.ipynb #d51c6d10
-def swap_rarest(
-    s: pl.Series, # Values of a category
-    rarest: str,
+def swap(
+    s: pl.Series,
+    other: str | pl.Series, # A value, or one for each row
     moved: float, # Share of the rows
     seed: int,
 ) -> pl.Series:
-    "Put the rarest value into some rows."
+    "Put another value into some rows."
     hit = pl.Series(np.random.default_rng(seed).random(len(s)) < moved)
-    return pl.select(pl.when(hit).then(pl.lit(rarest)).otherwise(s).alias(s.name)).to_series()
+    return pl.select(pl.when(hit).then(pl.lit(other)).otherwise(s).alias(s.name)).to_series()
 
 # %% ../../nbs/inputs/03_rows.ipynb #0533ba94
 @CORRUPTIONS
@@ -825,14 +825,16 @@ def shift_and_swap(
     seed: int,
     *,
     shift: NonNegativeFloat = 1.0, # Of the number, in standard deviations of the training split
-    moved: NonNegativeFloat = 0.3, # Share of the rows that get the rarest category
+    moved: NonNegativeFloat = 0.3, # Share of the rows that get the rarest category, and whose text is spelled backwards
 ) -> tuple[pl.DataFrame, list[str]]: # The rows with faults; the names of the columns that have them
-    "A shifted number and a changed category, where the table has any."
+    "A shifted number, a changed category and a garbled text, where the table has any."
     numbers = (c for c in rows.columns if c.kind == "number" and c.dtype != "bool")
     categories = (c for c in rows.columns if isinstance(c, Category) and len(c.values) > 1)
     planted = {}
     if c := next(numbers, None):
         planted[c.name] = frame[c.name].cast(pl.Float64) + shift * c.std
     if c := next(categories, None):
-        planted[c.name] = swap_rarest(frame[c.name], c.values[-1], moved, seed)
+        planted[c.name] = swap(frame[c.name], c.values[-1], moved, seed)
+    if c := next((c for c in rows.columns if isinstance(c, Text)), None):
+        planted[c.name] = swap(frame[c.name], frame[c.name].str.reverse(), moved, seed)
     return frame.with_columns(**planted), [*planted]

@@ -21,6 +21,7 @@ from .locator import join_options, printable
 from .sqlite import Sqlite
 from .tables import TableFiles
 from .tar import TarFiles
+from .texts import TextFolder, text_files
 
 # %% ../../nbs/sources/12_files.ipynb #eb09f79c
 def file_kind(
@@ -185,6 +186,9 @@ def open_folder(
         return open_images(listing, name, options)
     others = listing.kinds.get(None, [])
     usable = [f for kind, files in listing.kinds.items() if kind for f in files]
+    if not usable and any(f.parent != folder for f in text_files(listing)):
+        no_options(name, options)
+        return TextFolder(name, listing)
     if not usable:
         raise DataError(f"{printable(folder)}: {nothing_usable(listing)}")
     found = open_files(usable, folder, name, options)
