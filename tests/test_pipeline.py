@@ -196,6 +196,14 @@ def test_plain_papermill_runs_small_and_aside(project):
     assert json.loads((project / "scratch/train/reports/metrics/train.json").read_text())["epochs"] == 3
     assert project.git("status", "--short").stdout == "" and "epoch   3/3" in json.dumps(cells(project.root.parent / "out.ipynb"))
 
+def test_what_a_search_found_is_trained_and_said(project):
+    "The number of epochs too; a page says where each value comes from."
+    (project / "models/tuned.json").write_text(json.dumps({"n_epochs": 2, "optimizer.lr": 0.02, "keep": "best"}))
+    project.run("papermill", "--no-progress-bar", "nbs/stages/train.ipynb", project.root.parent / "found.ipynb")
+    page = json.dumps(cells(project.root.parent / "found.ipynb"))
+    assert "found by tune: n_epochs 2 (params.yaml: 3), optimizer.lr 0.02" in page and "epoch   2/2" in page and "kept: epoch" in page
+    assert json.loads((project / "scratch/train/reports/metrics/train.json").read_text())["epochs"] == 2
+
 # Release and registry
 
 def test_registry_is_restored(project):

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['NOT_SEARCHED', 'UNNAMED', 'PLAIN', 'FORMS', 'leaves', 'components_first', 'put', 'overlaid', 'Range', 'range_points',
            'label', 'Choices', 'is_number', 'read_range', 'read_choices', 'read_axis', 'has', 'homes', 'read_space',
-           'value_at', 'check_kinds', 'check_bounds', 'check_space', 'drawn', 'shown', 'found_line']
+           'value_at', 'check_kinds', 'check_bounds', 'check_space', 'drawn', 'shown', 'found_line', 'value_names',
+           'origin', 'origin_rows']
 
 # %% ../../nbs/search/00_space.ipynb #e2aa5e30
 import json
@@ -273,3 +274,40 @@ def found_line(
     was = {name: shown(value_at(train, name)) if has(train, name) else "not there" for name in found}
     said = [f"{name} {shown(value)} (params.yaml: {was[name]})" for name, value in found.items()]
     return f"found by tune: {', '.join(said)}" if said else ""
+
+# %% ../../nbs/search/00_space.ipynb #5e541792
+def value_names(
+    train: dict, # the section `train`, completed
+) -> list[str]: # 'model.name', 'n_epochs', …
+    "The names of all values, those of a component one by one."
+    named = {k: v if isinstance(v, dict) and "name" in v else None for k, v in train.items()}
+    return [n for k, v in named.items() for n in ([k] if v is None else [f"{k}.{p}" for p in v])]
+
+def origin(
+    name: str, # 'optimizer.lr'
+    value, # that runs
+    given: dict, # the section `train`, as `params.yaml` has it
+    found: dict, # see `overlaid`
+) -> str: # 'search', 'params.yaml' or 'usual'
+    "Where a value comes from."
+    home, _, _ = name.partition(".")
+    if name in found or home in found:
+        return "search"
+    renamed = found.get(f"{home}.name")
+    if renamed and not (has(given, home) and renamed == given[home]["name"]):
+        return "usual"
+    try:
+        return "params.yaml" if value_at(given, name) == value else "usual"
+    except (KeyError, TypeError): # is not said there
+        return "usual"
+
+# %% ../../nbs/search/00_space.ipynb #c5141d9d
+def origin_rows(
+    values: dict, # the section `train`, completed, with what was found
+    given: dict, found: dict, # see `origin`
+) -> list[dict]: # a row a value: its name, itself, where it comes from
+    "For the page of `train`, and for a tracker."
+    order = "search", "params.yaml", "usual"
+    rows = [{"value": n, "is": shown(value_at(values, n)), "from": origin(n, value_at(values, n), given, found)}
+            for n in value_names(values)]
+    return sorted(rows, key=lambda row: order.index(row["from"]))
