@@ -18,7 +18,7 @@ from ..device import find
 from ..jobs import choose
 from ..sources.base import import_task
 from ..task import load_task
-from .joint import Joint
+from .joint import CHECKPOINTS, whole
 from .run import Run, train_records
 from .spread import Plan, check_plan, make_plan
 
@@ -45,14 +45,14 @@ def work(
     "What one process does."
     import_task(Path(order.root))
     prepared, out = Path(order.prepared), Path(order.out)
-    checkpoint = Joint(Path(order.kept), order.every)
+    checkpoint = CHECKPOINTS[order.strategy](Path(order.kept), order.every)
     run = Run(order.values, load_task(prepared), prepared, Path(order.shards), checkpoint, order.strategy)
     records = open(out / RECORDS if first else os.devnull, "w", encoding="utf-8")
     for record in train_records(run):
         print(json.dumps(record), file=records, flush=True)
-    weights = run.net.state_dict()
+    weights = whole(run.net.state_dict())
     if first:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, out / WEIGHTS)
+        save_file(weights, out / WEIGHTS)
         write_json(out / CLOCK, asdict(run.clock))
 
 # %% ../../nbs/training/16_launch.ipynb #a46fb24c
