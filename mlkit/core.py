@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['DISTRIBUTION', 'WHEEL_NAME', 'VENDOR', 'NO_TELEMETRY', 'OBEYED', 'LONGEST', 'WORDS', 'SHORT', 'SECRETS',
-           'SECRET_NAME', 'MAX_PART', 'MAX_PATH', 'SPARE', 'MlkitError', 'ConfigError', 'DataError', 'StageError',
-           'ExportError', 'ServeError', 'SetupError', 'RegistryError', 'nearest', 'harmless', 'holds_secret',
-           'is_secret_name', 'masked', 'project_root', 'write_atomic', 'n_bytes', 'name_fault', 'check_length',
-           'write_json', 'read_json', 'sha256']
+           'SECRET_NAME', 'MAX_PART', 'MAX_PATH', 'SPARE', 'PR_SET_PDEATHSIG', 'MlkitError', 'ConfigError', 'DataError',
+           'StageError', 'ExportError', 'ServeError', 'SetupError', 'RegistryError', 'nearest', 'harmless',
+           'holds_secret', 'is_secret_name', 'masked', 'project_root', 'write_atomic', 'n_bytes', 'name_fault',
+           'check_length', 'write_json', 'read_json', 'sha256', 'end_with']
 
 # %% ../nbs/00_core.ipynb #7baa21b1
-import hashlib, json, os, re
+import ctypes, hashlib, json, os, re, signal, sys
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #c5846900
@@ -186,3 +186,15 @@ def sha256(path: str | Path) -> str: # 64 hex digits
     "SHA-256 of one file (FIPS 180-4), read in blocks."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../nbs/00_core.ipynb #09b53886
+PR_SET_PDEATHSIG = 1 # of Linux, see prctl(2)
+
+def end_with(
+    parent: int, # process id
+):
+    "Let this process end with the one that has started it."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent: # it is gone already
+        os._exit(1)

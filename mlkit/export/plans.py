@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ExportError, write_atomic, write_json
+from ..core import end_with, write_atomic, write_json, ExportError
 from .signature import Signatures
-from .tensorrt import Plan, build_plan, end_with
+from .tensorrt import Plan, build_plan
 from ..jobs import Decision, choose
 from ..task import Task
 
