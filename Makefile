@@ -44,6 +44,7 @@ install:
 	@echo "installing into $(VENV): some minutes, once"
 	@rm -rf mlkit.egg-info; $(PIP) uninstall --quiet -y mlkit 2>/dev/null; : # of a checkout from before the name was ours
 	@$(call watched,install,$(PIP) install --progress-bar off -c constraints.txt -e '.[dev]')
+	@$(PIP) install --quiet --no-deps -c constraints.txt timm # it asks for torchvision, which has no build for a torch of the CPU
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay

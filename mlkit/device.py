@@ -167,6 +167,7 @@ PACKAGES = {
     "ONNX Runtime": Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "inference, parity", "onnxruntime"),
     "TensorRT": Package("tensorrt", ("tensorrt",), "compiles for data-center and other GPUs", "[gpu]", gpu=True),
     "TensorRT-RTX": Package("tensorrt_rtx", ("tensorrt-rtx",), "compiles for RTX GPUs, without one", "tensorrt-rtx"),
+    "timm": Package("timm", ("timm",), "pretrained networks for images", "[images]"),
     "DALI": Package("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "faster image decoding, on CPU and GPU", "[dali]"),
     "cuDF": Package("cudf", ("cudf-cu13", "cudf-cu12", "cudf"), "tables on the GPU", "cudf-cu13", gpu=True),
     "RAPIDS cuML": Package("cuml", ("cuml-cu13", "cuml-cu12", "cuml"), "scikit-learn's models on the GPU", "cuml-cu13", gpu=True),

@@ -91,6 +91,7 @@ def is_pinned(root: Path) -> bool:
 # %% ../../nbs/project/01_pin.ipynb #6ccaa6c8
 def pin(
     root: Path, # The project
+    more: tuple[str, ...] = (), # Requirements of a new project beside mlkit: 'timm==1.0.31'
 ) -> bool: # Whether something changed
     "Put the wheel of the mlkit that runs into `vendor/`, and name it in `requirements.txt`. Raises `SetupError`."
     old = sorted((root / VENDOR).glob(f"{WHEEL_NAME}-*.whl"))
@@ -100,6 +101,6 @@ def pin(
         if other != wheel:
             other.unlink()
     path, line = root / REQUIREMENTS, f"file:./{VENDOR}/{wheel.name}#sha256={sha256(wheel)}"
-    lines = path.read_text(encoding="utf-8").splitlines() if is_pinned(root) else [*HEAD.splitlines(), LINE]
+    lines = path.read_text(encoding="utf-8").splitlines() if is_pinned(root) else [*HEAD.splitlines(), LINE, *more]
     write_atomic(path, "\n".join(line if given.startswith(LINE) else given for given in lines) + "\n")
     return before != {wheel.name: sha256(wheel)}

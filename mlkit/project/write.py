@@ -114,6 +114,7 @@ def write_files(
     root: Path, # An empty folder, beside the place where the project will be, so that `../photos` means the same
     modality: str, # 'image' or 'rows'
     texts: dict[str, str], # File: its text
+    requires: tuple[str, ...] = (), # Packages beside mlkit
 ):
     "Write all files of a project but those of git and DVC."
     from mlkit.flow.pipeline import export_stale, render
@@ -126,7 +127,7 @@ def write_files(
             shutil.copyfile(notebook, stages / f"{name}.ipynb")
     for name, text in texts.items():
         write_script(root / name, text)
-    pin(root)
+    pin(root, requires)
     export_stale(root)
     connect_task(root)
     render(root)
@@ -161,6 +162,7 @@ def write_project(
     params: str, # Text of `params.yaml`
     source: str, # For the README: what it is made from
     files: dict[str, str] = {}, # More of them: their text
+    requires: tuple[str, ...] = (), # Packages beside mlkit
 ) -> list[str]: # Lines for the user, about git
     "Write a project with its git repository, DVC and first commit. Raises `ConfigError` where `out` holds something."
     check_free(out)
@@ -169,7 +171,7 @@ def write_project(
     own = git and not in_repository(out)
     message, readme = f"{out.name}: made by 'mlkit new'", README.format(name=harmless(out.name), source=harmless(source))
     with appearing(out) as aside:
-        write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED} | files)
+        write_files(aside, modality, {"params.yaml": params, "README.md": readme, ".gitignore": IGNORED} | files, requires)
         init_dvc(aside)
         said = join_git(aside, own, message) if own else []
     if git and not own:

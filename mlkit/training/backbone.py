@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt
 from torch import nn
 
 from ..core import ConfigError, SetupError
+from ..device import add_command, find_origin
 from ..inputs.image import Image
 from .model import MODELS, Share
 from .weights import read_weights, weights_file
@@ -50,7 +51,10 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def without_torchvision():
-    "Whoever imports torchvision within gets the stand-in; afterwards it is gone."
+    "Whoever imports torchvision within gets the stand-in; afterwards it is gone. One that is loaded already stays."
+    if "torchvision" in sys.modules:
+        yield
+        return
     finder = StandIn()
     sys.meta_path.insert(0, finder)
     try:
@@ -65,7 +69,7 @@ def import_timm(): # the package
     "Raises `SetupError` where it is not installed."
     if "timm" not in sys.modules:
         if find_spec("timm") is None:
-            raise SetupError("train.model: the networks of timm need its package: pip install --no-deps timm; then 'pip install huggingface_hub' if weights come from the hub")
+            raise SetupError(f"train.model: the networks of timm need its package: {add_command('[images]', find_origin())}")
         with without_torchvision():
             importlib.import_module("timm")
     return sys.modules["timm"]
@@ -153,15 +157,20 @@ def put_weights(
     given: str, # the file as the user named it
 ) -> nn.Module:
     "The network with these weights in its body. Raises `ConfigError` where they are of another one."
-    head = {f"{n}.{p}" for n, m in net.named_modules() if m is net.get_classifier() for p, _ in m.named_parameters()}
-    body = {n for n, _ in net.named_parameters()} - head
     wrong = ConfigError(f"train.model.weights: '{given}' are of another network than train.model.backbone")
-    if len(body - set(weights)) > len(body) / 2:
+    own = set(net.state_dict())
+    ours = own & set(weights) # few of them: older names, which timm translates
+    if len(ours) > len(own) / 2 and len(weights) - len(ours) > len(own) / 5: # another head has a few more
         raise wrong
-    try: # no number of classes: the head is never taken over
-        return make(pretrained=True, pretrained_cfg_overlay={"state_dict": weights, "custom_load": False, "num_classes": -1})
+    overlay = {"state_dict": weights, "custom_load": False, "num_classes": -1} # no number: the head is never taken over
+    try:
+        first, second = (make(pretrained=True, pretrained_cfg_overlay=overlay) for _ in range(2))
     except RuntimeError:
         raise wrong from None
+    head = {id(p) for p in first.get_classifier().parameters()}
+    if not all(p.equal(q) for p, q in zip(first.parameters(), second.parameters()) if id(p) not in head):
+        raise wrong
+    return first
 
 @MODELS
 def timm(
