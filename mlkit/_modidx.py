@@ -2682,6 +2682,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mlkit/inputs/image.py'),
                                     'mlkit.inputs.image.Image.tensors': ('inputs/image.html#image.tensors', 'mlkit/inputs/image.py'),
                                     'mlkit.inputs.image.Image.traits': ('inputs/image.html#image.traits', 'mlkit/inputs/image.py'),
+                                    'mlkit.inputs.image.are_values': ('inputs/image.html#are_values', 'mlkit/inputs/image.py'),
+                                    'mlkit.inputs.image.as_numbers': ('inputs/image.html#as_numbers', 'mlkit/inputs/image.py'),
                                     'mlkit.inputs.image.blocks': ('inputs/image.html#blocks', 'mlkit/inputs/image.py'),
                                     'mlkit.inputs.image.breach': ('inputs/image.html#breach', 'mlkit/inputs/image.py'),
                                     'mlkit.inputs.image.breaches': ('inputs/image.html#breaches', 'mlkit/inputs/image.py'),

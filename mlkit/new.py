@@ -165,18 +165,20 @@ def choose_for_images(sections: Sections, shards: Path, contract):
     from mlkit.data.shards import read_index
     from mlkit.inputs.image import few_samples, usable
     index = read_index(shards)
-    readable, small = usable(index)
-    size = image_size(readable)
-    labels = readable.unique(["content"]).group_by("label").len().sort("label")
+    readable, small = usable(index, contract.task)
+    size, values = image_size(readable), contract.task == "regression"
     left = f"; left out, with fewer than three different ones: {few_samples(small)}" if small else ""
-    about = f"{len(index):,} images in {index['label'].n_unique()} classes{left}"
+    about = f"{len(index):,} images " + ("with a value each" if values else f"in {index['label'].n_unique()} classes{left}")
     space = {"optimizer.lr": [0.001, 0.05], "optimizer.weight_decay": [0.0001, 0.1], "model.dropout": [0.0, 0.4]}
     sections["ingest"]["source"] = Choice(sections["ingest"]["source"].value, about)
     sections["audit"]["block"] = blocking(index)
     sections["prepare"]["input"] = Choice({"image_size": size.value}, size.why)
     sections["train"] = image_training(len(readable), size.value or int(readable["height"][0])) | sections["train"]
     sections["tune"]["space"] = Choice(space)
-    judge_by(sections, *class_bound(dict(labels.iter_rows())))
+    if values:
+        del sections["train"]["loss"] # of classes
+    labels = readable.unique(["content"])["label"]
+    judge_by(sections, *(row_bound(labels, contract.task) if values else class_bound(dict(labels.value_counts().sort("label").iter_rows()))))
     sections["monitor"]["fault"] = Choice({"name": "noise", "sigma": 0.15}, "what the monitor must notice")
 
 # %% ../nbs/09_new.ipynb #43dbc925
@@ -250,13 +252,14 @@ def photo_training(n: int, side: int, model: dict, where: str) -> dict[str, Choi
 def choose_network(
     sections: Sections, # Of images; filled
     shards: Path,
+    task: str, # Of the contract
     asked: Pretrained,
     out: Path, # The project
 ):
     "Raises as `weights_for`, where a person asked."
     from mlkit.data.shards import read_index
     from mlkit.inputs.image import usable
-    readable, _ = usable(read_index(shards))
+    readable, _ = usable(read_index(shards), task)
     side, train = readable.select(pl.min_horizontal("height", "width")).to_series().median(), sections["train"]
     if asked.backbone == "none" or side < FEWEST_PIXELS and not asked.asked:
         return
@@ -358,7 +361,7 @@ def choose(
         try:
             CHOOSERS.get(found.modality, lambda *_: None)(sections, shards, contract)
             if found.modality == "image":
-                choose_network(sections, shards, pretrained, out)
+                choose_network(sections, shards, contract.task, pretrained, out)
         except DataError as e:
             raise DataError(f"{source}: {e}") from None
     files = own_contract(contract, roles)

@@ -128,6 +128,28 @@ def test_photos(photos, tmp_path):
     after = splits()
     assert len(after) == len(before) + 1 and before.items() <= after.items()
 
+def discs(folder, n=160):
+    "Photos, and a table that says how much of each a disc covers, in percent."
+    random, lines = np.random.default_rng(6), ["photo;area"]
+    (folder / "photos").mkdir(parents=True)
+    for i, radius in enumerate(random.integers(2, 9, n)):
+        x = np.clip(random.normal(60, 10, (20, 20, 3)), 0, 255).astype(np.uint8)
+        cv2.circle(x, (10, 10), int(radius), tuple(random.integers(150, 256, 3).tolist()), -1)
+        cv2.imwrite(str(folder / f"photos/{i:03d}.png"), x)
+        lines.append(f"photos/{i:03d}.png;{100 * np.pi * radius ** 2 / 400:.2f}")
+    (folder / "areas.csv").write_text("\n".join(lines) + "\n")
+    return folder / "areas.csv"
+
+def test_photos_with_values(tmp_path):
+    "Numbers with decimals beside images are values: they are learned, judged and exported as such."
+    project, done = new(tmp_path / "areas", "--from", f"{discs(tmp_path / 'discs')}?file=photo")
+    assert "160 images with a value each" in done.stdout and "  evaluate.metric     r2 " in done.stdout
+    project.param(export__engine="none", export__variants=["fp32"], train__n_epochs=12)
+    project.mlkit("repro", "export")
+    assert project.json("data/contract.json")["task"] == "regression" and project.json("data/prepared/task.json")["target"]["std"] > 1
+    scores = project.json("reports/metrics/evaluate.json")
+    assert scores["r2"] > 0.5 and "top2_accuracy" not in scores and project.json("reports/metrics/export.json")["max_difference"] < 1e-3
+
 def messy(path):
     "As somebody's export looks: semicolons, a byte order mark, missing values in three spellings, decimal commas, an empty column, a date, an id, notes with quotes, a copied row."
     random, lines = np.random.default_rng(5), ["Customer ID;Signed up;Age;City;Fax;Income (EUR);Plan;Complaints;Active;Notes;Left"]

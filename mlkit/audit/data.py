@@ -46,7 +46,7 @@ def audits(
 @audits("image")
 def audited_images(contract: Contract, shards: Path, made: pl.LazyFrame, max_samples: int) -> Data:
     "The readable images."
-    return image_data(shards, read_index(shards), looked_up(made, "content"), max_samples)
+    return image_data(shards, read_index(shards), looked_up(made, "content"), max_samples, contract.task == "regression")
 
 @audits("rows")
 def audited_rows(contract: Contract, shards: Path, made: pl.LazyFrame, max_samples: int) -> Data:

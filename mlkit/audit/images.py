@@ -17,6 +17,7 @@ from .copies import NO_PAIRS, conflict, duplicate, near_copies, near_duplicate
 from .labels import judge_labels
 from .skill import codes, shortcut, skill
 from ..data.shards import read_images
+from ..inputs.image import as_numbers
 
 # %% ../../nbs/audit/05_images.ipynb #3c6338ca
 def small_copy(
@@ -92,16 +93,18 @@ def image_data(
     index: pl.DataFrame, # of the shards
     split: Split, # the split that `prepare` makes, see `base.split_of`; a function gets rows of the index
     max_samples: int = 10_000, # images that are decoded
+    values: bool = False, # whether labels are numbers on a scale
 ) -> ImageData:
     "Read what the checks need. Raises `DataError` where a file of the index is damaged, and as `base.split_of`."
     readable, rows = _audited(index, max_samples)
-    classes = tuple(sorted(index["label"].unique()))
+    classes = None if values else tuple(sorted(index["label"].unique()))
+    y = as_numbers(rows["label"]).to_numpy() if values else np.array([classes.index(label) for label in rows["label"]], int)
     seen = [_look(x, size) for x, size in zip(read_images(folder, rows), rows["size"])]
     thumbs = np.array([s[1] for s in seen], np.uint8).reshape(-1, SIDE, SIDE, 3)
     X = _matrix(thumbs, rows)
     return ImageData(
         rows["name"].to_numpy(), X, tuple(f"pixel {i}" for i in range(X.shape[1])), np.zeros(X.shape[1], bool),
-        np.array([classes.index(label) for label in rows["label"]], int), classes, split_of(rows, split),
+        y, classes, split_of(rows, split),
         len(readable), {}, index, rows, np.array([s[0] for s in seen], np.uint64), thumbs,
         np.array([s[2] for s in seen], float).reshape(-1, len(PROPERTIES)))
 
@@ -191,11 +194,13 @@ def near_duplicate_images(
     bits: int = 10, # of 64 in which hashes may differ
     distance: float = 0.07, # of thumbnails, in units of their contrast
     flat: float = 8.0, # contrast in grey levels, below which an image counts as empty
+    apart: float = 0.5, # standard deviations of the target, where it is a number
 ):
     "Different files that show the same."
     pairs = near_pairs(data.hashes, data.thumbs, data.rows["content"].to_numpy(), bits, distance, flat)
     yield from near_copies(data, pairs, "images", "keep one of each pair; or put what belongs together into one split")
-    odd = pairs[data.y[pairs[:, 0]] != data.y[pairs[:, 1]]]
+    least = apart * data.y.std() if data.regression else 0
+    odd = pairs[np.abs(data.y[pairs[:, 0]] - data.y[pairs[:, 1]]) > least]
     if n := len(odd):
         yield Finding("warning", n, f"{n} pairs of images are near copies under different labels",
                       "correct the labels", data.first(odd.ravel(), 20), evidence(pairs=n))
@@ -203,13 +208,13 @@ def near_duplicate_images(
 # %% ../../nbs/audit/05_images.ipynb #6a978bdd
 def _strong_properties(data, least): # {property: skill}, the strongest first
     endings = [name.rsplit(".", 1)[-1].lower() if "." in name else "" for name in data.names]
-    told = {p: skill(codes(v), data.y, False) for p, v in zip(PROPERTIES, data.properties.T)}
-    told["file type"] = skill(np.unique(endings, return_inverse=True)[1], data.y, False)
+    told = {p: skill(codes(v), data.y, data.regression) for p, v in zip(PROPERTIES, data.properties.T)}
+    told["file type"] = skill(np.unique(endings, return_inverse=True)[1], data.y, data.regression)
     return {p: s for p, s in sorted(told.items(), key=lambda item: -item[1]) if s >= least}
 
 # %% ../../nbs/audit/05_images.ipynb #4f1d204c
 def _strongest_place(data): # where it is, for a sentence; its skill
-    each = [skill(codes(v), data.y, False) for v in data.X.T]
+    each = [skill(codes(v), data.y, data.regression) for v in data.X.T]
     best = int(np.argmax(each))
     channels = 1 if isqrt(len(each)) ** 2 == len(each) else 3 # three times a square is no square
     side = isqrt(len(each) // channels)
@@ -227,15 +232,16 @@ def shortcut_images(
     "The class can be told without a look at what is in the picture."
     if len(data) < 30 or len(np.unique(data.y)) < 2:
         return
+    what = "value" if data.regression else "class"
     if strong := _strong_properties(data, min_skill):
         listed = ", ".join(f"{p} (skill {s:.2f})" for p, s in strong.items())
-        yield Finding("warning", len(data), f"the class can be told by {listed} alone, out of fold",
+        yield Finding("warning", len(data), f"the {what} can be told by {listed} alone, out of fold",
                       "make the classes equal in it, or see that it is what the model should look at; explain shows "
                       "where it looks", (), evidence(**{p.replace(" ", "_"): s for p, s in strong.items()}))
         return
     where, s = _strongest_place(data)
     if s >= min_skill_place:
-        yield Finding("warning", len(data), f"the class can be told by one place alone: {where} (skill {s:.2f}, out of "
+        yield Finding("warning", len(data), f"the {what} can be told by one place alone: {where} (skill {s:.2f}, out of "
                       "fold)", "look there for a mark or a date and crop it; explain shows where the model looks", (),
                       evidence(place=s))
 

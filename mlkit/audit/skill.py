@@ -116,12 +116,13 @@ def _linear(regression, n_classes):
 # %% ../../nbs/audit/01_skill.ipynb #91fedca1
 def _models(data, columns): # names and unfitted models
     from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
     from sklearn.pipeline import make_pipeline
     scaled, linear = _scaled(data, columns), _linear(data.regression, len(np.unique(data.y)))
     yield "a linear model", make_pipeline(scaled, linear)
     if not data.named_columns:
-        yield "nearest neighbours", make_pipeline(scaled, KNeighborsClassifier(12, weights="distance"))
+        neighbours = KNeighborsRegressor if data.regression else KNeighborsClassifier
+        yield "nearest neighbours", make_pipeline(scaled, neighbours(12, weights="distance"))
     elif data.regression:
         yield "randomised trees", ExtraTreesRegressor(50, min_samples_leaf=3, random_state=0)
     else:

@@ -38,7 +38,7 @@ def inspect_images(
         raise MlkitError(f"{source.name}: these are images, but the contract is one of a table")
     with tempfile.TemporaryDirectory(prefix="mlkit-check-") as d:
         index = write_shards(source.images(), Path(d))
-    agreed = contract or infer_contract(index)
+    agreed = contract or infer_contract(index, source.labels_in_column)
     found = [Breach("stop", "contract", b) for b in breaches(agreed, index)]
     return agreed, [*torn_images(index), *found]
 

@@ -34,10 +34,13 @@ metric = METRICS
 def measured(
     name: str, f, # a metric
     p: np.ndarray, y: np.ndarray, # (n, k) or (n,); the truth (n,)
-) -> float:
+) -> float | None: # None: it is not for such a target
     "One figure. Raises `DataError` where the metric fails, or gives no number."
     try:
-        found = float(f(p, y))
+        found = f(p, y)
+        if found is None:
+            return None
+        found = float(found)
     except Exception as e:
         raise DataError(f"the metric '{name}' fails: {type(e).__name__}: {e}") from e
     if not np.isfinite(found):
@@ -49,9 +52,10 @@ def own_metrics(
     p: np.ndarray, # (n, k) probabilities, or (n, 1) values
     y: np.ndarray, # (n,)
 ) -> dict[str, float]:
-    "Every registered metric. Raises `DataError` where one fails, or gives no number."
+    "Every registered metric that is for this target. Raises `DataError` where one fails, or gives no number."
     p = p[:, 0] if p.shape[1] == 1 else p
-    return {name: measured(name, f, p, y) for name, f in METRICS.items()}
+    figures = {name: measured(name, f, p, y) for name, f in METRICS.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #13377448
 def leads(

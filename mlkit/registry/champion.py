@@ -31,9 +31,10 @@ def own_score(
     def of_one(p, y, times):
         rows = np.repeat(np.arange(len(y)), times.astype(int))
         try:
-            return measured(name, f, p[rows, 0] if p.shape[1] == 1 else p[rows], y[rows])
+            found = measured(name, f, p[rows, 0] if p.shape[1] == 1 else p[rows], y[rows])
         except DataError:
-            return np.nan
+            found = None
+        return np.nan if found is None else found
     return Score(lambda p, y, w: np.array([of_one(p, y, times) for times in w]), higher_is_better)
 
 def score_named(

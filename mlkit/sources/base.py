@@ -91,6 +91,7 @@ def add(self: Tally,
 class Source:
     "Where data come from. A subclass sets `modality` and has `images` or `rows`."
     modality = "rows" # or 'image'
+    labels_in_column = False # Of images: whether labels stand in a column, and may be values on a scale
 
     def __init__(self,
         name: str, # As the user wrote it

@@ -72,6 +72,7 @@ def label_column(
 class LabelledImages(Source):
     "Images that a table names. Raises `DataError` where the table cannot be read, or has no such column."
     modality = "image"
+    labels_in_column = True
 
     def __init__(self,
         name: str,

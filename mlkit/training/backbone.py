@@ -5,7 +5,7 @@ __all__ = ['Empty', 'EmptyModule', 'StandIn', 'without_torchvision', 'import_tim
            'put_weights', 'timm']
 
 # %% ../../nbs/training/08_backbone.ipynb #65c5a50c
-import importlib.abc, importlib.machinery, sys, types
+import importlib.abc, importlib.machinery, logging, sys, types
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -163,6 +163,7 @@ def put_weights(
     if len(ours) > len(own) / 2 and len(weights) - len(ours) > len(own) / 5: # another head has a few more
         raise wrong
     overlay = {"state_dict": weights, "custom_load": False, "num_classes": -1} # no number: the head is never taken over
+    logging.getLogger("timm").setLevel(logging.ERROR) # what it would warn of is judged here
     try:
         first, second = (make(pretrained=True, pretrained_cfg_overlay=overlay) for _ in range(2))
     except RuntimeError:

@@ -8,10 +8,9 @@ __all__ = ['KEPT', 'FILE', 'PATIENCE', 'check_digest', 'from_url', 'in_cache', '
 import re, tempfile
 from pathlib import Path
 from queue import Empty, Queue
-from shutil import copyfileobj
 from threading import Thread
 
-import fsspec
+from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -40,8 +39,8 @@ def from_url(
 ) -> Path: # `out`
     "Raises `SetupError` where the address gives nothing."
     try:
-        with fsspec.open(url, "rb") as there, open(out, "wb") as f:
-            copyfileobj(there, f)
+        there, path = url_to_fs(url)
+        there.get_file(path, out)
     except Exception as e: # each file system has errors of its own
         raise SetupError(f"{url}: no weights came ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check the address and the network") from None
     return out
