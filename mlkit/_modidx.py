@@ -5911,6 +5911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlkit.training.launch.command': ('training/launch.html#command', 'mlkit/training/launch.py'),
                                        'mlkit.training.launch.environment': ( 'training/launch.html#environment',
                                                                               'mlkit/training/launch.py'),
+                                       'mlkit.training.launch.exchange': ('training/launch.html#exchange', 'mlkit/training/launch.py'),
                                        'mlkit.training.launch.main': ('training/launch.html#main', 'mlkit/training/launch.py'),
                                        'mlkit.training.launch.new_records': ( 'training/launch.html#new_records',
                                                                               'mlkit/training/launch.py'),

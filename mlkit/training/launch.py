@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'WEIGHTS', 'FAULT', 'CLOCK', 'RESTARTS', 'Order', 'work', 'main', 'plan_of', 'command', 'environment',
-           'new_records', 'attend', 'check_end', 'spread_records', 'trained', 'plan_line']
+           'new_records', 'attend', 'check_end', 'exchange', 'spread_records', 'trained', 'plan_line']
 
 # %% ../../nbs/training/16_launch.ipynb #0c53d342
-import json, os, subprocess, sys, tempfile, time
+import json, os, shutil, subprocess, sys, time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def environment(
 ) -> dict:
     "Of the processes."
     paths = filter(None, [*sys.path])
-    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": str(n_threads)}
+    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": str(n_threads),
+           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} # else addresses of the dead stay, and are called after a restart
     alone = {"GLOO_SOCKET_IFNAME": "lo"} if plan.nodes == 1 and sys.platform == "linux" else {}
     return os.environ | own | alone
 
@@ -145,6 +147,23 @@ def check_end(
         lines = [l for l in said.splitlines() if "Error" in l] or ["no reason given"]
         raise StageError(f"train: a process has died more often than the {RESTARTS} times that it is started again; it said: {lines[0].strip()[:300]}")
 
+# %% ../../nbs/training/16_launch.ipynb #1aac3b0c
+@contextmanager
+def exchange(
+    folder: Path, # of states
+) -> Iterator[Path]:
+    "A folder for this training, removed at its end."
+    for old in folder.glob("spread-*"):
+        if not Path(f"/proc/{old.name.removeprefix('spread-')}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    mine = folder / f"spread-{os.getpid()}"
+    shutil.rmtree(mine, ignore_errors=True)
+    mine.mkdir(parents=True)
+    try:
+        yield mine
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
 # %% ../../nbs/training/16_launch.ipynb #db25ece1
 def spread_records(
     run: Run, # of the stage: not begun; afterwards its network has the weights
@@ -153,13 +172,11 @@ def spread_records(
     root: Path, # of the project
 ) -> Iterator[dict]: # as of `train_records`
     "Train in several processes."
-    kept = run.checkpoint
-    kept.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.folder, prefix="spread-") as d, open(Path(d) / "said", "w+", errors="replace") as said:
-        out, file = Path(d), Path(d) / "order.json"
-        write_json(file, asdict(Order(run.values, plan.strategy, str(root), str(prepared), str(shards), d, str(kept.folder), kept.every)))
-        me = os.getpid()
-        process = subprocess.Popen(command(plan, file), env=environment(plan, run.values["n_threads"]), cwd=root,
+    kept, me = run.checkpoint, os.getpid()
+    with exchange(kept.folder) as out, open(out / "said", "w+", errors="replace") as said:
+        order = Order(run.values, plan.strategy, str(root), str(prepared), str(shards), str(out), str(kept.folder), kept.every)
+        process = subprocess.Popen(command(plan, write_json(out / "order.json", asdict(order))),
+                                   env=environment(plan, run.values["n_threads"]), cwd=root,
                                    stdout=said, stderr=said, preexec_fn=lambda: end_with(me))
         try:
             yield from attend(process, out)
