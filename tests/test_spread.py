@@ -1,6 +1,7 @@
 "A training in two processes: the losses of one process, and after `kill -9` the same weights to the bit."
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from mlkit.inputs.rows import Rows, save_features
 from mlkit.targets.classes import Classes
 from mlkit.task import Task
 from mlkit.training.checkpoint import Checkpoint
-from mlkit.training.launch import trained
+from mlkit.training.launch import plan_of, trained
 from mlkit.training.run import Run
 from mlkit.training.spread import Plan
 
@@ -164,6 +165,33 @@ def test_nobody_outlives_the_stage(data, tmp_path):
         stage.wait()
     gone, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
+
+SRUN = """#!/bin/sh
+# Slurm's part, on one machine: the command once a node
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+wait $first && wait $second
+"""
+
+def test_two_machines_of_a_job(data, tmp_path, monkeypatch):
+    "Two of torchrun's agents, which `srun` starts: what one agent gives. A job of one machine, and `srun` alone, change nothing."
+    (srun := tmp_path / "bin/srun").parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}:{os.environ['PATH']}")
+    assert plan_of(TRAIN | {"nodes": "auto"}) == Plan()
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = str(s.getsockname()[1])
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "7", "MASTER_PORT": port}
+    here = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} # where a name of this machine leads nowhere
+    for name, value in (job | here).items():
+        monkeypatch.setenv(name, value)
+    assert plan_of(TRAIN) == Plan(), "one process, as long as nobody asks for more"
+    plan = plan_of(TRAIN | {"nodes": "auto"})
+    assert plan == Plan("ddp", 1, 2)
+    alone, two = (train(data, tmp_path / str(p.nodes), p)[0] for p in (Plan(), plan))
+    assert max(abs(a[k] - b[k]) for a, b in zip(alone, two) for k in a) < TOLERANCE
 
 def test_bad_values(fresh, tmp_path):
     "One line that names the key, before the first stage."
