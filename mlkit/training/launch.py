@@ -211,7 +211,7 @@ def spread_records(
 ) -> Iterator[dict]: # as of `train_records`
     "Train in several processes."
     kept, me = run.checkpoint, os.getpid()
-    with exchange(kept.folder) as out, open(out / "said", "w+", errors="replace") as said:
+    with exchange(kept.folder) as out, open(out / "said", "w+", encoding="utf-8", errors="replace") as said:
         order = Order(run.values, plan.strategy, str(root), str(prepared), str(shards), str(out), str(kept.folder), kept.every)
         start = command(plan, write_json(out / "order.json", asdict(order)))
         if plan.nodes > 1 and start[0] == sys.executable:
