@@ -4,7 +4,7 @@
 # conftest.py. A file's output appears when it has ended; the last line names those that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-long=(pipeline flow same_bytes new kill registry bad_input grow verdict hostile cli compare runner engines debug candidates)
+long=(pipeline flow same_bytes new kill registry bad_input grow verdict hostile cli compare stress engines debug candidates spread backbone texts runner)
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 export TESTS_SHARE="$logs/shared"
