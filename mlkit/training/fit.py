@@ -478,6 +478,6 @@ def plot_history(
     left.plot(epoch, [h["loss"] for h in history], color=GREEN, label=learned_as(training))
     left.plot(epoch, [h["validation_loss"] for h in history], color=BLUE, label="validation: as it is")
     left.set(title="Loss", xlabel="epoch", yscale="log")
-    left.legend()
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False) # below: it is long, and the curves are anywhere
     right.plot(epoch, [h[key] for h in history], color=BLUE)
     right.set(title=f"Validation {score_name.replace('_', ' ')}, {history[-1][key]:.3f} at the end", xlabel="epoch")
