@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..core import ConfigError, nearest
 
 # %% ../../nbs/search/00_space.ipynb #d21f7836
-NOT_SEARCHED = {"candidates", "calibrate", "decide", "refit", "experiment", "metric", "seed", # of other steps
+NOT_SEARCHED = {"candidates", "calibrate", "decide", "refit", "experiment", "trackers", "metric", "seed", # of other steps
                 "device", "devices", "nodes", "strategy", "n_threads", "feed"} # of the machine
 
 def leaves(
