@@ -90,7 +90,7 @@ def wandb(
     needed("wandb")
     import wandb as library
     settings = library.Settings(silent=True, console="off", disable_git=True, save_code=False, disable_code=True, disable_job_creation=True)
-    mode = os.environ.get("WANDB_MODE") or ("online" if library.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if library.login(prompt=False, verify=False) else "offline")
     folder = about.root / ".mlkit"
     folder.mkdir(exist_ok=True)
     run = library.init(project=re.sub(r"[/\\#?%:]", "_", project or about.experiment)[:128], entity=entity, name=about.name, notes=about.facts.note,
@@ -118,6 +118,7 @@ def comet(
 ) -> Tracker:
     "An experiment of Comet."
     needed("comet")
+    os.environ.setdefault("COMET_LOGGING_CONSOLE", "ERROR")
     import comet_ml as library
     quiet = {f"log_{what}": False for what in ("code", "graph", "env_host", "env_network", "git_metadata", "git_patch")}
     quiet |= {"auto_param_logging": False, "auto_metric_logging": False, "auto_output_logging": False, "parse_args": False, "display_summary_level": 0}
