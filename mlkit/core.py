@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['DISTRIBUTION', 'WHEEL_NAME', 'VENDOR', 'NO_TELEMETRY', 'OBEYED', 'LONGEST', 'WORDS', 'SHORT', 'SECRETS',
            'SECRET_NAME', 'MAX_PART', 'MAX_PATH', 'SPARE', 'PR_SET_PDEATHSIG', 'MlkitError', 'ConfigError', 'DataError',
-           'StageError', 'ExportError', 'ServeError', 'SetupError', 'RegistryError', 'nearest', 'harmless',
-           'holds_secret', 'is_secret_name', 'masked', 'project_root', 'write_atomic', 'n_bytes', 'name_fault',
-           'check_length', 'write_json', 'read_json', 'sha256', 'end_with']
+           'StageError', 'ExportError', 'ServeError', 'SetupError', 'RegistryError', 'nearest', 'first_line',
+           'harmless', 'holds_secret', 'is_secret_name', 'masked', 'project_root', 'write_atomic', 'n_bytes',
+           'name_fault', 'check_length', 'write_json', 'read_json', 'sha256', 'end_with']
 
 # %% ../nbs/00_core.ipynb #7baa21b1
 import ctypes, hashlib, json, os, re, signal, sys
@@ -55,6 +55,11 @@ def nearest(
     if close := difflib.get_close_matches(name.removeprefix(shared), ends, n=1, cutoff=0.6):
         return f"; did you mean '{shared}{close[0]}'?"
     return f"; known: {', '.join(known)}" if known else ""
+
+# %% ../nbs/00_core.ipynb #425ee5bb
+def first_line(error: Exception) -> str:
+    "What an error says, or its name."
+    return next((l.strip() for l in str(error).splitlines() if l.strip()), type(error).__name__)
 
 # %% ../nbs/00_core.ipynb #ffe5c707
 OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")

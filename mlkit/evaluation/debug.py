@@ -524,7 +524,7 @@ class Run:
 def last_run(root: Path) -> Run: # of a project
     "Raises `DataError` where no model is there."
     from mlkit.flow.config import read_params
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     from mlkit.training.model import load_model
     import_task(root)
     if not (root / "models/model.safetensors").is_file():

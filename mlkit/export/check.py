@@ -16,6 +16,6 @@ def choice_is_known(
     if "variants" not in section:
         return
     from mlkit.export.variants import BASE, variant_specs
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     import_task(root)
     variant_specs(section["variants"], section.get("choose", BASE))

@@ -520,7 +520,7 @@ def compared_on_rows(
     from mlkit.registry.champion import compare
     from mlkit.registry.looks import seen
     from mlkit.flow.runner import load_project
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     import_task(root) # it may register metrics and slices
     params, figure = load_project(root)[1], verdict["compare"]
     looked = {"confidence": 0.95, "n_bins": 10} | params.get("evaluate", {})

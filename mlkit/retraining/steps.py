@@ -203,7 +203,7 @@ def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     from mlkit.flow.runner import load_project
     from mlkit.registry.champion import Outcome
     from mlkit.retraining.compare import asked_of, golden_rows, outcome, recent_rows
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     from mlkit.task import load_task
     import_task(p.root) # it may register metrics
     params = load_project(p.root)[1]

@@ -109,7 +109,7 @@ def components_are_known(
     if "model" not in train:
         return
     from mlkit.candidates.choose import checked_spec
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     from mlkit.targets.classes import check_decide
     from mlkit.training.launch import plan_of
     from mlkit.training.run import completed
@@ -137,7 +137,7 @@ def corruption_is_known(
     from mlkit.component import check_component
     from mlkit.inputs import corruptions, image, rows # noqa: F401, they register themselves
     from mlkit.inputs.base import CORRUPTIONS
-    from mlkit.sources.base import import_task
+    from mlkit.component import import_task
     import_task(root)
     check_component(CORRUPTIONS, spec, "monitor.fault")
 

@@ -19,7 +19,7 @@ from .. import core
 from ..core import MlkitError, StageError, end_with, read_json, write_json
 from ..device import find
 from ..jobs import choose
-from ..sources.base import import_task
+from ..component import import_task
 from ..task import load_task
 from .joint import CHECKPOINTS, whole
 from .run import Run, train_records
