@@ -77,7 +77,7 @@ PACKAGES = {"wandb": "wandb", "comet": "comet_ml"} # tracker: what it needs; the
 def needed(name: str): # of a tracker
     "Raises `SetupError` where its package is not installed."
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-        raise SetupError(f"train.trackers: {PACKAGES[name]} is not installed; pip install 'mlkit-lifecycle[{name}]'")
+        raise SetupError(f"train.trackers: {PACKAGES[name]} is not installed; pip install {PACKAGES[name]}")
 
 @TRACKERS
 def wandb(
