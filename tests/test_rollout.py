@@ -196,7 +196,7 @@ def test_kill_at_any_moment(tmp_path):
         os.kill(server.pid, signal.SIGKILL)
         server.join()
         read_history(tmp_path) # whole, too
-    assert n > 10 and state.phase == "promoted" and set((tmp_path / "promoted").read_text()) == {"5"}
+    assert n > 3 and state.phase == "promoted" and set((tmp_path / "promoted").read_text()) == {"5"}
     order(tmp_path, started(plan(), "Bo", "")) # brings the history up to date, and is not kept out by the dead
     lines = [(e["rollout"], e["event"]) for e in read_history(tmp_path)]
     assert [e for r, e in lines if r == state.plan.salt] == [e.n for e in state.events]

@@ -120,7 +120,7 @@ def test_bad_versions_go_and_nobody_notices(root, monkeypatch):
             candidate = version(root, str(i), **how)
             front.right = what != "10 points worse"
             began = len(answers)
-            state = rolled_out(root, candidate, stable, allowed=Allowed(disagreement=0.01))
+            state = rolled_out(root, candidate, stable, least=1000, allowed=Allowed(disagreement=0.01))
             front.right = True
             assert state.phase == "rolled back", f"{what}: {state.phase}, {[e.why for e in state.events]}"
             assert len(answers) > began, "nobody has asked meanwhile"
