@@ -3,6 +3,7 @@ import shutil
 import sys
 from datetime import datetime, timedelta, timezone
 
+import cv2
 import numpy as np
 import polars as pl
 import pytest
@@ -11,6 +12,7 @@ from mlkit.commands.retrain import start_rollout
 from mlkit.core import DataError, read_json, write_json
 from mlkit.data.contract import load_contract
 from mlkit.data.parts import ingest_table, read_parts
+from mlkit.data.shards import read_index, write_shards
 from mlkit.data.split import Split, read_golden
 from mlkit.flow.config import read_params
 from mlkit.registry.history import read_history
@@ -18,13 +20,15 @@ from mlkit.registry.promotion import promote
 from mlkit.registry.store import FETCHED
 from mlkit.registry.verdict import VERDICT
 from mlkit.retraining.batch import QUARANTINE
-from mlkit.retraining.state import STATE, State, read_state, write_state
+from mlkit.retraining.compare import recent_rows
+from mlkit.retraining.state import FOLDER, STATE, State, read_state, write_state
 from mlkit.retraining.steps import Edges, retrain
 from mlkit.retraining.trigger import WATCH
 from mlkit.rollout.file import ROLLOUT, read_state as read_rollout
 from mlkit.rollout.state import RolloutError
 from mlkit.sources.grown import is_golden
 from mlkit.sources.registry import open_source
+from sklearn.datasets import load_digits
 from test_new import Made, releases_of_a_shop
 
 
@@ -213,3 +217,51 @@ def test_no_kill_makes_it_forget(shop):
     assert state.phase == "handed over" and [e["phase"] for e in end] == ["handed over"] and end[0]["retrain"] == state.id
     assert len([e for e in read_history(shop.root) if e["what"] == "rollout" and e["event"] == 1]) == 1
     assert [b["file"] for b in read_json(shop / "labelled/grown.json")["batches"]] == [f"{state.id}.parquet"]
+
+
+def photographed(folder, part, flip=0.0):
+    "Digits of the checkout, each moved by a pixel, as a folder with a sub-folder a class; two of them are no use."
+    digits, rng = load_digits(), np.random.default_rng(3)
+    for i in rng.permutation(len(digits.target))[part]:
+        label = (digits.target[i] + (1 + rng.integers(9)) * (rng.random() < flip)) % 10
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(folder / f"{label}/{i}.png"), np.roll(digits.images[i] * 15.9, 1, 1).astype(np.uint8))
+    (folder / "3/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert cv2.imwrite(str(folder / "4/large.png"), np.zeros((9, 8), np.uint8))
+    return str(folder)
+
+
+def test_images_too(project, tmp_path, monkeypatch):
+    "New photos come in, are audited, held back, put behind the old ones and asked of both models; flipped labels lie where a person can mend them."
+    monkeypatch.chdir(project.root)
+    project.param(retrain__least=100)
+    lines = []
+    def run_with(data, **more): return retrain(project.root, "now", Edges(lambda root: 0, lambda bundle, why: ""), data, say=lines.append, **more)
+    assert run_with(photographed(tmp_path / "poisoned", slice(500), flip=0.15)) == 1 and "of the labels are wrong" in lines[-1], lines
+    table, = (project / QUARANTINE).glob("*/labels.csv")
+    aside = pl.read_csv(table)
+    assert len(aside) == 500 and aside["rather"][0] is not None and all((table.parent / f).is_file() for f in aside["file"])
+    digits = load_digits() # a person mends the labels, and gives all of it back
+    truth = {np.roll(x * 15.9, 1, 1).astype(np.uint8).tobytes(): y for x, y in zip(digits.images, digits.target)}
+    right = [truth[cv2.imread(str(table.parent / f), cv2.IMREAD_GRAYSCALE).tobytes()] for f in aside["file"]]
+    aside.with_columns(label=pl.Series(right)).write_csv(table)
+    assert run_with(str(table.parent), dry=True) == 0 and "set aside before (--mended takes them)" in lines[-1], lines
+    assert run_with(str(table.parent), dry=True, mended=True) == 0 and lines[-3].startswith("Collected: 500 new") and lines[-1].startswith("Dry run"), lines
+    assert run_with(photographed(tmp_path / "new", slice(500, 1000))) == 0 and lines[-1] == "Nothing to do: the same model came out", lines
+    assert "1 an image that is a PNG file that is damaged or cut short" in lines[-4] and "1 an image that has height 9 where the contract has 8" in lines[-4]
+    end = events(project)[-1]["evidence"]
+    before = read_index(project / "data/shards")
+    after = write_shards(open_source("grown://labelled", project.root).images(), project / "data/shards")
+    assert after.head(len(before)).equals(before) and len(after) == len(before) + end["audited"]["added"]
+    kept, = (project / FOLDER).glob("*/held.parquet")
+    bundle, contract = project / "models/bundle", load_contract(project / "data/contract.json")
+    rows = recent_rows(project.root, pl.read_parquet(kept), contract, bundle, bundle)
+    assert len(rows.y) == end["audited"]["held"] > 100 and (rows.mine.argmax(1) == rows.y).mean() > 0.5
+    golden = read_golden(project / "golden.json")
+    assert len(golden) == len(pl.read_parquet(project / "data/prepared/test.parquet"))
+    assert run_with(str(tmp_path / "new"), dry=True) == 0
+    added, held = end["audited"]["added"], end["audited"]["held"]
+    collected = [line for line in lines if line.startswith("Collected")][-1]
+    assert f"{held} new labelled images" in collected and f"{added} known from training" in collected and f"{held} twice in the batch" in collected, lines
+    (table := tmp_path / "table.csv").write_text("a,label\n1,3\n2,4\n")
+    with pytest.raises(DataError, match="is a table, and the model reads images"): run_with(str(table))

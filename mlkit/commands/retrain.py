@@ -41,15 +41,16 @@ def run_pipeline(root: Path) -> int: # the exit code of the verdict
 @click.group(invoke_without_command=True)
 @click.option("--when", type=click.Choice(("drift", "quality", "schedule", "now")), default="drift", show_default=True,
               help="What must be: an alert of the monitor, enough new labels, or nothing.")
-@click.option("--data", help="Labelled rows: a file, or what else ingest.source may be. Else the requests of production with their labels.")
+@click.option("--data", help="Labelled rows or images: a file, a folder, or what else ingest.source may be. Else the requests of production with their labels.")
 @click.option("--since", help="Older rows are not taken: 2026-11-20. Else from when the monitor says that the truth has changed.")
+@click.option("--mended", is_flag=True, help="Take what was set aside before too: somebody has looked at these labels, and mended them in --data.")
 @click.option("--dry-run", "dry", is_flag=True, help="Decide, collect and audit; train nothing, keep nothing.")
 @click.option("--forget", "drop", is_flag=True, help="Drop a retraining that was begun. Its rows stay where they are.")
 @click.pass_context
-def retrain(ctx, when, data, since, dry, drop):
-    """Train anew with new labelled rows, and hand the winner to a rollout.
+def retrain(ctx, when, data, since, mended, dry, drop):
+    """Train anew with new labelled rows or images, and hand the winner to a rollout.
 
-    The labels are audited first: flipped ones are set aside. The new model must beat the champion on rows that neither has seen.
+    The labels are audited first: flipped ones are set aside. The new model must beat the champion on samples that neither has seen.
     Exit code 1: something was refused or set aside that a person must see. Commit history.jsonl, params.yaml and labelled/."""
     from mlkit.commands.reproduce import last_model
     from mlkit.retraining.state import forget
@@ -61,7 +62,7 @@ def retrain(ctx, when, data, since, dry, drop):
         click.echo("Forgotten" if forget(root) else "There was no retraining")
         return
     edges = Edges(run_pipeline, start_rollout(root, last_model(root)))
-    sys.exit(run(root, when, edges, data, since, dry, lambda text: click.echo(harmless(text))))
+    sys.exit(run(root, when, edges, data, since, mended, dry, lambda text: click.echo(harmless(text))))
 
 # %% ../../nbs/commands/30_retrain.ipynb #f8d57569
 @retrain.command()

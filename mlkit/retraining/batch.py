@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'CALLED', 'QUARANTINE', 'Batch', 'beside', 'numbered', 'moments', 'with_target', 'faults_of', 'judged',
-           'keys', 'known_rows', 'set_aside', 'golden_marks', 'news', 'of_source', 'of_requests']
+           'columns_of', 'keys', 'known_rows', 'set_aside', 'lay_out', 'golden_marks', 'news', 'of_source', 'lost_in',
+           'of_requests']
 
 # %% ../../nbs/retraining/01_batch.ipynb #5d45fd3e
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np, polars as pl
 
+from ..component import by_modality
 from ..core import DataError
 from ..data.columns.base import UNREADABLE
 from ..data.columns.registry import parse
@@ -80,6 +82,7 @@ def faults_of(f: Feature, typed: pl.Series, found: dict[str, pl.Series], now: da
     gaps = {} if f.nullable else {"null": typed.is_null()}
     return {k: m for k, m in (seen | gaps | unread).items() if m.any()}
 
+@by_modality
 def judged(raw: pl.DataFrame, contract: Contract, owned: bool, now: datetime) -> Batch:
     "Typed rows that keep the contract."
     typed, found = parse(raw, contract.columns)
@@ -97,15 +100,22 @@ def judged(raw: pl.DataFrame, contract: Contract, owned: bool, now: datetime) ->
     return Batch(rows, {k: n for k, n in left.items() if n}, dict(doubts))
 
 # %% ../../nbs/retraining/01_batch.ipynb #a22c6b78
+@by_modality
+def columns_of(contract: Contract) -> list[str]:
+    "What a labelled sample has."
+    return [f.name for f in contract.columns]
+
+@by_modality
 def keys(typed: pl.DataFrame, contract: Contract, label: bool = True) -> np.ndarray: # (n,) uint64
     "A hash of the inputs of each row, and of its label."
     features = [f for f in contract.inputs if f.dtype != "id"] + [contract.target] * label
     return mix({f.name: type_of(f).hash(typed[f.name]) for f in features}, [f.name for f in features])
 
-def known_rows(root: Path, contract: Contract) -> pl.DataFrame: # the contract's columns
+@by_modality
+def known_rows(root: Path, contract: Contract) -> pl.DataFrame: # see `columns_of`
     "What the last run had. Raises `DataError` where there was none."
     if contract.modality != "rows":
-        raise DataError("labelled requests hold no images; add images to the folder of ingest.source, then 'mlkit repro'")
+        raise DataError(f"new labels are taken in for rows and for images, and the model reads '{contract.modality}'; add to the data of ingest.source, then 'mlkit repro'")
     return read_parts(root / "data/shards").select(f.name for f in contract.columns).collect()
 
 # %% ../../nbs/retraining/01_batch.ipynb #1d64023e
@@ -114,10 +124,14 @@ QUARANTINE = ".mlkit/quarantine"
 def set_aside(root: Path, contract: Contract) -> np.ndarray: # hashes
     "The rows that were quarantined before."
     files = sorted((root / QUARANTINE).glob("*.parquet"))
-    names = [f.name for f in contract.columns]
-    frames = [f for f in map(pl.read_parquet, files) if set(names) <= set(f.columns)]
+    frames = [f for f in map(pl.read_parquet, files) if set(columns_of(contract)) <= set(f.columns)]
     found = [keys(f, contract) for f in frames]
     return np.concatenate(found) if found else np.zeros(0, np.uint64)
+
+@by_modality
+def lay_out(aside: pl.DataFrame, contract: Contract, folder: Path) -> str: # `aside`: with `.suspect`, and `.rather`: what a model says instead
+    "What a person looks at to judge samples; of rows the table beside the folder says it all."
+    return f"{folder.name}.parquet"
 
 def golden_marks(root: Path, golden: str | None) -> list[int]: # `golden`: of `prepare.golden`
     "The marks of the golden set; none where nothing is frozen."
@@ -144,7 +158,7 @@ def news(
     drop(rows[".request"].is_in(list(requests)).fill_null(False), "trained on before")
     if "_row" not in content_columns(contract):
         drop(np.isin(keys(rows, contract), keys(known, contract)), "known from training")
-    drop(np.isin(keys(rows, contract), aside), "set aside before")
+    drop(np.isin(keys(rows, contract), aside), "set aside before (--mended takes them)")
     if marks and "_row" not in content_columns(contract):
         drop(is_golden(rows, contract, marks), "in the golden set")
     drop(~rows.select(pl.struct(".request", key=pl.Series(keys(rows, contract))).is_first_distinct()).to_series(), "twice in the batch")
@@ -155,15 +169,21 @@ def news(
     return Batch(rows.sort(".time", nulls_last=False, maintain_order=True), {k: n for k, n in left.items() if n}, batch.doubts)
 
 # %% ../../nbs/retraining/01_batch.ipynb #7fda65d8
-def of_source(name: str, root: Path, contract: Contract) -> pl.DataFrame: # as it is written there
+@by_modality
+def of_source(name: str, root: Path, contract: Contract) -> tuple[pl.DataFrame, dict[str, int]]: # as it is written there; trouble: how often
     "The rows of a file, or of any source of tables. Raises `DataError`."
     from mlkit.sources.registry import normalised, open_source
     found = open_source(normalised(name, root, Path.cwd()), root)
     frames = list(found.rows())
     if not frames:
         raise DataError(f"{name}: holds no rows")
-    return with_target(pl.concat(frames, how="vertical_relaxed"), contract, name)
+    return with_target(pl.concat(frames, how="vertical_relaxed"), contract, name), lost_in(found)
 
+def lost_in(found) -> dict[str, int]: # `found`: see `sources.base.Source`
+    "What a source has left out: why, and how many."
+    return {f"{t.what}: {t.reason}": t.n for t in found.left_out.values()}
+
+@by_modality
 def of_requests(root: Path, contract: Contract, model: str) -> tuple[pl.DataFrame, dict[str, int]]: # the rows; trouble: how often
     "Requests whose labels are known. Raises `MlkitError` where neither can be read."
     from mlkit.monitoring.labels import label_requests, read_labels

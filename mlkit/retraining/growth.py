@@ -15,7 +15,7 @@ from ..core import DataError, write_atomic
 from ..data.contract import Contract
 from ..data.split import freeze_golden
 from ..flow.config import read_params
-from .batch import keys
+from .batch import columns_of, keys
 from .suspects import believed, both, fitted, judged_rows
 from ..sources.grown import MANIFEST, SCHEME, add_batch, content_columns, folder_of, read_manifest
 
@@ -128,6 +128,6 @@ def grow(
         before = read_manifest(folder)["batches"] if (folder / MANIFEST).is_file() else []
         at = next((i for i, b in enumerate(before) if b["file"] == f"{name}.parquet"), len(before))
         facts = {"from": at}
-    add_batch(folder, inner, name, rows.select(f.name for f in contract.columns), **facts)
+    add_batch(folder, inner, name, rows.select(columns_of(contract)), **facts)
     set_params(root, ingest={"source": f"{SCHEME}{folder.relative_to(root).as_posix()}"}, prepare={"golden": golden})
     return f"{len(rows):,} rows are in {folder.name}/{name}.parquet, behind {inner}"

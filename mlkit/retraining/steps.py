@@ -18,8 +18,10 @@ import numpy as np, polars as pl
 from ..core import DataError, RegistryError, read_json, write_json
 from ..data.contract import Contract, load_contract, owned_contract
 from ..flow.config import RETRAIN, check, read_params, seconds_of
+from ..inputs.base import find_input
 from ..registry.history import holder
-from .batch import QUARANTINE, Batch, golden_marks, judged, known_rows, news, of_requests, of_source, set_aside
+from . import images # noqa: F401, it registers what is done with images
+from .batch import QUARANTINE, Batch, columns_of, golden_marks, judged, known_rows, lay_out, news, of_requests, of_source, set_aside
 from .growth import grow, held_back, rows_to_keep
 from .state import FOLDER, State, alone, cooled_at, folder, go_on, note, read_state, trainings, write_state
 from .suspects import audit_batch
@@ -47,14 +49,18 @@ class Project:
     settings: Settings
     data: str | None = None # labelled rows; None: the requests of production
     place: Path | None = None # where rows are written; None: in the project
+    mended: bool = False # whether rows that were set aside before are taken: a person has looked at their labels
 
     def folder(self, state: State) -> Path:
         return folder(self.place or self.root, state)
 
     @property
+    def samples(self) -> str: return f"{find_input(self.contract.modality).unit}s" # 'rows', 'images'
+
+    @property
     def quarantine(self) -> Path: return (self.place or self.root) / QUARANTINE
 
-def project_at(root: Path, data: str | None = None, place: Path | None = None) -> Project:
+def project_at(root: Path, data: str | None = None, mended: bool = False, place: Path | None = None) -> Project:
     "Raises `MlkitError` where nothing was trained yet, or there is no champion."
     from mlkit.commands.reproduce import last_model
     from mlkit.registry.store import checked_history
@@ -64,7 +70,7 @@ def project_at(root: Path, data: str | None = None, place: Path | None = None) -
     if held is None or held["model"] != model:
         raise RegistryError(f"{model} has no champion to compare with; 'mlkit repro' releases the first one")
     path = owned_contract(root) or root / "data/contract.json"
-    return Project(root, model, held["to"], load_contract(path), settings, data, place)
+    return Project(root, model, held["to"], load_contract(path), settings, data, place, mended)
 
 # %% ../../nbs/retraining/06_steps.ipynb #6f942920
 def moment(text: str | None) -> datetime | None: # ISO 8601
@@ -80,8 +86,7 @@ def moment(text: str | None) -> datetime | None: # ISO 8601
 def held_before(p: Project) -> list[pl.DataFrame]:
     "Rows that only a comparison of before has seen."
     files = sorted((p.root / FOLDER).glob("*/held.parquet"))
-    names = {f.name for f in p.contract.columns}
-    return [f for f in map(pl.read_parquet, files) if names <= set(f.columns)]
+    return [f for f in map(pl.read_parquet, files) if set(columns_of(p.contract)) <= set(f.columns)]
 
 def requests_before(p: Project) -> set[str]:
     "The ids of requests that were trained on."
@@ -91,19 +96,20 @@ def requests_before(p: Project) -> set[str]:
 def collect(p: Project, decision: Decision) -> Callable[[State], State]:
     "The step that brings new labelled rows in."
     def step(state: State) -> State:
-        raw, trouble = (of_source(p.data, p.root, p.contract), {}) if p.data else of_requests(p.root, p.contract, p.model)
+        raw, trouble = of_source(p.data, p.root, p.contract) if p.data else of_requests(p.root, p.contract, p.model)
         owned, now = owned_contract(p.root) is not None, datetime.now(timezone.utc)
         batch = judged(raw, p.contract, owned, now)
         rows = pl.concat([batch.rows, *held_before(p)], how="diagonal_relaxed")
         golden = (read_params(p.root).get("prepare") or {}).get("golden")
         known, spoilt = known_rows(p.root, p.contract), tuple((moment(a), moment(b)) for a, b in decision.spoilt)
-        found = news(Batch(rows, batch.left_out, batch.doubts), p.contract, known, set_aside(p.root, p.contract),
+        aside = np.zeros(0, np.uint64) if p.mended else set_aside(p.root, p.contract)
+        found = news(Batch(rows, batch.left_out, batch.doubts), p.contract, known, aside,
                      golden_marks(p.root, golden), moment(decision.since), spoilt, requests_before(p))
         facts = {"rows": len(found), "left_out": found.left_out, "doubts": found.doubts} | ({"trouble": trouble} if trouble else {})
         if len(found) < p.settings.least:
-            return state.after("nothing to do", f"{len(found):,} new labelled rows, {p.settings.least:,} are needed{left_text(found, trouble)}", facts)
+            return state.after("nothing to do", f"{len(found):,} new labelled {p.samples}, {p.settings.least:,} are needed{left_text(found, trouble)}", facts)
         write_parquet(p.folder(state) / "batch.parquet", found.rows)
-        return state.after("collected", f"{len(found):,} new labelled rows{left_text(found, trouble)}", facts)
+        return state.after("collected", f"{len(found):,} new labelled {p.samples}{left_text(found, trouble)}", facts)
     return step
 
 def left_text(batch: Batch, trouble: dict[str, int]) -> str: # '; left out: 3 no label'
@@ -119,23 +125,21 @@ def audit(p: Project) -> Callable[[State], State]:
         known = known_rows(p.root, p.contract)
         found = audit_batch(rows, known, p.contract, p.settings.flipped)
         n = int(found.aside.sum())
-        if n:
-            quarantine(p, state, rows, found)
+        where = quarantine(p, state, rows, found) if n else ""
         rest = rows.filter(pl.Series(~found.aside))
         facts = {"aside": n, "text": found.text} | found.facts
-        where = f"; set aside: {QUARANTINE}/{state.id}.parquet, .json says why" if n else ""
         if n and len(rest) < p.settings.least:
-            return state.after("quarantined", f"{n:,} rows: {found.text}{where}", facts, aside=n)
+            return state.after("quarantined", f"{n:,} {p.samples}: {found.text}{where}", facts, aside=n)
         held = held_back(rest, known, p.contract, p.settings.held)
         write_parquet(at / "held.parquet", rest.filter(pl.Series(held)))
         write_parquet(at / "added.parquet", rest.filter(pl.Series(~held)))
         facts |= {"added": int((~held).sum()), "held": int(held.sum())}
-        text = f"{found.text}; {facts['added']:,} rows to train on, {facts['held']:,} held back{where}"
+        text = f"{found.text}; {facts['added']:,} {p.samples} to train on, {facts['held']:,} held back{where}"
         return state.after("audited", text, facts, aside=n, concept=state.concept or found.new_truth)
     return step
 
 # %% ../../nbs/retraining/06_steps.ipynb #781075d4
-def quarantine(p: Project, state: State, rows: pl.DataFrame, found):
+def quarantine(p: Project, state: State, rows: pl.DataFrame, found) -> str: # where they are, for a person
     "Write the rows that are set aside, and why."
     target = p.contract.target
     def word(v):
@@ -144,10 +148,12 @@ def quarantine(p: Project, state: State, rows: pl.DataFrame, found):
     aside = told.filter(pl.Series(found.aside))
     worst = aside.filter(pl.col(".suspect"))
     write_parquet(p.quarantine / f"{state.id}.parquet", aside)
+    shown = lay_out(aside, p.contract, p.quarantine / state.id)
     write_json(p.quarantine / f"{state.id}.json", {
         "retrain": state.id, "model": state.model, "why": found.text, "rows": len(aside), "suspect": len(worst), "measured": found.facts,
         "groups": [str(g) for g in found.groups], "requests": aside[".request"].drop_nulls().to_list()[:1000],
         "worst": worst.select(".request", target.name, ".rather").head(100).to_dicts()})
+    return f"; set aside: {QUARANTINE}/{shown}, {state.id}.json says why"
 
 # %% ../../nbs/retraining/06_steps.ipynb #78c1aeee
 def train(p: Project, run: Callable[[Path], int]) -> Callable[[State], State]: # `run`: see `commands.repro.run_all`
@@ -193,7 +199,7 @@ def compare(p: Project, bundles: Callable[[], tuple[Path, Path]]) -> Callable[[S
         from mlkit.retraining.compare import won
         wins, why = won(golden, recent, state.concept)
         facts = {"golden": golden.to_dict(), "recent": recent.to_dict()}
-        text = f"{why}. Golden set: {golden.text}. Recent rows: {recent.text}"
+        text = f"{why}. Golden set: {golden.text}. Recent {p.samples}: {recent.text}"
         return state.after("compared" if wins else "refused", text, facts)
     return step
 
@@ -213,7 +219,7 @@ def asked(p: Project, state: State, verdict: dict, theirs: Path, mine: Path):
     how = asked_of(task, figure, higher, looked["confidence"], params["release"].get("margin", 0), looked["n_bins"])
     held = pl.read_parquet(p.folder(state) / "held.parquet")
     tried = 1 + len(trainings(p.root, p.model))
-    recent = outcome(lambda: recent_rows(p.root, held, p.contract.target.name, theirs, mine), how)
+    recent = outcome(lambda: recent_rows(p.root, held, p.contract, theirs, mine), how)
     frozen = params["prepare"]["golden"]
     if not frozen:
         return Outcome("cannot be compared", "it has the truth of before"), recent
@@ -288,14 +294,15 @@ def retrain(
     edges: Edges,
     data: str | None = None, # see `Project.data`
     since: str | None = None, # ISO time: older rows are not taken
+    mended: bool = False, # see `Project.mended`
     dry: bool = False, # collect and audit only, and keep nothing
     say: Callable[[str], None] = print,
 ) -> int: # exit code: 1 where a person must see something
     "One retraining, or the rest of one that was killed. Raises `MlkitError`."
     if dry:
-        return dry_run(root, when, data, since, say)
+        return dry_run(root, when, data, since, mended, say)
     with alone(root):
-        p, state = project_at(root, data), read_state(root)
+        p, state = project_at(root, data, mended), read_state(root)
         decision, going = Decision(True, ""), state is not None and not state.over
         if going and state.model != p.model:
             raise DataError(f"a retraining of {state.model} is under way, and this project has {p.model}; 'mlkit retrain --forget' drops it")
@@ -346,10 +353,10 @@ def line(state: State) -> str:
     return f"{state.phase[:1].upper()}{state.phase[1:]}: {state.outcome}"
 
 # %% ../../nbs/retraining/06_steps.ipynb #57ce389a
-def dry_run(root: Path, when: str, data: str | None, since: str | None, say) -> int:
+def dry_run(root: Path, when: str, data: str | None, since: str | None, mended: bool, say) -> int:
     "Decide, collect and audit; nothing is kept."
     with tempfile.TemporaryDirectory() as d:
-        p = project_at(root, data, Path(d))
+        p = project_at(root, data, mended, Path(d))
         decision = trigger(p, when, since)
         if not decision.go:
             say(f"{'Refused' if decision.refused else 'Nothing to do'}: {decision.why}")
