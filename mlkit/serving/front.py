@@ -19,7 +19,7 @@ from ..data.contract import Contract, load_contract, type_of
 from ..export.signature import Signatures
 from .door import Access, Tail, check_access, http_protocol, operators, shown_host
 from .gateway import Gateway
-from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy
+from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy, user_of_workers, whose
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
 from ..rollout.state import Plan as RolloutPlan
 from .traffic import Traffic, candidate_copy
@@ -165,7 +165,8 @@ class Front:
     ):
         if tuning.workers < 2:
             raise ServeError(f"--workers {tuning.workers}: takes 2 or more, so that one answers while another is replaced")
-        self.host, self.tuning, self.access = check_access(host, access), tuning, access
+        user, self.why_root = user_of_workers(tuning)
+        self.host, self.tuning, self.access = check_access(host, access), replace(tuning, user=user), access
         ENGINES[tuning.engine].check()
         sweep()
         self.folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
@@ -343,7 +344,7 @@ def serve_until_told(
     try:
         with front:
             progress(f"{name} at {front.url}, metrics at {front.metrics_url} ({ENGINES[front.tuning.engine].title}, {front.tuning.workers} workers)")
-            for line in front.access.in_words():
+            for line in [whose(front.tuning, front.why_root), *front.access.in_words()]:
                 progress(line)
             for model in front.models:
                 progress(f"Try: {how_to_ask(front, model.bundled)}")
