@@ -2,7 +2,6 @@
 import gzip
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -161,61 +160,6 @@ def test_our_client_and_perf_analyzer(front):
     assert [a["answer"] for a in client.answer_rows(rows)] == ["yes" if r["age"] * (1 + (r["town"] == "Ulm")) > 50 else "no" for r in rows]
     four, = measure_load(client, list(arrays(client.signature, rows[:20])), (4,), 0.9)
     assert four["n_requests"] > 50 and 0 < four["p50_ms"] <= four["p99_ms"]
-
-
-def malformed(r):
-    "A body that no client should send: broken JSON, other types, impossible numbers, random bytes."
-    request = tensors()
-    kind = r.randrange(14)
-    if kind == 0:
-        return r.randbytes(r.randrange(300))
-    if kind == 1:
-        return json.dumps(request).encode()[:r.randrange(100)]
-    if kind == 2:
-        return b"[" * r.randrange(1, 50_000)
-    if kind == 3:
-        return b'{"inputs":' * r.randrange(1, 20_000)
-    if kind == 4:
-        body = bytearray(json.dumps(request).encode())
-        for _ in range(r.randrange(1, 6)):
-            body[r.randrange(len(body))] = r.randrange(256)
-        return bytes(body) + b"}" # at least one brace too many
-    value = r.choice([2**63 - 1, -1, 0, 17, 2**64, 1e300, None, "x", [], {}, True, [2**63 - 1, 8], [1, 1, 1], "NaN"])
-    if kind < 9:
-        return json.dumps(tensors(shape=value if r.random() < 0.5 else [value, 2])).encode()
-    if kind < 11:
-        return json.dumps(tensors(datatype=r.choice(["UINT8", "BYTES", "", 5, None, "FP65", "x" * 1000]))).encode()
-    if kind == 11:
-        return json.dumps(tensors(data=r.choice([[1], [1, 2, 3], ["a", "b"], [[1, 2], [3, 4]], 5, "x", {}, [float("nan"), 1], [1e999, 1], [True, 2]]))).encode()
-    if kind == 12:
-        return json.dumps(tensors(name=r.choice(["", "x", "numbers ", "../numbers", 5, "\x00"]))).encode()
-    return json.dumps(tensors() | {"outputs": r.choice([[{"name": "x"}], 5, [5], [{}], [{"name": "answer", "parameters": {"classification": 2}}]])}).encode()
-
-
-def test_malformed_requests(front):
-    "All are told so, none takes a process down, and good requests beside them are answered."
-    r, before = random.Random(0), [p.pid for p in [psutil.Process(front.process.pid), *workers(front)]]
-    bodies = [malformed(r) for _ in range(2500)]
-    slowest, failed = 0.0, []
-    def send(part):
-        connection = HTTPConnection(front.host, front.port, timeout=30)
-        statuses = []
-        for i, body in enumerate(part):
-            headers = {"Inference-Header-Content-Length": r.choice(["-1", "5", "x", str(2**70), ""])} if i % 9 == 0 else {}
-            connection.request("POST", r.choice(["/predict", "/v2/models/shop/infer"]), body, headers)
-            answer = connection.getresponse()
-            statuses.append((answer.status, body[:100], answer.read()[:200]))
-        connection.close()
-        return statuses
-    with ThreadPoolExecutor(4) as pool:
-        parts = [pool.submit(send, bodies[i::4]) for i in range(4)]
-        while not all(p.done() for p in parts):
-            began = time.monotonic()
-            failed += [] if predict(front, ROW)[0] == 200 else [1]
-            slowest = max(slowest, time.monotonic() - began)
-    statuses = [s for p in parts for s in p.result()]
-    assert len(statuses) == len(bodies) and not [s for s in statuses if not 400 <= s[0] < 500], [s for s in statuses if not 400 <= s[0] < 500][:3]
-    assert not failed and [p.pid for p in [psutil.Process(front.process.pid), *workers(front)]] == before
 
 
 def raw(front, data, wait=2.0):

@@ -38,15 +38,19 @@ def failing(helper, kinds):
             helper.make_node("Gather", ["known", "index"], ["zero"]), helper.make_node("Add", ["z", "zero"], ["z0"]),
             helper.make_node("Add", ["z0", "b"], ["s"])], weights
 
-def slow(helper, kinds):
-    "The same answers, after some hundred million multiplications."
-    nodes, weights = older_than(50)(helper, kinds)
-    n = 1200
-    weights += [helper.make_tensor("ones", kinds.FLOAT, [1, n], [0.0] * n), helper.make_tensor("square", kinds.FLOAT, [n, n], [0.0] * n * n),
-                helper.make_tensor("end", kinds.FLOAT, [n, 2], [0.0] * n * 2)]
-    chain = [helper.make_node("MatMul", ["x", "ones"], ["h0"]), *(helper.make_node("MatMul", [f"h{i}", "square"], [f"h{i + 1}"]) for i in range(40))]
-    return [*nodes[:1], *chain, helper.make_node("MatMul", ["h40", "end"], ["nothing"]), helper.make_node("Add", ["z", "nothing"], ["z0"]),
-            helper.make_node("Add", ["z0", "b"], ["s"])], weights
+def costly(layers):
+    "The same answers, after some million multiplications a layer."
+    def model(helper, kinds):
+        nodes, weights = older_than(50)(helper, kinds)
+        n = 1200
+        weights += [helper.make_tensor("ones", kinds.FLOAT, [1, n], [0.0] * n), helper.make_tensor("square", kinds.FLOAT, [n, n], [0.0] * n * n),
+                    helper.make_tensor("end", kinds.FLOAT, [n, 2], [0.0] * n * 2)]
+        chain = [helper.make_node("MatMul", ["x", "ones"], ["h0"]), *(helper.make_node("MatMul", [f"h{i}", "square"], [f"h{i + 1}"]) for i in range(layers))]
+        return [*nodes[:1], *chain, helper.make_node("MatMul", [f"h{layers}", "end"], ["nothing"]), helper.make_node("Add", ["z", "nothing"], ["z0"]),
+                helper.make_node("Add", ["z0", "b"], ["s"])], weights
+    return model
+
+slow = costly(40)
 
 def two_for_one(helper, kinds):
     "Two answers for each question."

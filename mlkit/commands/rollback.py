@@ -18,8 +18,9 @@ from ..core import project_root
 def rollback(version, why, model):
     """Make the champion before the present one champion again, or VERSION: a number of any version that was released.
 
-    It is checked first, as if it were served. A server that runs keeps its files: start 'mlkit serve --alias champion' anew."""
+    It is checked first, as if it were served. A server of this project that runs ('mlkit serve') answers with it at once."""
     from mlkit.registry.promotion import rollback as back
     root = project_root()
-    say_promotion(back(root, last_model(root) if model is None else model, version, why))
-    after_promotion(root)
+    happened = back(root, last_model(root) if model is None else model, version, why)
+    say_promotion(happened)
+    after_promotion(root, happened, why)

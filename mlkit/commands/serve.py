@@ -47,12 +47,17 @@ def release_of(root: Path, alias: str | None): # Release
     hashes = {path: entry["sha256"] for path, entry in files.items()}
     return Release(folder, hashes, identity_of(files)[:12], root)
 
-def tuning_of(root: Path, workers: int | None = None, engine: str = "onnxruntime"): # Tuning; `workers`: in place of what `params.yaml` says
+def tuning_of(
+    root: Path, # the project
+    workers: int | None = None, # in place of what `params.yaml` says
+    engine: str = "onnxruntime",
+    user: str = "", # of the workers
+): # Tuning
     "How a project's server runs the model: 'gateway' in `params.yaml`. Raises `ConfigError`."
     from mlkit.flow.config import GATEWAY, check, read_params
     from mlkit.serving.hosted import Tuning
     said = check("gateway", read_params(root).get("gateway"), GATEWAY)
-    return Tuning(**said | {"engine": engine} | ({} if workers is None else {"workers": workers}))
+    return Tuning(**said | {"engine": engine, "user": user} | ({} if workers is None else {"workers": workers}))
 
 @click.command()
 @click.argument("projects", nargs=-1, type=click.Path(exists=True, file_okay=False))
@@ -65,7 +70,8 @@ def tuning_of(root: Path, workers: int | None = None, engine: str = "onnxruntime
 @click.option("--log/--no-log", default=True, show_default=True, help="Log requests as 'request_log' in params.yaml says.")
 @click.option("--workers", type=int, help="Processes that hold the model; of Triton as many Tritons.  [default: gateway.workers in params.yaml]")
 @click.option("--engine", default="onnxruntime", show_default=True, type=click.Choice(ENGINES), help="What computes; clients see no difference.")
-def serve(projects, alias, port, metrics_port, host, tls_cert, tls_key, log, workers, engine):
+@click.option("--user", default="", help="Whose the workers are, where root starts the server.  [default: nobody]")
+def serve(projects, alias, port, metrics_port, host, tls_cert, tls_key, log, workers, engine, user):
     """Serve the released model until Ctrl-C, and restart what dies. Every file is hashed first.
 
     PROJECTS are folders, for several models at once; default the one that you are in. Tokens, log and 'gateway' of params.yaml are the first one's."""
@@ -74,5 +80,5 @@ def serve(projects, alias, port, metrics_port, host, tls_cert, tls_key, log, wor
     access = access_of(root, host, tls_cert, tls_key, log)
     from mlkit.serving.front import Front, serve_until_told
     first, *others = [release_of(r, alias) for r in roots]
-    front = Front(first.bundle, first.listed, first.version, port, metrics_port, host, tuning_of(root, workers, engine), access, first.root, others)
+    front = Front(first.bundle, first.listed, first.version, port, metrics_port, host, tuning_of(root, workers, engine, user), access, first.root, others)
     serve_until_told(front, click.echo)

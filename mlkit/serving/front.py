@@ -19,9 +19,10 @@ from ..data.contract import Contract, load_contract, type_of
 from ..export.signature import Signatures
 from .door import Access, Tail, check_access, http_protocol, operators, shown_host
 from .gateway import Gateway
-from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy
+from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy, user_of_workers, whose
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
 from ..rollout.state import Plan as RolloutPlan
+from ..rollout.swap import Mark
 from .traffic import Traffic, candidate_copy
 from ..triton_server.server import free_port
 from .worker import die_with
@@ -165,11 +166,12 @@ class Front:
     ):
         if tuning.workers < 2:
             raise ServeError(f"--workers {tuning.workers}: takes 2 or more, so that one answers while another is replaced")
-        self.host, self.tuning, self.access = check_access(host, access), tuning, access
+        user, self.why_root = user_of_workers(tuning)
+        self.host, self.tuning, self.access = check_access(host, access), replace(tuning, user=user), access
         ENGINES[tuning.engine].check()
         sweep()
         self.folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
-        self.process, self.sockets, self.trouble = None, [], ""
+        self.process, self.sockets, self.marks, self.trouble = None, [], {}, ""
         try:
             self.models = [self.copied(i, r) for i, r in enumerate([Release(bundle, listed, version, root), *others])]
             check_names([m.bundled.name for m in self.models])
@@ -218,6 +220,9 @@ def start(self: Front) -> Front: # `self`, whose model answers
         self.process.kill()
         self.process.wait()
         raise ServeError(f"{self.bundled.name}: the gateway does not start: {self.last_words()}")
+    for i, model in enumerate(self.models):
+        if model.root and i not in self.marks: # a promotion finds the server by it, see `mlkit.rollout.swap`
+            self.marks[i] = Mark(model.root, model.bundled.version)
     return self
 
 # %% ../../nbs/serving/12_front.ipynb #01b5f63a
@@ -241,7 +246,7 @@ def stop(self: Front):
             process.kill()
             process.wait()
         self.said.close()
-    for s in self.sockets:
+    for s in (*self.sockets, *self.marks.values()):
         s.close()
     self.folder.cleanup()
 
@@ -276,6 +281,8 @@ def take(self: Front, i: int, plan: RolloutPlan):
         number = str(int(old.number) + 1)
         taken = candidate_copy(self.models[i].root, plan.model, plan.candidate, old.folder.parent / f"{version}-{number}", number)
     self.models[i] = replace(self.models[i], bundled=taken)
+    if i in self.marks:
+        self.marks[i].now(version)
     shutil.rmtree(old.folder, ignore_errors=True)
 
 # %% ../../nbs/serving/12_front.ipynb #e0f0a1ea
@@ -343,7 +350,7 @@ def serve_until_told(
     try:
         with front:
             progress(f"{name} at {front.url}, metrics at {front.metrics_url} ({ENGINES[front.tuning.engine].title}, {front.tuning.workers} workers)")
-            for line in front.access.in_words():
+            for line in [whose(front.tuning, front.why_root), *front.access.in_words()]:
                 progress(line)
             for model in front.models:
                 progress(f"Try: {how_to_ask(front, model.bundled)}")

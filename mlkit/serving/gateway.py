@@ -19,7 +19,7 @@ from .. import __version__
 from ..core import DataError, MlkitError
 from ..export.signature import Signatures, arrays
 from .enforce import Enforcer
-from .protocol import DATATYPES, decoded, read_request, write_answer
+from .protocol import check_once, DATATYPES, decoded, read_request, write_answer
 from .queue import Busy, Queue, Unanswered, WAIT_STEP
 from .request_log import asked_model, note
 
@@ -146,7 +146,9 @@ async def predict(self: Served, body: bytes) -> Any: # For JSON: an answer a row
     if several and not 1 <= len(rows) <= limit:
         raise DataError(f"{len(rows)} rows where a request has 1 to {limit}; 'mlkit predict' answers files of any size")
     served = self.signatures.served
-    answers = self.named(await self.infer(served.pack(arrays(served, rows if several else [rows]))))
+    columns = arrays(served, rows if several else [rows])
+    check_once(body)
+    answers = self.named(await self.infer(served.pack(columns)))
     return answers if several else answers[0]
 
 @patch

@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'ENGINES', 'USUAL', 'ENOUGH', 'Bundled', 'private_copy', 'example_bundle', 'Engine', 'Tuning', 'Workers',
-           'served', 'image_reader', 'warm_up', 'Hosted']
+           'may_become', 'known', 'user_of_workers', 'whose', 'served', 'image_reader', 'warm_up', 'Hosted']
 
 # %% ../../nbs/serving/10_hosted.ipynb #c5c5dff7
-import asyncio, contextlib, shutil, subprocess, time
+import asyncio, contextlib, getpass, os, shutil, subprocess, sys, time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .gateway import Served
 from .golden import read_golden
 from .queue import Limits, Queue, Unanswered
 from .triton_worker import check_triton, start_triton_worker
-from .worker import last_words, start_worker
+from .worker import ids_of, last_words, start_worker
 from ..triton_server.repository import parse_config
 
 # %% ../../nbs/serving/10_hosted.ipynb #db28c7ed
@@ -79,10 +80,13 @@ def example_bundle(tmp: Path) -> tuple[Path, dict[str, str], str]: # A bundle, i
 class Engine:
     "What computes behind the gateway."
     title: str # For people
-    start: Callable[[Path, Path, int], subprocess.Popen] # Of a worker: of a model, at a socket, with so many threads; SIGTERM ends it
+    start: Callable[[Path, Path, int, str], subprocess.Popen] # Of a worker: of a model, at a socket, with so many threads, as a user; SIGTERM ends it
     check: Callable[[], None] = lambda: None # Raises `SetupError` where this machine lacks something for it
+    any_user: bool = True # Whether its workers can be of another user than the server
 
-ENGINES = {"onnxruntime": Engine("ONNX Runtime", start_worker), "triton": Engine("Triton", start_triton_worker, check_triton)}
+ENGINES = {
+    "onnxruntime": Engine("ONNX Runtime", start_worker),
+    "triton": Engine("Triton", start_triton_worker, check_triton, any_user=False)}
 
 # %% ../../nbs/serving/10_hosted.ipynb #c7aa8802
 USUAL = {name: value for name, (_, value) in GATEWAY.items()}
@@ -95,6 +99,7 @@ class Tuning:
     batch: int | None = USUAL["batch"] # Samples of several requests in one run; None: as many as the model takes
     delay_ms: float = USUAL["delay_ms"] # How long a request waits for others to run with it
     engine: str = "onnxruntime" # One of `ENGINES`
+    user: str = "" # Of the workers; empty: that of this process
 
 class Workers:
     "Processes that hold one model."
@@ -107,7 +112,7 @@ class Workers:
 
     def start(self, path: Path) -> subprocess.Popen:
         "A new one."
-        return ENGINES[self.tuning.engine].start(self.model, path, self.tuning.threads)
+        return ENGINES[self.tuning.engine].start(self.model, path, self.tuning.threads, self.tuning.user)
 
     def kill(self, path: Path):
         "End one that does not answer; also one that is stopped."
@@ -135,6 +140,44 @@ class Workers:
                     await asyncio.sleep(self.pause[path])
                     self.processes[path], self.began[path] = self.start(path), time.monotonic()
             await asyncio.sleep(0.02)
+
+# %% ../../nbs/serving/10_hosted.ipynb #5ebd5337
+@cache
+def may_become(user: str) -> bool:
+    "Whether workers can: one tries."
+    code = "import sys; from mlkit.serving.worker import become; become(sys.argv[1])"
+    return subprocess.run([sys.executable, "-c", code, user], capture_output=True, stdin=subprocess.DEVNULL).returncode == 0
+
+def known(user: str) -> bool:
+    "Whether there is such a user. Each number that Linux has is one."
+    try:
+        return max(ids_of(user)) < 2**32 - 1
+    except (KeyError, OverflowError):
+        return False
+
+def user_of_workers(tuning: Tuning) -> tuple[str, str]: # As `Tuning.user`; why root's stay root's
+    "Raises `ServeError` where the user who was named cannot be."
+    asked, engine = tuning.user, ENGINES[tuning.engine]
+    if os.geteuid() != 0:
+        if asked:
+            raise ServeError(f"--user {asked}: only root may start workers of another user; leave it out")
+        return "", ""
+    if asked and not known(asked):
+        raise ServeError(f"--user {asked}: this machine has no such user; name another, or leave it out")
+    user = asked or ("nobody" if known("nobody") else "65534")
+    if ids_of(user)[0] == 0:
+        return "", "--user names root"
+    why = "" if engine.any_user else f"{engine.title} reads the model as the user of the server"
+    why = why or ("" if may_become(user) else "this machine lets root start nothing as another user")
+    if why and asked:
+        raise ServeError(f"--user {asked}: {why}; leave it out, or start the server as that user")
+    return ("", why) if why else (user, "")
+
+def whose(tuning: Tuning, why: str) -> str: # Both as `user_of_workers` says
+    "A line for people."
+    if tuning.user:
+        return f"Workers run as the user {tuning.user}; the server itself as {getpass.getuser()}"
+    return f"Workers run as the user {getpass.getuser()}, as the server does" + (f": {why}" if why else "")
 
 # %% ../../nbs/serving/10_hosted.ipynb #6db6e30f
 def served(bundled: Bundled, queue: Queue) -> Served:

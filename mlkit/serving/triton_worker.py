@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import MlkitError, ServeError, SetupError
-from .worker import Array, Ask, LENGTH, Reply, converse, die_with, listen_at, start_process
+from .worker import Array, Ask, LENGTH, Reply, bound_at, converse, die_with, start_process
 from ..triton_server.install import find_triton
 from ..triton_server.server import FATAL, decisive, end_all, triton_command
 
@@ -160,7 +160,8 @@ def serve_until_ended(triton: PrivateTriton, parent: int, path: str): # `parent`
     "Answer the gateway, until one of these processes ends."
     caller = started(triton, parent)
     reply = partial(reply_to, caller=caller, triton=triton)
-    with listen_at(path) as listening:
+    with bound_at(path) as listening:
+        listening.listen()
         while not any_ended([parent, *triton.ends]):
             if listening in select.select([listening, parent, *triton.ends], [], [])[0]:
                 connection, _ = listening.accept()
@@ -192,6 +193,6 @@ def work(
         os._exit(1) # gRPC's threads may hold up another end
 
 # %% ../../nbs/serving/15_triton_worker.ipynb #ae2ea715
-def start_triton_worker(model: Path, path: Path, n_threads: int = 1) -> subprocess.Popen: # `n_threads`: config.pbtxt says them
-    "Start a worker; it listens once its Triton answers."
+def start_triton_worker(model: Path, path: Path, n_threads: int = 1, user: str = "") -> subprocess.Popen: # `n_threads`: config.pbtxt says them
+    "Start a worker; it listens once its Triton answers. It is of the user who starts it: Triton reads the repository by itself."
     return start_process("mlkit.serving.triton_worker", model, path)
