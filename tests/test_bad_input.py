@@ -42,6 +42,10 @@ BAD_PARAMS = {
     "a tab": ("  n_bins: 10", "\tn_bins: 10", ["params.yaml, line", "not valid YAML"]),
     "twice": ("  n_epochs: 30", "  n_epochs: 30\n  n_epochs: 3", ["params.yaml, line", "n_epochs"]),
     "no bound": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
+    "a bound that none meets": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {min: .nan}", ["release.criteria", "finite number"]),
+    "bounds that exclude each other": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {min: 0.97, max: 0.5}", ["no figure meets"]),
+    "a metric of no target": ("  n_bins: 10", "  n_bins: 10\n  metric: acuracy", ["evaluate.metric", "did you mean 'accuracy'"]),
+    "a decision for no class": ("  batch_size: 64", "  batch_size: 64\n  decide: {recall: 1.5, of: '3'}", ["train.decide", "1.5"]),
     "instructions": ("train:\n  model", "pipeline: {instruction_set: sse}\ntrain:\n  model", ["params.yaml", "pipeline.instruction_set", "avx2"]),
 }
 

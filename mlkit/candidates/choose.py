@@ -22,7 +22,7 @@ from ..component import check_component
 from ..core import ConfigError, nearest, read_json, write_json
 from ..layers import with_answer
 from ..targets.classes import check_decide, check_decision
-from ..targets.resample import interval, p_values, resampled
+from ..targets.resample import interval, p_text, p_values, resampled
 from ..task import Task
 from ..training.model import load_model, save_model
 import mlkit.candidates.linear, mlkit.candidates.trees # noqa: F401, they register themselves
@@ -340,9 +340,10 @@ def contest_lines(contest: Contest, chosen: str) -> list[str]:
     if decision:
         lines.append(decision_line(contest, chosen))
     if "blend" in contest.entries:
-        lines.append(f"blend: {contest.entries['blend'].fitted.note}; better on held-out samples than each alone (p = {contest.blend_p:.3f})")
+        note = contest.entries["blend"].fitted.note
+        lines.append(f"blend: {note}; better on held-out samples than each alone ({p_text(contest.blend_p)})")
     elif contest.blend_p is not None:
-        lines.append(f"blend: not made, no better on held-out samples (p = {contest.blend_p:.3f})")
+        lines.append(f"blend: not made, no better on held-out samples ({p_text(contest.blend_p)})")
     return lines
 
 # %% ../../nbs/candidates/05_choose.ipynb #2ca76aa9

@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'metric', 'predict', 'measured', 'own_metrics', 'leads', 'stand_beside', 'shortfall', 'samples_to_decide',
-           'open_questions', 'all_figures', 'p_text', 'beside_line', 'with_interval', 'figure_lines']
+           'open_questions', 'all_figures', 'beside_line', 'with_interval', 'figure_lines']
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #84cde98c
 import numpy as np, polars as pl, torch
 
 from ..component import Registry
 from ..core import DataError
-from ..targets.resample import interval, p_values, resampled
+from ..targets.resample import interval, p_text, p_values, resampled
 from ..task import Task
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #ab58fa8b
@@ -146,13 +146,6 @@ def all_figures(
     simple = {f"{r['model']}_{metric}": r[metric] for r in rows if r[metric] is not None}
     tests = {f"{r['model']}_{k}": r[k] for r in rows for k in ("p_better", "p_worse")}
     return first | simple | {"shortfall": shortfall(beside, confidence)} | figures | own_metrics(p, y) | tests
-
-# %% ../../nbs/evaluation/00_evaluate.ipynb #461f0ee9
-def p_text(
-    p: float,
-) -> str: # 'p = 0.012', 'p < 0.001'
-    "A p-value for people."
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #cd4f6326
 def beside_line(

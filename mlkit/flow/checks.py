@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['Check', 'CHECKS', 'GROUP', 'SPLITS', 'FILE_NAMES', 'ASKING', 'CHECKED', 'LOOKED_AT', 'load_checks', 'shares_add_up',
-           'named_files', 'stage_fits_files', 'names_fit_files', 'all_asked', 'criteria_are_complete', 'measuring',
-           'md5_of', 'same_code', 'same_values', 'figures', 'known_metrics', 'criteria_are_measured', 'state',
-           'ask_checks', 'check_values']
+           'named_files', 'stage_fits_files', 'names_fit_files', 'all_asked', 'bounds_fault', 'criteria_are_complete',
+           'measuring', 'md5_of', 'same_code', 'same_values', 'figures', 'known_metrics', 'criteria_are_measured',
+           'state', 'ask_checks', 'check_values']
 
 # %% ../../nbs/flow/05_checks.ipynb #ad0f97d2
-import hashlib, json
+import hashlib, json, math
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,6 +32,7 @@ CHECKS = [ # quick ones first
     "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:weights_are_known",
+    "mlkit.training.check:answers_are_known",
     "mlkit.training.check:components_are_known",
     "mlkit.export.check:choice_is_known",
 ]
@@ -100,6 +101,14 @@ def all_asked(release: dict) -> list[tuple[str, str, dict]]: # Key, name of a fi
     "All that the section `release` asks for."
     return [(key, name, bounds) for key in ASKING for name, bounds in (release.get(key) or {}).items()]
 
+def bounds_fault(bounds: dict[str, float]) -> str: # of {'min': …, 'max': …}; '': none
+    "Why no figure could meet these bounds, or none could miss them."
+    if odd := [k for k, v in bounds.items() if not math.isfinite(v)]:
+        return f"has {odd[0]}: {bounds[odd[0]]}; give a finite number"
+    if bounds.get("min", -math.inf) > bounds.get("max", math.inf):
+        return f"asks for min {bounds['min']:g} and max {bounds['max']:g}, which no figure meets"
+    return ""
+
 def criteria_are_complete(params: dict[str, dict], root: Path):
     "Each criterion asks for something, and the one that champions are compared by is among them."
     release = params.get("release", {})
@@ -110,6 +119,8 @@ def criteria_are_complete(params: dict[str, dict], root: Path):
         raise ConfigError("params.yaml: release.criteria: empty; write down what a release must meet")
     if idle := [f"{section}: '{name}'" for section, name, bounds in all_asked(release) if not bounds]:
         raise ConfigError(f"params.yaml: release.{idle[0]} asks for nothing; give it a min or a max")
+    if wrong := [f"{section}: '{name}' {fault}" for section, name, bounds in all_asked(release) if (fault := bounds_fault(bounds))]:
+        raise ConfigError(f"params.yaml: release.{wrong[0]}")
     if compare is not None and compare not in criteria:
         meant = nearest(compare, criteria)
         raise ConfigError(f"params.yaml: release.compare: '{compare}' is not among release.criteria{meant}")

@@ -152,7 +152,8 @@ def encode(
 ) -> Iterator[np.ndarray]: # (n,) each, in the order of `features`
     "Step two."
     w = np.where(np.isnan(v), self.fill, v)
-    z = np.clip((w - self.mean) / self.std, -1e6, 1e6).astype(np.float32)
+    with np.errstate(over="ignore"): # what overflows is infinite, and clipped
+        z = np.clip((w - self.mean) / self.std, -1e6, 1e6).astype(np.float32)
     yield z / np.sqrt(1 + (z / 3) ** 2)
     if self.knots:
         yield np.interp(w, self.knots, self.scores)

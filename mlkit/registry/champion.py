@@ -15,11 +15,11 @@ import numpy as np
 
 from ..core import DataError, ExportError, MlkitError, RegistryError, read_json
 from ..data.prepared import load_split
-from ..evaluation.evaluate import METRICS, measured, p_text, samples_to_decide
+from ..evaluation.evaluate import METRICS, measured, samples_to_decide
 from ..evaluation.slices import Slice, slices_of, with_own
 from ..export.chain import OnnxChain, raw_arrays
 from ..export.signature import Signatures
-from ..targets.resample import Score, interval, p_values, paired_lead, resampled
+from ..targets.resample import Score, interval, p_text, p_values, paired_lead, resampled
 from ..task import Task, load_task
 
 # %% ../../nbs/registry/07_champion.ipynb #c9f4bfab

@@ -24,6 +24,7 @@ from ..flow.verify import cached, listed
 from .history import ROLES
 from .provenance import git_says, machine, packages
 from .verdict import VERDICT, headline
+from ..targets.resample import interval, p_text, p_values, paired_lead, resampled
 from ..task import load_task
 
 # %% ../../nbs/registry/13_side_by_side.ipynb #ad146c5a
@@ -463,9 +464,8 @@ class Paired:
         word = "neither clearly better nor clearly worse"
         if self.p < 1 - confidence:
             word = "better" if self.lead > 0 else "worse"
-        chance = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
         ends = f"{figure(self.low)} to {figure(self.high)}"
-        return (f"On the same {self.n:,} test samples B is {word} than A: {self.metric} {self.lead:+.4f} ({ends}, {chance}, "
+        return (f"On the same {self.n:,} test samples B is {word} than A: {self.metric} {self.lead:+.4f} ({ends}, {p_text(self.p)}, "
                 f"another answer for {self.n_different:,} of them)")
 
 # %% ../../nbs/registry/13_side_by_side.ipynb #2d569dbc
@@ -476,7 +476,6 @@ def paired(
 ) -> Paired | str: # or why there is none
     "Run both models on the same test rows."
     from mlkit.task import chosen_score
-    from mlkit.targets.resample import interval, p_values, paired_lead, resampled
     if why := not_paired(root, a, b):
         return why
     try:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MAX_NAME', 'MODEL_SPARE', 'NAME_RULE', 'PARTS', 'VERDICT', 'AGES', 'UNLIKE', 'FARES_WORSE', 'BIASED', 'MENDS',
-           'MEANINGS', 'TOLD_ALWAYS', 'OUTCOMES', 'MEASURED_VERDICT', 'is_word_character', 'check_model_name',
+           'BETTER', 'MEANINGS', 'TOLD_ALWAYS', 'OUTCOMES', 'MEASURED_VERDICT', 'is_word_character', 'check_model_name',
            'model_can_be_named', 'figures_of', 'check_criteria', 'judge', 'left_open', 'notes_of', 'audit_evidence',
            'mend_of', 'meanings_of', 'outcome_of', 'judge_known', 'told', 'verdict', 'apart', 'together',
            'read_verdict', 'headline', 'missed', 'verdict_line', 'reason_lines', 'plot_verdict']
@@ -145,9 +145,13 @@ MENDS = {
     "serve.p99_ms": "take a smaller network or another engine (export.engine), or allow more milliseconds",
 }
 
+BETTER = ("look for columns or samples that tell more of the target, search better values (tune.n_trials), or ask for less; "
+          "reports/evaluate.html shows the errors")
+
 def mend_of(name: str) -> str: # of 'stage.metric'
     "What would help where a criterion is not met."
-    return MENDS.get(name, f"reports/{name.partition('.')[0]}.html shows what it counts")
+    stage = name.partition(".")[0]
+    return MENDS.get(name, BETTER if stage == "evaluate" else f"reports/{stage}.html shows what it counts")
 
 # %% ../../nbs/registry/06_verdict.ipynb #ae52951f
 MEANINGS = {

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core import DataError
 from .base import Target, splits_of, target
-from .resample import Score, interval, resampled
+from .resample import Score, interval, p_text, resampled
 
 # %% ../../nbs/targets/03_value.ipynb #973b3f77
 @target
@@ -384,7 +384,7 @@ def show_details(self: Value, p: np.ndarray, y: np.ndarray, confidence: float, s
     print(*bias_lines(found, confidence), EXPECTED, sep="\n")
     for ax, by in zip(axes(2, width=9, height=3.4), BY):
         plot_bias(ax, found.filter(range_of=by), confidence)
-    p = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in found["p"]]
+    p = [p_text(p).removeprefix("p = ").removeprefix("p ") for p in found["p"]]
     names = {"range_of": "range of the", "mae": "mean absolute error"}
     display(table(found.drop("mean").with_columns(p=pl.Series(p)).rename(names)))
 
