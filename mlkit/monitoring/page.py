@@ -25,7 +25,7 @@ from ..rollout.page import ROLLOUT_CSS, as_picture, capital
 KINDS = {"schema": "a column is gone", "unit": "a unit has changed", "missing": "values are missing", "category": "there is a new class", "contract": "rows break the contract",
          "covariate": "the rows have moved", "answers": "the answers have moved", "confidence": "the confidence has moved", "quality": "the model has become worse",
          "concept": "the truth has changed", "latency": "answers are slow", "errors": "requests fail", "skew": "the server says otherwise than the released model",
-         "feedback": "labels follow the answers", "stale": "the model is old"}
+         "feedback": "labels follow the answers"}
 
 def when(iso: str) -> str: # '3 November', '3 November, 14:00'
     "A moment for people."

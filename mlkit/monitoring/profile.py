@@ -13,7 +13,7 @@ import numpy as np, polars as pl
 from ..core import DataError, read_json
 from ..data.contract import Contract
 from .quality import Losses, fit_losses, level_of, loss_by_bin, loss_of, losses, asked
-from .sketch import Shape, Sketch, digest, fit_shape, shapes_from_dict, shapes_to_dict, sizes, sketch
+from .sketch import Shape, Sketch, fit_shape, shapes_from_dict, shapes_to_dict, sizes, sketch
 from .statistics import statistics_of
 from ..task import Task
 
@@ -33,11 +33,6 @@ class Profile:
         "As JSON has it."
         return {"format": FORMAT, "shapes": shapes_to_dict(self.shapes), "reference": self.reference.to_dict(),
                 "losses": self.losses and self.losses.to_dict(), "errs": {c: e.tolist() for c, e in self.errs.items()}}
-
-    @property
-    def name(self) -> str: # 12 hex digits
-        "What was counted with another profile has another name."
-        return digest(self.shapes)
 
 def profile_from(path: Path) -> Profile:
     "Raises `DataError` where the file is missing, damaged, or of another mlkit."

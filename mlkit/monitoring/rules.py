@@ -182,7 +182,7 @@ def finding(*whats: str) -> str: # PromQL
 SORTED = { # rule: kinds of findings
     "DataBroken": ("unit", "missing", "schema", "contract"), "DataDrift": ("covariate", "category"), "Skew": ("skew",),
     "AnswersShift": ("answers", "confidence"), "QualityFell": ("quality", "concept", "calibration"),
-    "FeedbackLoop": ("feedback",), "ServiceWorse": ("latency", "errors"), "ModelStale": ("stale",),
+    "FeedbackLoop": ("feedback",), "ServiceWorse": ("latency", "errors"),
 }
 KNOWN = "|".join(what for whats in SORTED.values() for what in whats)
 OTHER = f'mlkit_finding{{severity="alert",what!~"{KNOWN}"}} == 1'
@@ -234,7 +234,7 @@ rule("model", "ServiceWorse", "0s", "warning",
      "{{ $labels.model }}: the service is worse than it was ({{ $labels.what }}).",
      SEE + " The dashboard 'server' shows the hour; the runbook of ServerSlow and RequestsFail says what to look at.")
 rule("model", "ModelStale", "0s", "warning",
-     finding(*SORTED["ModelStale"]) + " or time() - mlkit_model_released_seconds > $old",
+     "time() - mlkit_model_released_seconds > $old",
      "{{ $labels.model }}: the model is old.",
      "'mlkit retrain --when now' trains it on the rows of today and compares both; the older one stays where it is "
      "as good.")

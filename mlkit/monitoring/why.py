@@ -33,8 +33,7 @@ DO = {
     "latency": "Look at the version that answers and at the machine; 'mlkit rollback' brings the version before back.",
     "errors": "Read the server's log; 'mlkit rollback' brings the version before back.",
     "skew": "The server does not answer as the released model does. Stop it, and start it from the registry.",
-    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout that is answered at random.",
-    "stale": "Train anew, or say in params.yaml that the model may be older."}
+    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout that is answered at random."}
 
 @dataclass(frozen=True)
 class Finding:

@@ -97,7 +97,7 @@ def details(f: Facts) -> list[str]:
     network = {"Parameters": figure(t.get("parameters")),
                "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
     kind = listed({"Kind": component(f.header.get("model", {})), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
-                   "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight"))})
+                   "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight")), **answer_rule(f.header)})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
     return [*made, *kind, *listed({"Format": f.format, "Environment": packages}),
