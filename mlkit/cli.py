@@ -19,6 +19,7 @@ def command_names() -> list[str]: # 'merge-lock', ...
     import mlkit.commands
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(mlkit.commands.__path__))
 
+# %% ../nbs/10_cli.ipynb #2991a1e9
 def load_command(name: str) -> click.Command | None:
     "The command of a name; None: there is none."
     if name not in command_names():

@@ -308,6 +308,7 @@ def can_fit_again(contest: Contest, chosen: str) -> bool:
     fitted = contest.entries[chosen].fitted
     return fitted.again is not None and any(fits(name, fitted.task) for name in CANDIDATES)
 
+# %% ../../nbs/candidates/05_choose.ipynb #8a2bd9d1
 def fit_again(
     contest: Contest, chosen: str,
     data: Data, # That the contest was about

@@ -44,6 +44,7 @@ def sentence(d: dict) -> str: # `d`: see `Look.to_dict`
     kinds = list(dict.fromkeys(KINDS[f["what"]] for f in alerts))
     return f"Somebody has to act: {' and '.join([', '.join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)}"
 
+# %% ../../nbs/monitoring/14_page.ipynb #e07045c7
 def episodes(d: dict) -> list[dict]: # what, column, severity, text, do, first, last (windows), days; the newest first
     "Findings that lasted from window to window, as one."
     found, out = {}, []

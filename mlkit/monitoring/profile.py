@@ -197,6 +197,7 @@ def of_levels(profile: Profile, task: Task, answered: pl.DataFrame): # see `Seen
     labelled = "label" in answered.columns
     return asked(profile.losses, level), losses(profile.losses, level, loss_of(task.target, answered)) if labelled else None
 
+# %% ../../nbs/monitoring/09_profile.ipynb #05f3dc61
 def see_samples(
     profile: Profile, task: Task,
     raw, # samples as a server gets them, see `Input.raw`

@@ -22,6 +22,7 @@ def level_of(target: Target, frame: pl.DataFrame) -> np.ndarray: # (n,) float64;
         return np.full(len(frame), math.nan)
     return frame["probabilities"].cast(pl.List(pl.Float64)).list.max().fill_null(math.nan).to_numpy()
 
+# %% ../../nbs/monitoring/08_quality.ipynb #b58c1308
 def loss_of(target: Target, frame: pl.DataFrame) -> np.ndarray: # (n,) float64; NaN: no label, or no answer
     "1 for a wrong class, 0 for a right one; or the absolute error of a value."
     said, true = frame["answer"], frame["label"]

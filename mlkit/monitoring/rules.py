@@ -61,6 +61,7 @@ def quantile(q: float, metric: str, where: str = "") -> str: # PromQL
     "Of a histogram, of each version."
     return f"histogram_quantile({q}, sum by (le, model, bundle) (rate({metric}_bucket{where}[5m])))"
 
+# %% ../../nbs/monitoring/21_rules.ipynb #cab7e878
 def mean(metric: str) -> str: # PromQL
     "Of a histogram, of each version."
     total, count = (f"sum by (model, bundle) (rate({metric}_{end}[5m]))" for end in ("sum", "count"))
@@ -349,6 +350,7 @@ def plain(summary: str) -> str: # 'The server at instance does not answer.'
     text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"‹\1›", text)
     return re.sub(r"\{\{ \$value.*?\}\}", "…", text)
 
+# %% ../../nbs/monitoring/21_rules.ipynb #27f0e94b
 def runbook_page(limits: Limits = Limits()) -> str: # HTML, complete
     "All rules with their advice."
     from jinja2 import Environment

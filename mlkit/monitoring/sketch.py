@@ -123,12 +123,14 @@ def sizes(v: np.ndarray) -> dict[int, int]: # of (n,) float64; key: how many val
     found = dict(zip(keys.tolist(), counts.tolist()))
     return found | ({0: int(zero.sum())} if zero.any() else {})
 
+# %% ../../nbs/monitoring/06_sketch.ipynb #f822727e
 def size_of(key: int) -> float:
     "The middle of the numbers with this key."
     if not key:
         return 0.0
     return math.copysign(2 * STEP ** (abs(key) - OFFSET) / (STEP + 1), key)
 
+# %% ../../nbs/monitoring/06_sketch.ipynb #c5912954
 def in_order(found: dict[int, int]) -> list[int]:
     "The keys, that of the smallest number first."
     return sorted(found, key=size_of)

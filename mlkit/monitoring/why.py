@@ -65,6 +65,7 @@ def percent(x: float) -> str:
     "'12 %', '0.4 %'."
     return f"{100 * x:.0f} %" if x >= 0.0995 or not x else f"{100 * x:.1f} %"
 
+# %% ../../nbs/monitoring/10_why.ipynb #5dbb5dc3
 def moved_in_words(column: str, shape: Shape, reference: Sketch, now: Sketch) -> str:
     "How a column has moved."
     if shape.kind == "number":

@@ -54,6 +54,7 @@ def source_as_given(data: str) -> str:
     before, path, options = local_path(data)
     return before + (os.path.expanduser(path) if path else "") + options
 
+# %% ../../nbs/project/03_write.ipynb #431933ae
 def source_from(
     project: Path, # Its folder, there or not
     data: str, # A path, a URL, or the name of a source

@@ -70,12 +70,14 @@ def component(spec: dict) -> str: # a name with parameters
     rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name" and isinstance(v, (str, int, float)))
     return f"{spec.get('name', '')} ({rest})" if rest else spec.get("name", "")
 
+# %% ../../nbs/registry/11_card.ipynb #c1bfb17f
 def header_of(model: Path) -> dict: # `models/model.safetensors`; 'model' and 'task'; empty: it does not say
     "What kind of model a file holds, and how its answer is made. The weights are not read."
     from safetensors import safe_open
     with safe_open(model, "numpy") as f:
         return json.loads((f.metadata() or {}).get("mlkit", "{}"))
 
+# %% ../../nbs/registry/11_card.ipynb #0e93fc6f
 def answer_rule(header: dict) -> dict: # what: how
     "How raw scores become an answer."
     target = header.get("task", {}).get("target", {})
@@ -193,6 +195,7 @@ def gap_lines(f: Facts) -> list[str]:
     few = said.get("fairness_unjudged")
     return [line(n) for n in GAPS if n in said] + [f"- **Not judged**: {plain(few)}"] * bool(few)
 
+# %% ../../nbs/registry/11_card.ipynb #6b3bb91f
 def ethics(f: Facts) -> list[str]:
     "Ethical considerations."
     return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *gap_lines(f)]
