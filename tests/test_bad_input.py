@@ -42,6 +42,9 @@ BAD_PARAMS = {
     "a tab": ("  n_bins: 10", "\tn_bins: 10", ["params.yaml, line", "not valid YAML"]),
     "twice": ("  n_epochs: 30", "  n_epochs: 30\n  n_epochs: 3", ["params.yaml, line", "n_epochs"]),
     "no bound": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
+    "unknown check": ("block: [unreadable, conflict]", "block: [conflicts]", ["params.yaml", "audit.block", "conflicts", "did you mean 'conflict'"]),
+    "unknown score": ("  n_bins: 10", "  n_bins: 10\n  metric: accurac", ["params.yaml", "evaluate.metric", "did you mean 'accuracy'"]),
+    "unknown class": ("train:\n  model", "train:\n  decide: {costs: {'11': 2}}\n  model", ["params.yaml", "train.decide", "no class is called '11'"]),
     "instructions": ("train:\n  model", "pipeline: {instruction_set: sse}\ntrain:\n  model", ["params.yaml", "pipeline.instruction_set", "avx2"]),
 }
 

@@ -28,10 +28,13 @@ CHECKS = [ # quick ones first
     "mlkit.flow.checks:names_fit_files",
     "mlkit.registry.verdict:model_can_be_named",
     "mlkit.evaluation.protected_check:protected_are_columns",
+    "mlkit.audit.run:blocks_are_known",
     "mlkit.triton_server.repository:server_can_name_it",
     "mlkit.training.check:experiment_can_be_named",
     "mlkit.training.check:corruption_is_known",
     "mlkit.training.check:weights_are_known",
+    "mlkit.training.check:decision_is_known",
+    "mlkit.training.check:metric_is_known",
     "mlkit.training.check:components_are_known",
     "mlkit.export.check:choice_is_known",
 ]

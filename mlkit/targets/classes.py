@@ -145,14 +145,15 @@ def check_decision(
 
 def check_decide(
     decide: dict | None, # `train.decide`
+    classes: tuple[str, ...] | None = None, # None: not known yet
 ):
-    "Raises `ConfigError` on what cannot be decided by, as far as it is known without the data."
+    "Raises `ConfigError` on what cannot be decided by, as far as it is known."
     known = ("costs", "recall", "of")
     if decide is None:
         return
     if unknown := [name for name in decide if name not in known]:
         raise ConfigError(f"params.yaml: train.decide has no '{unknown[0]}'{nearest(unknown[0], known)}")
-    check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"))
+    check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"), classes)
 
 @patch
 def decided(
