@@ -3585,6 +3585,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlkit.monitoring.why.ended_with': ('monitoring/why.html#ended_with', 'mlkit/monitoring/why.py'),
                                       'mlkit.monitoring.why.finding_rows': ('monitoring/why.html#finding_rows', 'mlkit/monitoring/why.py'),
                                       'mlkit.monitoring.why.judge': ('monitoring/why.html#judge', 'mlkit/monitoring/why.py'),
+                                      'mlkit.monitoring.why.lost_in_words': ( 'monitoring/why.html#lost_in_words',
+                                                                              'mlkit/monitoring/why.py'),
                                       'mlkit.monitoring.why.moved_in_words': ( 'monitoring/why.html#moved_in_words',
                                                                                'mlkit/monitoring/why.py'),
                                       'mlkit.monitoring.why.of_answers': ('monitoring/why.html#of_answers', 'mlkit/monitoring/why.py'),

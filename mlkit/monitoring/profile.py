@@ -60,10 +60,11 @@ def answers_frame(
     return pl.DataFrame(found | ({} if y is None else {"label": names[y].tolist()}), schema_overrides={"probabilities": pl.List(pl.Float32)})
 
 def said(task: Task, frame: pl.DataFrame) -> dict[str, pl.Series]: # `frame`: see `answers_frame`
-    "The columns that come from the model, as they are compared."
+    "The columns that come from the model, as they are compared. Answers without probabilities have no confidence."
     if not task.target.says_class:
         return {"predicted": frame["answer"].cast(pl.Float64)} if task.target.says_value else {}
-    return {"predicted": frame["answer"], "confidence": pl.Series(level_of(task.target, frame), nan_to_null=True)}
+    level = pl.Series(level_of(task.target, frame), nan_to_null=True)
+    return {"predicted": frame["answer"]} | ({} if len(level) and level.null_count() == len(level) else {"confidence": level})
 
 # %% ../../nbs/monitoring/09_profile.ipynb #ef440c8d
 def fit_profile(
@@ -179,7 +180,7 @@ def see(
     frame: pl.DataFrame, # of requests, see `mlkit.monitoring.requests`; with `label` where it is known
 ) -> Seen:
     "A window of production, counted."
-    statuses = {str(k): n for k, n in sorted(frame["status"].value_counts().iter_rows())} if "status" in frame.columns else {}
+    statuses = {str(k): n for k, n in sorted(frame["status"].drop_nulls().value_counts().iter_rows())} if "status" in frame.columns else {}
     latency = sizes(frame["latency_ms"].drop_nulls().to_numpy().astype(float)) if "latency_ms" in frame.columns else {}
     answered = frame.filter(pl.col("answer").is_not_null())
     if not len(answered):

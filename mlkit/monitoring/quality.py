@@ -99,8 +99,8 @@ def fit_losses(
 
 # %% ../../nbs/monitoring/08_quality.ipynb #bf04d564
 def asked(like: Losses, level: np.ndarray) -> np.ndarray: # (k,) int64
-    "How many rows have which level."
-    return np.bincount(levels_at(like.bounds, level), minlength=len(like.bounds) + 1)
+    "How many rows have which level. Rows whose level nobody knows say nothing of the quality."
+    return np.bincount(levels_at(like.bounds, level[~np.isnan(level)]), minlength=len(like.bounds) + 1)
 
 def expected(
     known: Losses, # of the reference
