@@ -164,7 +164,7 @@ WATCH_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 
 WATCH_CSS = """
 .strip { display: flex; flex-wrap: wrap; gap: 3px; list-style: none; padding: 0 } .strip li { width: 1.35rem; height: 1.9rem; border-radius: 4px; background: var(--line) }
-.strip li.calm { background: #4a9a5b } .strip li.alert { background: #c2412d } .strip span { position: absolute; left: -999rem } tr.over { opacity: .62 }
+.strip li.calm { background: #4a9a5b } .strip li.alert { background: #c2412d } .strip span { position: absolute; left: -999rem } tr.over td { color: var(--soft) }
 td { white-space: normal } td:nth-child(2) { min-width: 18rem } td:nth-child(3) { white-space: nowrap }
 """
 
