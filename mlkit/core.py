@@ -162,6 +162,7 @@ def name_fault(
         return f"the path '{harmless(str(path)[:40])}…' has {whole:,} bytes, and {MAX_PATH - MAX_PART:,} are the most; use a shorter one"
     return ""
 
+# %% ../nbs/00_core.ipynb #9a67f017
 def check_length(
     path: str | Path,
     where: str, # it was said: 'params.yaml: ingest.contract'

@@ -21,6 +21,7 @@ def span(values) -> str:
     values = values[np.isfinite(values)]
     return f"{number(values.min())} to {number(values.max())}" if len(values) else "no value"
 
+# %% ../nbs/01_describe.ipynb #4446e0c1
 def listed(
     items, # Of str; empty ones are left out
     most: int = 12, # Items that are named
@@ -30,6 +31,7 @@ def listed(
     items = [i for i in items if i]
     return between.join(items[:most] + ([f"{len(items) - most} more"] if len(items) > most else []))
 
+# %% ../nbs/01_describe.ipynb #70862c22
 def plain(text) -> str:
     "A text of a figure as one line: no line breaks, no escaped dollars."
     return " ".join(str(text).replace(r"\$", "$").split())
@@ -129,6 +131,7 @@ def sentence(text: str) -> str:
     "With a capital letter and an end."
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
+# %% ../nbs/01_describe.ipynb #fd0fa2d6
 def plot_title(ax) -> str:
     "The title, wherever it stands."
     return next((plain(t) for loc in ("left", "center", "right") if (t := ax.get_title(loc=loc))), "")

@@ -264,6 +264,7 @@ def packages_of(
     marked = re.compile(rf"""\bextra == ['"]{re.escape(extra)}['"]""")
     return [line.split(";")[0].strip() for line in lines if marked.search(line)]
 
+# %% ../nbs/03_device.ipynb #6c7e901b
 def add_command(
     what: str, # What pip installs; in brackets: an extra of mlkit; '': what mlkit itself requires
     origin: str = "", # What pip can install mlkit from, see `find_origin`

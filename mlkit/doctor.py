@@ -129,6 +129,7 @@ def _package(name, found):
     useless = package.gpu and not found.gpus
     return Row("Installed", name, "not installed", use, add_command(package.add, found.origin), "none", useless)
 
+# %% ../nbs/05_doctor.ipynb #26ed3ff2
 def _triton(found):
     if path := found.programs.get("tritonserver"):
         return Row("Installed", "Triton", "found", path)

@@ -41,6 +41,7 @@ def in_line(value) -> str: # 'a value', '{min: 0.4}'
     yaml.dump({"v": value}, out)
     return out.getvalue().strip()[4:-1] # of '{v: …}'
 
+# %% ../nbs/09_new.ipynb #7f5c74a3
 def value_lines(name: str, c: Choice) -> list[str]:
     "A parameter with its reason; a dict of dicts, such as criteria, a line each."
     reason = f"  # {harmless(c.why)}" if c.why else ""
@@ -69,6 +70,7 @@ def slug(name: str) -> str:
     taken = "".join(c if c.isalnum() and c.isascii() or c in "_-" else "_" for c in name)
     return taken[:MAX_SLUG].strip("-") or "model"
 
+# %% ../nbs/09_new.ipynb #7d45c4c4
 SAME = {"export.max_difference": {"max": 1e-4}, "export.agreement": {"min": 1.0},
         "serve.agreement": {"min": 1.0}, "serve.p99_ms": {"max": 100}} # criteria
 
@@ -238,6 +240,7 @@ def photo_side(
     affordable = (EFFORT / (5 * 0.7 * n)) ** 0.5
     return max(64, int(min(SEEN, side, affordable)) // 32 * 32)
 
+# %% ../nbs/09_new.ipynb #f3d01477
 def photo_training(n: int, side: int, model: dict, where: str) -> dict[str, Choice]:
     "What differs in the section `train`, for a network that learned elsewhere."
     n_epochs = int(max(5, min(20, EFFORT // (0.7 * n * side * side))))

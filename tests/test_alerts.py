@@ -112,7 +112,7 @@ FAULTS = { # alert: (what differs from the calm, minutes until it must fire); a 
 }
 ALSO = { # alert: another fault of it
     "ServerDown": ({'up{job="gateway",instance="t:1",named="yes"}': still(0)}, 3), "LogLosesRows": ({FAILED: grows(1)}, 25),
-    "ModelStale": (found("stale", column=""), 2), "DataBroken": (found("missing"), 2), "DataDrift": (found("category"), 2), "QualityFell": (found("quality"), 2),
+    "DataBroken": (found("missing"), 2), "DataDrift": (found("category"), 2), "QualityFell": (found("quality"), 2),
 }
 NEVER = { # what must stay silent, though it looks like a fault: (what differs, minutes)
     "a server that nobody started": ({UP: still(0)}, 25),

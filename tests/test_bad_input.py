@@ -44,8 +44,9 @@ BAD_PARAMS = {
     "no bound": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {mni: 0.97}", ["params.yaml", "release.criteria.evaluate.accuracy", "mni"]),
     "a bound that none meets": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {min: .nan}", ["release.criteria", "finite number"]),
     "bounds that exclude each other": ("    evaluate.accuracy: {min: 0.97}", "    evaluate.accuracy: {min: 0.97, max: 0.5}", ["no figure meets"]),
-    "a metric of no target": ("  n_bins: 10", "  n_bins: 10\n  metric: acuracy", ["evaluate.metric", "did you mean 'accuracy'"]),
-    "a decision for no class": ("  batch_size: 64", "  batch_size: 64\n  decide: {recall: 1.5, of: '3'}", ["train.decide", "1.5"]),
+    "unknown check": ("block: [unreadable, conflict]", "block: [conflicts]", ["params.yaml", "audit.block", "conflicts", "did you mean 'conflict'"]),
+    "unknown score": ("  n_bins: 10", "  n_bins: 10\n  metric: accurac", ["params.yaml", "evaluate.metric", "did you mean 'accuracy'"]),
+    "unknown class": ("train:\n  model", "train:\n  decide: {costs: {'11': 2}}\n  model", ["params.yaml", "train.decide", "no class is called '11'"]),
     "instructions": ("train:\n  model", "pipeline: {instruction_set: sse}\ntrain:\n  model", ["params.yaml", "pipeline.instruction_set", "avx2"]),
 }
 

@@ -34,6 +34,11 @@ def test_doctor(project):
     hidden = project.run("env", "MLKIT_SERVING=/nowhere", "mlkit", "doctor", rc=1) # no serving environment
     assert "mlkit setup" in hidden.stdout
 
+@pytest.mark.parametrize("command", ["params", "history", "doctor"])
+def test_output_that_nobody_reads(project, command):
+    "As by `| head -1`: the reader has gone, and there is nothing to say."
+    assert not project.run("bash", "-c", f"mlkit {command} | true").stderr
+
 def test_why(project):
     assert "train is up to date" in project.mlkit("why", "train").stdout
     project.param(train__optimizer__lr=0.004)

@@ -194,6 +194,7 @@ def show_finding(
 ):
     "Show the samples that a finding names."
 
+# %% ../../nbs/audit/00_base.ipynb #4170e207
 @singledispatch
 def show_labels(
     data, # see `Data`

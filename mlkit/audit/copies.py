@@ -32,6 +32,7 @@ def pairs_in(
     n = np.unique(same, return_counts=True)[1]
     return int((n * (n - 1) // 2).sum())
 
+# %% ../../nbs/audit/04_copies.ipynb #ee801016
 def meet_by_chance(
     X: np.ndarray, # (n, d) float; NaN is missing
     n_columns: int = 20, # at most so many are left out, one at a time
@@ -192,6 +193,7 @@ def _nearest(Z, n): # positions (len(Z), n + 1) of each row and its n nearest; (
     a, b = np.repeat(np.arange(len(Z)), n + 1), nearest.ravel()
     return nearest, np.unique(np.sort(np.stack([a, b], 1)[a != b], 1), axis=0)
 
+# %% ../../nbs/audit/04_copies.ipynb #5c169813
 def _crowded(Z, pairs, last, radius): # whether most rows of the pairs have even their last neighbour that close
     held = np.unique(pairs)
     return (np.abs(Z[held] - Z[last[held]]).max(1) <= radius).mean() > 0.5

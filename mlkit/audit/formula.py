@@ -54,6 +54,7 @@ class Formula:
     def columns(self) -> tuple[int, ...]: # rising
         return tuple(sorted({j for term in self.terms for j, _ in term}))
 
+# %% ../../nbs/audit/10_formula.ipynb #792a0104
 def term_values(
     Z: np.ndarray, # (n, d) float; NaN is missing
     term: Term,

@@ -79,6 +79,7 @@ def rows_of_groups(
     some = sizes.filter(pl.col("len").cum_sum() <= max_rows)[name]
     return known.filter(pl.col(name).is_in(some.to_list())).collect(engine="streaming").sort("_row")
 
+# %% ../../nbs/audit/09_groups.ipynb #dd63d953
 def measured(
     data, # see `tables.TableData`
     suspect: Suspect,
@@ -127,6 +128,7 @@ def both_figures(
     return (f"a quick model has {memory.score} {memory.random:.3f} by a random split, and {memory.grouped:.3f} where no "
             f"'{name}' is on both sides")
 
+# %% ../../nbs/audit/09_groups.ipynb #6a81119e
 def split_by(
     data, # see `tables.TableData`
     name: str, # of the column

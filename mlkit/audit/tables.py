@@ -68,6 +68,7 @@ def inputs_of(
     X = [as_numbers(rows[f.name], f.dtype in NAMES) for f in features]
     return np.stack(X, 1) if features else np.zeros((len(rows), 0)), features
 
+# %% ../../nbs/audit/06_tables.ipynb #07a0162d
 def target_of(
     rows: pl.DataFrame, # with a target in each
     contract: Contract, # of a table

@@ -77,6 +77,7 @@ def near_texts(
     close = (shared.row < shared.col) & (shared.data >= near * sizes[shared.row] * sizes[shared.col])
     return long[np.stack([shared.row, shared.col], 1)[close]]
 
+# %% ../../nbs/audit/11_texts.ipynb #ead8b4c0
 @check("rows", cannot_know="whether it is one text twice, or two that follow a form")
 def near_text(
     data,

@@ -73,6 +73,7 @@ def part(self: Data,
     return Data(self.task, lambda task, split: both(task)[rows[split]], {s: y[r] for s, r in rows.items()},
                 self.seed, self.n_threads, self.device, self.class_weights)
 
+# %% ../../nbs/candidates/00_base.ipynb #a84bf664
 @patch
 def whole(self: Data) -> Data:
     "The samples of both splits to learn from; the validation split stays what it is."

@@ -199,6 +199,7 @@ def counted(n: int, what: str) -> str:
     "'1 place', '2 places'."
     return f"{n} {what}{'s' if n > 1 else ''}"
 
+# %% ../../nbs/commands/13_contract.ipynb #0df3716b
 def conclude(
     data: str, # Its name
     what: str, # The contract, in words

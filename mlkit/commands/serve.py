@@ -47,6 +47,7 @@ def release_of(root: Path, alias: str | None): # Release
     hashes = {path: entry["sha256"] for path, entry in files.items()}
     return Release(folder, hashes, identity_of(files)[:12], root)
 
+# %% ../../nbs/commands/07_serve.ipynb #513e04a3
 def tuning_of(
     root: Path, # the project
     workers: int | None = None, # in place of what `params.yaml` says

@@ -18,6 +18,7 @@ def fault_line(
     "A fault for a terminal."
     return f"{fault.what}: {fault.file.relative_to(root)}, {fault.where} of {fault.stage} ({fault.path})"
 
+# %% ../../nbs/commands/03_verify.ipynb #15811deb
 def not_as_locked(
     faults: list, # At least one
     n: int, # Files that were hashed

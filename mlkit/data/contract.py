@@ -138,6 +138,7 @@ def missing_words(f: Feature) -> str:
         return "no"
     return f"up to {f.max_null:.0%}" if f.max_null < 1 else "may be"
 
+# %% ../../nbs/data/00_contract.ipynb #441e9ad4
 def first_names(names, n: int = 12) -> str:
     "The first names, and how many there are."
     return ", ".join(names[:n]) + (f", … ({len(names)})" if len(names) > n else "")

@@ -110,6 +110,7 @@ def agreement(header: Row, below: list[Row]) -> float: # In [0, 1]
     "The share of rows, the header among them, that are as wide as the header."
     return (1 + sum(same_width(header.fields, r.fields) for r in below)) / (1 + len(below))
 
+# %% ../../nbs/data/03_delimited.ipynb #a4b79213
 def usual_width(rows: list[Row]) -> tuple[int, float]: # Fields; share of rows that have so many
     "How wide most rows are."
     width, n = Counter(len(r.fields) for r in rows).most_common(1)[0] if rows else (0, 0)
@@ -125,6 +126,7 @@ def is_header(header: Row, below: list[Row]) -> bool:
             return True
     return False
 
+# %% ../../nbs/data/03_delimited.ipynb #7a64166d
 def is_data(row: Row) -> bool:
     "Whether all fields of a row are numbers."
     return all(map(is_number, row.fields))
@@ -412,6 +414,7 @@ def open_named(source, name: str) -> BinaryIO:
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
 
+# %% ../../nbs/data/03_delimited.ipynb #86bd7497
 def layout_of(stream: BinaryIO, name: str) -> Layout:
     "How a text is written; the stream is at its start again."
     head, whole = read_head(stream)

@@ -209,6 +209,7 @@ def constant(case: ColumnCase) -> Iterator[Noticed]:
     if value and not case.target and case.c.nulls < case.rows > 1:
         yield case.say("constant", f"the same value in every row ({value}), so nothing can be learned from it", 1)
 
+# %% ../../nbs/data/01_judge.ipynb #10885d50
 def own_rules(case: ColumnCase) -> Iterator[Noticed]:
     "What the column's type has to say."
     yield from type_of(case.f).judge(case)

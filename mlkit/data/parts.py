@@ -141,6 +141,7 @@ def part_files(
         return files
     raise DataError(f"{folder}: holds no parts; run 'mlkit repro ingest'")
 
+# %% ../../nbs/data/07_parts.ipynb #e5865d65
 def read_parts(folder: Path) -> pl.LazyFrame: # The contract's columns, `_row`, `_draw`; in the order of the source
     "See `part_files`."
     return pl.scan_parquet(part_files(folder))

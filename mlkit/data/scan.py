@@ -122,11 +122,13 @@ def planned_task(f: Feature, s: pl.Series, known: Known) -> tuple[str, str]: # T
         return "regression", f"'{f.name}' has more than {MAX_CLASSES} different numbers, or decimals"
     return choose_task(f, s)
 
+# %% ../../nbs/data/06_scan.ipynb #4a765877
 def as_classes(f: Feature, why: str) -> Feature:
     "A target whose values are classes."
     classes = {"dtype": "category", "format": "", "unit": "", "why": why}
     return f if f.dtype == "category" else f.model_copy(update=classes)
 
+# %% ../../nbs/data/06_scan.ipynb #251202fd
 def with_words(f: Feature, s: pl.Series, known: Known) -> Feature:
     "A category, with the spellings of 'missing' that are categories among its first values."
     ask = f.dtype == "category" and f.name not in known.words

@@ -4,7 +4,7 @@
 __all__ = ['ANY', 'SIGNATURES', 'HEAD', 'ENDINGS', 'COMMON', 'UNDECODED', 'STORED', 'DECODED', 'SCHEMA', 'Sample', 'pixels',
            'decode', 'content', 'ImageFormat', 'tiff_bits', 'image_format', 'image_ending', 'why_unread', 'remade',
            'storable', 'decoded_path', 'read_decoded', 'write_decoded', 'Decoded', 'ShardWriter', 'check_classes',
-           'write_shards', 'read_index', 'read_encoded', 'read_images', 'unread_reasons']
+           'write_shards', 'read_index', 'read_encoded', 'read_images']
 
 # %% ../../nbs/data/08_shards.ipynb #c93c91fc
 import hashlib, io, os, re, struct, tarfile
@@ -320,14 +320,3 @@ def read_images(
         if (x := decode(data)) is None:
             raise DataError(f"{name}: {why_unread(data)}")
         yield x
-
-# %% ../../nbs/data/08_shards.ipynb #f806d20a
-def unread_reasons(
-    folder: Path, # Of shards
-    index: pl.DataFrame, # Their index
-) -> dict[str, list[str]]: # Reason, see `why_unread`: names of the samples; empty: all can be decoded
-    "Why samples cannot be decoded."
-    reasons = {}
-    for name, data in read_encoded(folder, index.filter(pl.col("content").is_null())):
-        reasons.setdefault(why_unread(data), []).append(name)
-    return reasons

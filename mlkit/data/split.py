@@ -31,10 +31,10 @@ def fraction(x):  # x >= 0: an expression, or an array
 
 # %% ../../nbs/data/09_split.ipynb #916f1bf1
 def check_shares(shares: dict[str, float]) -> list[float]:  # Where validation and test begin
-    "Raises `ConfigError` where the shares are not three that sum to 1."
-    if tuple(shares) != SPLITS or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
+    "Raises `ConfigError` where the shares are not three that sum to 1. They may stand in any order."
+    if set(shares) != set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
         raise ConfigError(f"prepare.shares: needs {', '.join(SPLITS)}, each above 0, sum 1; got {shares}")
-    return np.cumsum(list(shares.values()))[:-1].tolist()
+    return np.cumsum([shares[split] for split in SPLITS])[:-1].tolist()
 
 # %% ../../nbs/data/09_split.ipynb #e2eb06cf
 def collect(

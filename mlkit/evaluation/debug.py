@@ -474,6 +474,7 @@ def answer_of(
         return figure(found["answer"]), ""
     return found["answer"], f"{found['probabilities'][found['answer']]:.4f}"
 
+# %% ../../nbs/evaluation/13_debug.ipynb #5b46bb76
 def answer_text(task: Task, p: np.ndarray) -> str: # (1, k); 'dog (0.8000)'
     "The answer with its probability."
     answer, share = answer_of(task, p)

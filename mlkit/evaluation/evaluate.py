@@ -118,6 +118,7 @@ def samples_to_decide(
         return None
     return max(n + 1, int(np.ceil(n * ((lead - low) / lead) ** 2)))
 
+# %% ../../nbs/evaluation/00_evaluate.ipynb #c5e21512
 def open_questions(
     beside: pl.DataFrame, # see `stand_beside`
     n: int, # samples of the test set

@@ -35,6 +35,7 @@ def plain_numbers(values: pl.Series) -> pl.Series:
     known = values.drop_nulls()
     return values.cast(pl.Int64) if len(known) and (known.abs() < 2**53).all() and (known % 1 == 0).all() else values
 
+# %% ../../nbs/evaluation/03_fairness.ipynb #6ddae1ee
 def merged(groups: list[Slice]) -> list[Slice]:
     "The groups, with the rarest as one where there are too many."
     if len(groups) <= MOST_GROUPS:
@@ -147,6 +148,7 @@ class GroupFigures:
         "What says enough to be compared."
         return (self.rows >= FEWEST) & np.isfinite(self.value)
 
+# %% ../../nbs/evaluation/03_fairness.ipynb #aaa6e182
 def of_groups(parts: np.ndarray, rates: dict[str, Rate], p: np.ndarray, y: np.ndarray): # (g, n) bool
     "The function of weights (b, n) that gives all rates of all groups: (b, g, r)."
     def of_all(w):
@@ -251,6 +253,7 @@ def between_groups(
     found = group_figures(groups, all_rates(target, y, metric, n_bins), target.exact(p), y, confidence, seed)
     return Fairness(protected.columns, found, gap_rows(found, confidence), interest)
 
+# %% ../../nbs/evaluation/03_fairness.ipynb #4123faf1
 @patch
 def figures(self: Fairness) -> dict[str, float]: # empty: no column is named
     "What the stage `evaluate` writes down."
@@ -272,6 +275,7 @@ def evidence(self: Fairness) -> dict[str, str]: # name of a figure: column and g
     few = {"fairness_unjudged": f"no two groups of {FEWEST} rows in {', '.join(self.unjudged)}"} if self.unjudged else {}
     return said | few
 
+# %% ../../nbs/evaluation/03_fairness.ipynb #c2796fef
 @patch
 def undecided(self: Fairness) -> dict[str, str]: # name of a figure: why it decides nothing
     "What more test rows would decide."
@@ -317,6 +321,7 @@ def group_table(self: Fairness) -> list[dict]: # group, rows, share, each rate, 
         found.append({"group": group.name, "rows": int(group.rows.sum()), "share": f"{group.rows.mean():.1%}"} | rates | {"judged": word})
     return found
 
+# %% ../../nbs/evaluation/03_fairness.ipynb #7ba0da3f
 @patch
 def gap_table(self: Fairness) -> list[dict]: # column, gap, its interval, the groups
     "A row a column and gap."

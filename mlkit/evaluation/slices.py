@@ -38,6 +38,7 @@ def by_value(trait: str, values: pl.Series) -> list[Slice]:
     "A slice a value."
     return kept(each_value(trait, values))
 
+# %% ../../nbs/evaluation/02_slices.ipynb #d53f5ad4
 def shown_edge(x) -> str: # of a number, or of a time
     "A bound in few characters."
     return f"{x:.4g}" if isinstance(x, (int, float)) else str(x)[:16]
@@ -106,6 +107,7 @@ def worse_p(
         p = ttest_ind_from_stats(*inside, *outside, equal_var=False, alternative="greater").pvalue
     return np.nan_to_num(p, nan=1.0)
 
+# %% ../../nbs/evaluation/02_slices.ipynb #840c37ab
 def paired(slices: list[Slice]) -> list[Slice]:
     "Slices by two traits."
     pairs = [(a, b) for i, a in enumerate(slices) for b in slices[i + 1:] if a.trait != b.trait]

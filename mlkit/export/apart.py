@@ -19,6 +19,7 @@ def tensors_of(proto: Any) -> dict[str, str]: # Of a ModelProto; name: its opera
     "What the nodes give."
     return {name: n.op_type for n in proto.graph.node for name in n.output if name}
 
+# %% ../../nbs/export/08_apart.ipynb #262e1114
 SCALED = "_DequantizeLinear_Output" # What ONNX Runtime's quantizer puts behind a tensor's name
 
 def as_scaled(names: list[str], inside: dict[str, str]) -> list[str]: # Of the same length
@@ -61,6 +62,7 @@ class Parting:
             return f"{where} is off by {self.error:.0%}"
         return f"no tensor above {APART:.0%}; most {where}, {self.error:.1%}"
 
+# %% ../../nbs/export/08_apart.ipynb #f2f32c71
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     "Of `b`, where `a` is right."
     a, b = a.astype(np.float64), b.astype(np.float64)

@@ -63,6 +63,7 @@ def _joined(signatures, steps): # ModelProto of all steps, every name inside wit
         a = b
     return whole
 
+# %% ../../nbs/export/01_fuse.ipynb #b42d4841
 def _check_joints(signatures):
     "Raises `ExportError` where a step does not take what the one before gives."
     steps = list(signatures.steps.items())

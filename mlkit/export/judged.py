@@ -106,6 +106,7 @@ def score_of(held: HeldOut, p: np.ndarray) -> float: # Of (n, k)
     "The metric on held-out samples."
     return scored(held.task, held.metric, held.n_bins, p, held.y)
 
+# %% ../../nbs/export/09_judged.ipynb #79e80999
 def metric_loss(held: HeldOut, base: np.ndarray, p: np.ndarray) -> float: # Of (n, k) each; below 0: it is better
     "By how much the metric is worse than the base's."
     sign = 1 if held.task.target.scores(held.n_bins)[held.metric].higher_is_better else -1

@@ -31,6 +31,7 @@ def parity(
         raise ExportError("an answer is not a number")
     return Parity(float(task.target.difference(a, b).max()), float(task.target.same(a, b).mean()), len(a))
 
+# %% ../../nbs/export/03_parity.ipynb #52f3e319
 def need_parity(found: Parity, task: Task, tolerance: float, who: str, setting: str):
     "Raises `ExportError` where the difference is above the tolerance."
     if not found.max_difference <= tolerance:

@@ -79,6 +79,7 @@ def hint_for(export: Path) -> str: # Folder of `export.export_onnx`
     eight = Signatures.load(export / "signatures.json").variant == "int8"
     return "; for TensorRT write in export.variants: {name: int8, symmetric: true}" if eight else ""
 
+# %% ../../nbs/export/05_plans.ipynb #75e045e7
 def no_engine(engine: str) -> Decision: # As `export.engine` has it
     "For a model with trees. Raises `ExportError` where an engine was asked for by name."
     if engine not in ("auto", "none"):

@@ -59,6 +59,7 @@ def to_dict(self: Tensor) -> dict:
     written = {"column": self.column.model_dump(mode="json", exclude_defaults=True)} if self.column else {}
     return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)} | written
 
+# %% ../../nbs/export/00_signature.ipynb #e932c59a
 @patch(cls_method=True)
 def from_dict(cls: Tensor, d: dict) -> Tensor:
     "The inverse of `to_dict`."
@@ -110,6 +111,7 @@ def packs(self: Signature) -> list[tuple[Tensor, list[Tensor]]]: # A tensor on t
         groups.setdefault(alike or t.name, []).append(t)
     return [(Tensor(name, ts[0].dtype, (len(ts),)) if name in PACKS.values() else ts[0], ts) for name, ts in groups.items()]
 
+# %% ../../nbs/export/00_signature.ipynb #1b7d2be9
 @patch
 def pack(self: Signature, inputs: Sequence[np.ndarray]) -> list[np.ndarray]: # One an input -> one a tensor on the wire
     "The inputs as they travel."
@@ -162,6 +164,7 @@ def _flat(row): # as `data.columns.plain.flat` does for a frame
         out |= _flat({f"{name}.{k}": x for k, x in v.items()}) if isinstance(v, dict) else {name: v}
     return out
 
+# %% ../../nbs/export/00_signature.ipynb #ebdbad02
 def _as_in_source(name):
     return name.strip().removeprefix("\ufeff").strip() or "unnamed_1" if isinstance(name, str) else str(name)
 
@@ -174,6 +177,7 @@ def _check_columns(given, names, where=""):
     if missing := [c for c in names if c not in given]:
         raise DataError(f"{where}column '{missing[0]}' is missing; the model takes {', '.join(names)}")
 
+# %% ../../nbs/export/00_signature.ipynb #860bc897
 def _model_columns(signature, given, where=""): # `given`: name: whatever; those of the model, by its names
     names = [t.name for t in signature.inputs]
     if given.keys() != set(names):
@@ -192,6 +196,7 @@ def _rows_to_columns(signature, rows): # from a list of dicts; name: values
         found.append(_model_columns(signature, _flat(row), f"row {i}: "))
     return {t.name: [row[t.name] for row in found] for t in signature.inputs}
 
+# %% ../../nbs/export/00_signature.ipynb #1d411c3e
 def _frame_to_columns(signature, frame): # from a Polars frame; name: Series, plain as a source gives them
     from mlkit.data.columns.plain import flat
     frame = flat(frame.lazy(), "the rows").collect()
@@ -209,6 +214,7 @@ def _read_lists(tensors, columns) -> Iterator[tuple]: # tensor, its (n,) values,
             here = slice(k * n, (k + 1) * n)
             yield t, x[here], [i - here.start for i in refused if here.start <= i < here.stop]
 
+# %% ../../nbs/export/00_signature.ipynb #98bbdec6
 def _read_series(tensors, columns): # as `_read_lists`
     for t in tensors:
         x, refused = t.reader.read(columns[t.name])
@@ -223,6 +229,7 @@ def _refuse(wrong, columns): # `wrong`: (row, number of the tensor, tensor); not
         where = f"row {row + 1}: column '{t.name}'"
         raise DataError(f"{where} has {_shown(columns[t.name][row])} where the model takes {asked}; mend the row")
 
+# %% ../../nbs/export/00_signature.ipynb #bf2ef68f
 def _lengths(columns): # the one that all have
     found = sorted({len(v) for v in columns.values()})
     if len(found) > 1:

@@ -224,6 +224,7 @@ def write_variant(
     write_fused(out)
     return out
 
+# %% ../../nbs/export/06_variants.ipynb #aca47d91
 def put_variant(variant: Path, export: Path): # Folders
     "Make a variant the export: what is served from now on."
     last = [*Signatures.load(export / "signatures.json").steps][-1]

@@ -222,6 +222,7 @@ def is_window(value: Any) -> bool:
     "Whether rows can be cut into windows by it."
     return value in ("1h", "1d") or type(value) is int and value > 0
 
+# %% ../../nbs/flow/01_config.ipynb #5a23ccae
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400} # seconds
 
 def seconds_of(text: str) -> float | None: # None: it is no duration
@@ -229,12 +230,22 @@ def seconds_of(text: str) -> float | None: # None: it is no duration
     found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])", text)
     return float(found[1]) * UNITS[found[2]] if found else None
 
+# %% ../../nbs/flow/01_config.ipynb #27013cbb
 def is_duration(value: Any) -> bool:
     "Whether it says how long."
     return isinstance(value, str) and seconds_of(value) is not None
 
+# %% ../../nbs/flow/01_config.ipynb #2e04e206
 PIPELINE = {"instruction_set": (Literal["avx2", "native"], "avx2")} # 'native': quicker on some CPUs, and other results on each
 
+def instruction_set(
+    root: str | Path, # The project's folder
+) -> str: # 'avx2' or 'native'
+    "What kernels may use of the processor. Raises `ConfigError` as `check`; without a `params.yaml` it is 'avx2'."
+    written = read_params(root) if (Path(root) / "params.yaml").is_file() else {}
+    return check("pipeline", written.get("pipeline"), PIPELINE)["instruction_set"]
+
+# %% ../../nbs/flow/01_config.ipynb #10749ed9
 REQUEST_LOG = {
     "folder": (str, ".mlkit/serve/requests"), # From the project's folder
     "share": (Annotated[float, Interval(ge=0, le=1)], 1.0), # Of requests, 0: none
@@ -242,6 +253,8 @@ REQUEST_LOG = {
     "max_mb": (Annotated[float, Gt(0)], 512.0), # Of all files: the oldest are removed
     "images": (Literal["hash", "thumbnail", "whole"], "hash"), # What is kept of an image
 }
+
+# %% ../../nbs/flow/01_config.ipynb #cc19aafe
 WATCH = {
     "source": (str | None, None), # Where requests are read; null: the request log of this project
     "labels": (str | None, None), # Where labels are read; null: those that 'mlkit label' has noted
@@ -253,6 +266,7 @@ WATCH = {
     "every": (Annotated[float, Gt(0)], 60.0), # Minutes between two looks of 'mlkit monitor up'
 }
 
+# %% ../../nbs/flow/01_config.ipynb #cdf4c7e6
 EMAIL = TypedDict("EMAIL", {"to": str, "from": str, "smarthost": str, "user": NotRequired[str], "tls": NotRequired[bool]}) # smarthost: host:port
 EMAIL.__pydantic_config__ = {"extra": "forbid", "strict": True}
 ALERTS = {
@@ -264,6 +278,8 @@ ALERTS = {
     "errors": (Annotated[float, Interval(gt=0, lt=1)], 0.01), # Share of requests that may fail
     "model_days": (Annotated[float, Gt(0)] | None, None), # Age from which a release is old
 }
+
+# %% ../../nbs/flow/01_config.ipynb #71160cc6
 GATEWAY = {
     "workers": (Annotated[int, Ge(2)], 2), # Processes that hold the model; one answers while another is replaced
     "threads": (Annotated[int, Ge(1)], 1), # Of each, in ONNX Runtime
@@ -276,6 +292,8 @@ LOAD = {
     "errors": (Annotated[float, Interval(ge=0, le=1)], 0.001), # Share of requests without an answer, at most
     "seconds": (Annotated[float, Gt(0)], 5.0), # Of each measurement
 }
+
+# %% ../../nbs/flow/01_config.ipynb #a1bf218a
 RETRAIN = {
     "cooldown": (Annotated[str, Rule(is_duration, "should be 12h, 7d or the like")], "7d"), # Between two trainings that nobody asked for by hand
     "least": (Annotated[int, Gt(0)], 200), # New labelled rows from which on it trains
@@ -284,15 +302,9 @@ RETRAIN = {
     "flipped": (Annotated[float, Interval(gt=0, lt=0.5)], 0.05), # Share of wrong labels from which a batch is set aside
     "golden": (str, "golden.json"), # Where the test rows of before are frozen, if prepare.golden names nothing
 }
+
 BESIDE = {"pipeline": PIPELINE, "request_log": REQUEST_LOG, "watch": WATCH, "alerts": ALERTS, "retrain": RETRAIN,
           "gateway": GATEWAY, "load": LOAD} # sections that are no stage's
-
-def instruction_set(
-    root: str | Path, # The project's folder
-) -> str: # 'avx2' or 'native'
-    "What kernels may use of the processor. Raises `ConfigError` as `check`; without a `params.yaml` it is 'avx2'."
-    written = read_params(root) if (Path(root) / "params.yaml").is_file() else {}
-    return check("pipeline", written.get("pipeline"), PIPELINE)["instruction_set"]
 
 # %% ../../nbs/flow/01_config.ipynb #b7d524a2
 def load_params(

@@ -86,6 +86,7 @@ def home_of(name: str, root: Path) -> Path:
     "The folder in which the modules of `name` lie, if they are ours: the project's, or that of the installed mlkit."
     return INSTALLED if name.split(".")[0] == "mlkit" and not (root / "mlkit").is_dir() else root
 
+# %% ../../nbs/flow/03_environment.ipynb #f7fa646c
 def with_parents(name: str) -> list[str]: # 'a', 'a.b', 'a.b.c'
     "A dotted name and the packages above it: importing `a.b.c` runs all of them."
     parts = name.split(".")

@@ -87,6 +87,7 @@ def has_avx2() -> bool:
     except OSError:
         return False
 
+# %% ../../nbs/flow/09_kernels.ipynb #45a685f7
 def instruction_env(
     chosen: str, # 'avx2' or 'native', see `config.instruction_set`
 ) -> dict[str, str]: # Environment variables

@@ -20,6 +20,7 @@ def day(when: str) -> str: # '2026-11-26T14:25:57Z' to '26 November 2026, 14:25 
     except ValueError:
         return when
 
+# %% ../../nbs/flow/20_registry_page.ipynb #aae5d12e
 def roles_of(
     entries: list[dict], # the history
     model: str, bundle: str,

@@ -118,6 +118,7 @@ def last_heading(cell, before: str) -> str:
     lines = cell.source.splitlines() if cell.cell_type == "markdown" else []
     return next((line.lstrip("# ") for line in reversed(lines) if line.startswith("#")), before)
 
+# %% ../../nbs/flow/06_report.ipynb #eba44d50
 def name_pictures(
     nb, # nbformat notebook, changed in place
 ):
@@ -145,6 +146,7 @@ def heading_of(tag) -> str:
     found = tag.find_previous(["h1", "h2", "h3", "h4"])
     return found.get_text(" ", strip=True) if found else "output"
 
+# %% ../../nbs/flow/06_report.ipynb #fce8d23f
 def focusable(tag, name: str):
     "Let a box that can scroll take the focus."
     tag.attrs |= {"tabindex": "0", "role": "group", "aria-label": name}

@@ -250,6 +250,7 @@ def free(run: Run) -> list:
     "The stages that wait for nobody any more."
     return [s for s in run.waiting if set(run.graph.successors(s)) & run.wanted <= run.done]
 
+# %% ../../nbs/flow/12_schedule.ipynb #6fc9c455
 def decide(run: Run, stage) -> str: # 'same', 'restored' or 'run'
     "What to do with a stage. One that DVC takes for the same may have to run for what DVC cannot see."
     what = ready(run.repo, stage, run.force)

@@ -19,6 +19,7 @@ def md5(path: Path) -> str: # 32 hex digits
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "md5").hexdigest()
 
+# %% ../../nbs/flow/16_verify.ipynb #769a4fe4
 def cached(root: Path, digest: str) -> Path:
     "Where DVC keeps an object."
     return root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]

@@ -48,6 +48,7 @@ def process_status() -> dict[str, str]: # 'Umask': '0022', …
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
+# %% ../../nbs/flow/07_warm.ipynb #c33ecd2e
 def limits(which: int) -> dict[str, int]: # 'RLIMIT_NOFILE': …
     "The soft (0) or the hard (1) limits of this process."
     names = sorted(n for n in vars(resource) if n.startswith("RLIMIT_"))
@@ -251,6 +252,7 @@ def python_path(env: dict) -> list[str]: # Absolute
     "The folders of `PYTHONPATH`."
     return [os.path.abspath(p) for p in env["PYTHONPATH"].split(os.pathsep)] if env.get("PYTHONPATH") else []
 
+# %% ../../nbs/flow/07_warm.ipynb #d0810301
 def module_name(entry: os.DirEntry) -> str | None: # None: no module
     "The name by which a file or a folder would be imported."
     from importlib.machinery import all_suffixes

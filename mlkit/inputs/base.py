@@ -58,6 +58,7 @@ def to_dict(self: Input) -> dict: # name of a field: value
     "The fields as JSON has them."
     return asdict(self)
 
+# %% ../../nbs/inputs/00_base.ipynb #bf0d8653
 @patch(cls_method=True)
 def from_dict(
     cls: Input,
@@ -88,6 +89,7 @@ def frame(
     "What is split."
     return pl.scan_parquet(sorted(shards.glob("*.parquet")))
 
+# %% ../../nbs/inputs/00_base.ipynb #7354fae2
 @patch(cls_method=True)
 def show_ingested(cls: Input, shards: Path, contract): # As of `frame`
     "Show the first samples."
@@ -113,6 +115,7 @@ def front(self: Input): # `torch.nn.Module`
     from torch import nn
     return nn.Identity()
 
+# %% ../../nbs/inputs/00_base.ipynb #7abc9482
 @patch
 def preprocess(
     self: Input,
@@ -132,6 +135,7 @@ def raw(
     "Samples as a server gets them."
     return load_split(prepared / f"{split}.safetensors")[0]
 
+# %% ../../nbs/inputs/00_base.ipynb #39e85d93
 @patch
 def odd(self: Input, raw) -> tuple: # Raw samples; X as `prepare` would store it
     "Samples as nobody would like them: here, the first one."
@@ -153,6 +157,7 @@ def sent(self: Input, raw): # Raw samples; the same as a request carries them: a
     "Typed samples as tensors."
     return raw
 
+# %% ../../nbs/inputs/00_base.ipynb #e9a91114
 @patch
 def columns_written(self: Input) -> dict: # name of a tensor: its `contract.Feature`
     "How users write what goes into a tensor."
@@ -173,6 +178,7 @@ def describe(
     "Columns that stand beside predictions; their names begin with 'input: '."
     return rows.select([])
 
+# %% ../../nbs/inputs/00_base.ipynb #e385c29b
 @patch
 def traits(self: Input, prepared: Path, split: str) -> pl.DataFrame: # n rows, in the order of the split
     "Properties of the samples that a person understands; see `evaluation.slices`."

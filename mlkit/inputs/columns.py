@@ -57,6 +57,7 @@ def to_dict(self: Column) -> dict: # 'kind', and the fields that say something
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v not in ((), "", False)}
     return {"kind": self.kind} | fields
 
+# %% ../../nbs/inputs/02_columns.ipynb #c95d2c66
 def load_column(
     d: dict, # As `Column.to_dict` gives it, or as it was read from JSON
 ) -> Column:
@@ -77,6 +78,7 @@ def as_written(
     values = tuple(dict.fromkeys([*f.not_missing, *spelled]))
     return replace(self, format=f.format, not_missing=values, max_bad=f.max_bad)
 
+# %% ../../nbs/inputs/02_columns.ipynb #3afbeaca
 @patch(as_prop=True)
 def feature(self: Column) -> Feature: # Without a name, so that columns that are written alike are equal
     "What `ColumnType.read` needs."
@@ -139,6 +141,7 @@ def features(self: Number) -> list[str]: # Names
     flag = [f"{self.name} missing"] if self.flag else []
     return [self.name, *score, *flag]
 
+# %% ../../nbs/inputs/02_columns.ipynb #bdae84a2
 @patch
 def numbers(self: Number, s: pl.Series) -> np.ndarray: # n values, typed as in the contract, to (n,) float64
     "Step one: as float64; what is missing becomes NaN."

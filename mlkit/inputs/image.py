@@ -73,6 +73,7 @@ def label_breaches(contract: Contract, index: pl.DataFrame) -> list[str]: # As o
     what = "no number" if values else "not in the contract's categories"
     return [breach(f"label {odd} is {what}", bad, len(index))] if len(bad) else []
 
+# %% ../../nbs/inputs/01_image.ipynb #4e493de6
 def shape_breaches(contract: Contract, index: pl.DataFrame) -> list[str]: # As of `breaches`
     "Heights, widths and channels that the contract does not allow: one line each."
     out = []
@@ -383,6 +384,7 @@ def picture_traits(
     return {"brightness": X.mean((1, 2, 3)) / 255, "contrast": X.std((1, 2, 3)) / 255,
             "sharpness": np.array([sharpness(x) for x in X], np.float64)}
 
+# %% ../../nbs/inputs/01_image.ipynb #feb14a93
 @patch
 def traits(self: Image, prepared: Path, split: str) -> pl.DataFrame: # n rows
     "See `Input.traits`."
@@ -398,6 +400,7 @@ def show_raw(self: Image, before: np.ndarray, after: np.ndarray, names: list[str
     from mlkit.plot import image_grid
     image_grid([*before[:8], *after[:8]], columns=8)
 
+# %% ../../nbs/inputs/01_image.ipynb #7cbf1a16
 @patch
 def example(self: Image, raw: np.ndarray) -> str: # Of raw samples
     "How a client asks, as code."

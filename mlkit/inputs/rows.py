@@ -82,6 +82,7 @@ def codes(self: Rows) -> dict[int, int]: # Position of a feature that is a code:
     sources = enumerate(self.columns[i] for i in self.sources)
     return {j: c.n_codes for j, c in sources if isinstance(c, Category)}
 
+# %% ../../nbs/inputs/03_rows.ipynb #157d9ff1
 def text_features(rows: Rows, form: str) -> dict[int, Text]: # Position of its first feature in this form: column
     "Where the features of texts begin."
     sizes = [(f, c, len(FORMS[f].names(c))) for f in rows.forms for c in rows.columns]
@@ -331,6 +332,7 @@ def bounded(self: Encode, v): # (n, numbers) float64, nothing missing; float32
     z = ((v - self.mean) / self.std).clamp(-1e6, 1e6).float()
     return z / torch.sqrt(1 + (z / 3) ** 2)
 
+# %% ../../nbs/inputs/03_rows.ipynb #1bb196c8
 @patch
 def normal_scores(self: Encode, v): # As of `bounded`; (n, scored) float32
     "As a sum over the pieces of the line: how far into each, times its slope."
@@ -430,6 +432,7 @@ def in_forms(self: Rows, *forms: str) -> Rows: # Of `FORMS`
     "The same columns, read in these forms."
     return replace(self, forms=forms)
 
+# %% ../../nbs/inputs/03_rows.ipynb #1e9da5e6
 @patch
 def encoder(self: Rows) -> nn.Module: # Of (n, c) float64, see `matrix`; (n, d) float32, see `features`
     "The second step as a module."
@@ -656,6 +659,7 @@ def tensors(self: Rows) -> tuple[dict, tuple]: # What is sent, name: (dtype, sha
     sent = {c.name: (c.wire, (1,)) for c in self.columns}
     return sent, (free_name("x", sent), "float32", (len(self.features),))
 
+# %% ../../nbs/inputs/03_rows.ipynb #cad95382
 @patch
 def raw(self: Rows, prepared: Path, split: str) -> pl.DataFrame: # n rows, the columns that the model reads
     "Samples as a server gets them."
@@ -667,6 +671,7 @@ def sent(self: Rows, raw: pl.DataFrame) -> dict[str, np.ndarray]: # n typed rows
     "Typed rows as tensors."
     return {c.name: on_wire(raw[c.name], c.wire).reshape(-1, 1) for c in self.columns}
 
+# %% ../../nbs/inputs/03_rows.ipynb #b6b8abfa
 @patch
 def columns_written(self: Rows) -> dict: # name: `contract.Feature`
     "How users write each column."

@@ -27,6 +27,7 @@ def check_sla(sla: dict): # The section `load`, checked
         at = f"{sla['rate']:g} requests a second for {sla['seconds']:g} s"
         raise ConfigError(f"load: {at} are {n}, and a p99 takes {LEAST}; write seconds: {LEAST / sla['rate']:.3g}")
 
+# %% ../../nbs/load/03_measure.ipynb #bb722501
 def criteria(level: dict, sla: dict) -> list[dict]: # name, value, asked, met
     "The promise, beside what was measured. `level`: see `summary`."
     p99 = level["p99_ms"]
@@ -154,6 +155,7 @@ def first_broken(levels: list[dict], sla: dict) -> float | None: # Requests a se
     "The smallest rate at which the promise was broken."
     return min((level["load"] for level in levels if not holds(level, sla)), default=None)
 
+# %% ../../nbs/load/03_measure.ipynb #44c9037c
 CLOSER, NEAR = 2, 1.2 # levels in between; times as much
 
 def next_rate(levels: list[dict], sla: dict) -> float | None: # None: it is known well enough

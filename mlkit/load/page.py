@@ -39,6 +39,7 @@ def headline(test: dict) -> tuple[str, str]: # A class of the page's style, a se
     mood, word = MOODS[test["holds"]]
     return mood, f"{word}: {test['why']}."
 
+# %% ../../nbs/load/05_page.ipynb #65fb3b3b
 def limit_of_client(test: dict) -> str:
     "How much of what was measured is the client's."
     peak = max(test["closed"], key=lambda level: level["rate"])
@@ -49,6 +50,7 @@ def limit_of_client(test: dict) -> str:
         return f"{can}. It was the limit itself: the server may answer more than was seen. Run several from other machines."
     return f"{can}, so it is not what limits this server; at the peak it took {peak['client_cores']:.2f} of a core."
 
+# %% ../../nbs/load/05_page.ipynb #ae2b8c79
 def quietness(test: dict) -> str:
     "How much others worked."
     busiest = max(level["busy"] for level in [*test["closed"], *test["open"]])
@@ -56,6 +58,7 @@ def quietness(test: dict) -> str:
         return f"The machine was busy: other programs took up to {busiest:.0%} of its CPU time. A quiet one gives better figures."
     return f"Other programs took no more than {busiest:.0%} of the CPU time."
 
+# %% ../../nbs/load/05_page.ipynb #4f94db0e
 def reach(test: dict, sla: dict) -> str:
     "Up to which rate the promise holds."
     peak = max(level["rate"] for level in test["closed"])
@@ -209,6 +212,7 @@ def ms(value: float | None) -> str: # A dash: too few requests
     "A latency in three digits."
     return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
+# %% ../../nbs/load/05_page.ipynb #6cc6b196
 def failed(level: dict) -> str: # '–', '1.2 % (503: 12)'
     "Requests without an answer, by status."
     bad = {s: n for s, n in level["statuses"].items() if s != "200"}

@@ -43,6 +43,7 @@ def row_bodies(contract: Contract, signature: Signature) -> list[bytes]: # JSON
     def row(): return {name: values[random.integers(len(values))] for name, values in known.items()}
     return [json.dumps(row()).encode() for _ in range(N_BODIES)]
 
+# %% ../../nbs/load/00_requests.ipynb #2ec3a289
 def image_bodies(shape: tuple[int, int, int]) -> list[bytes]: # `shape`: (height, width, channels); PNG
     "Files of images, as `/predict` takes them."
     random = np.random.default_rng(0)

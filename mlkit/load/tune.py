@@ -63,6 +63,7 @@ def better(a: dict, b: dict) -> bool:
         return a["holds"]
     return a["score"] > CLEAR * b["score"]
 
+# %% ../../nbs/load/04_tune.ipynb #7c627c20
 async def search(
     attempt: Callable[[Tuning, dict | None], Awaitable[dict]], # A setting and the best so far; see `try_setting`
     present: Tuning, # What is in use
@@ -141,6 +142,7 @@ def params_line(tuning: Tuning) -> str:
     written = {k: "null" if v is None else f"{v:g}" for k, v in section_of(tuning).items()}
     return f"gateway: {{{', '.join(f'{k}: {v}' for k, v in written.items())}}}"
 
+# %% ../../nbs/load/04_tune.ipynb #22e3be07
 SECTION = re.compile(r"^gateway:[^\n]*(?:\n[ \t]+[^\n]*)*", re.M)
 
 def with_tuning(text: str, tuning: Tuning) -> str: # `text`: of params.yaml

@@ -91,6 +91,7 @@ def alertmanager_config(
              "repeat_interval": f"{3600 * settings['repeat_hours']:.0f}s"}
     return {"route": route, "receivers": [{"name": "mlkit", "webhook_configs": posts, "email_configs": mails}]}
 
+# %% ../../nbs/monitoring/22_delivery.ipynb #ede98639
 def ways(settings: dict, environment: Mapping[str, str] = os.environ) -> str: # 'a webhook and .mlkit/alerts.jsonl'
     "Where alerts go, in words."
     named = ["a webhook"] if webhook_of(settings, environment) else []

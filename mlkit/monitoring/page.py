@@ -25,7 +25,7 @@ from ..rollout.page import ROLLOUT_CSS, as_picture, capital
 KINDS = {"schema": "a column is gone", "unit": "a unit has changed", "missing": "values are missing", "category": "there is a new class", "contract": "rows break the contract",
          "covariate": "the rows have moved", "answers": "the answers have moved", "confidence": "the confidence has moved", "quality": "the model has become worse",
          "concept": "the truth has changed", "latency": "answers are slow", "errors": "requests fail", "skew": "the server says otherwise than the released model",
-         "feedback": "labels follow the answers", "stale": "the model is old"}
+         "feedback": "labels follow the answers"}
 
 def when(iso: str) -> str: # '3 November', '3 November, 14:00'
     "A moment for people."
@@ -44,6 +44,7 @@ def sentence(d: dict) -> str: # `d`: see `Look.to_dict`
     kinds = list(dict.fromkeys(KINDS[f["what"]] for f in alerts))
     return f"Somebody has to act: {' and '.join([', '.join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)}"
 
+# %% ../../nbs/monitoring/14_page.ipynb #e07045c7
 def episodes(d: dict) -> list[dict]: # what, column, severity, text, do, first, last (windows), days; the newest first
     "Findings that lasted from window to window, as one."
     found, out = {}, []
@@ -163,7 +164,7 @@ WATCH_PAGE = """<!DOCTYPE html><html lang="en"><head>{{ head|safe }}
 
 WATCH_CSS = """
 .strip { display: flex; flex-wrap: wrap; gap: 3px; list-style: none; padding: 0 } .strip li { width: 1.35rem; height: 1.9rem; border-radius: 4px; background: var(--line) }
-.strip li.calm { background: #4a9a5b } .strip li.alert { background: #c2412d } .strip span { position: absolute; left: -999rem } tr.over { opacity: .62 }
+.strip li.calm { background: #4a9a5b } .strip li.alert { background: #c2412d } .strip span { position: absolute; left: -999rem } tr.over td { color: var(--soft) }
 td { white-space: normal } td:nth-child(2) { min-width: 18rem } td:nth-child(3) { white-space: nowrap }
 """
 

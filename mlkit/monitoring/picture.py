@@ -30,6 +30,7 @@ def _label(name, result):
     n = sum(s.drifted for s in result.values())
     return f"{name}: {'drifted' if n else 'calm'} ({n} of {len(result)} columns)"
 
+# %% ../../nbs/monitoring/11_picture.ipynb #20b2856d
 def _draw_axes(ax, columns, effect):
     ax.axvspan(effect, 1, color="0.94", zorder=0)
     ax.axvline(effect, color="0.3", lw=1)

@@ -13,7 +13,7 @@ import numpy as np, polars as pl
 from ..core import DataError, read_json
 from ..data.contract import Contract
 from .quality import Losses, fit_losses, level_of, loss_by_bin, loss_of, losses, asked
-from .sketch import Shape, Sketch, digest, fit_shape, shapes_from_dict, shapes_to_dict, sizes, sketch
+from .sketch import Shape, Sketch, fit_shape, shapes_from_dict, shapes_to_dict, sizes, sketch
 from .statistics import statistics_of
 from ..task import Task
 
@@ -33,11 +33,6 @@ class Profile:
         "As JSON has it."
         return {"format": FORMAT, "shapes": shapes_to_dict(self.shapes), "reference": self.reference.to_dict(),
                 "losses": self.losses and self.losses.to_dict(), "errs": {c: e.tolist() for c, e in self.errs.items()}}
-
-    @property
-    def name(self) -> str: # 12 hex digits
-        "What was counted with another profile has another name."
-        return digest(self.shapes)
 
 def profile_from(path: Path) -> Profile:
     "Raises `DataError` where the file is missing, damaged, or of another mlkit."
@@ -65,10 +60,11 @@ def answers_frame(
     return pl.DataFrame(found | ({} if y is None else {"label": names[y].tolist()}), schema_overrides={"probabilities": pl.List(pl.Float32)})
 
 def said(task: Task, frame: pl.DataFrame) -> dict[str, pl.Series]: # `frame`: see `answers_frame`
-    "The columns that come from the model, as they are compared."
+    "The columns that come from the model, as they are compared. Answers without probabilities have no confidence."
     if not task.target.says_class:
         return {"predicted": frame["answer"].cast(pl.Float64)} if task.target.says_value else {}
-    return {"predicted": frame["answer"], "confidence": pl.Series(level_of(task.target, frame), nan_to_null=True)}
+    level = pl.Series(level_of(task.target, frame), nan_to_null=True)
+    return {"predicted": frame["answer"]} | ({} if len(level) and level.null_count() == len(level) else {"confidence": level})
 
 # %% ../../nbs/monitoring/09_profile.ipynb #ef440c8d
 def fit_profile(
@@ -184,7 +180,7 @@ def see(
     frame: pl.DataFrame, # of requests, see `mlkit.monitoring.requests`; with `label` where it is known
 ) -> Seen:
     "A window of production, counted."
-    statuses = {str(k): n for k, n in sorted(frame["status"].value_counts().iter_rows())} if "status" in frame.columns else {}
+    statuses = {str(k): n for k, n in sorted(frame["status"].drop_nulls().value_counts().iter_rows())} if "status" in frame.columns else {}
     latency = sizes(frame["latency_ms"].drop_nulls().to_numpy().astype(float)) if "latency_ms" in frame.columns else {}
     answered = frame.filter(pl.col("answer").is_not_null())
     if not len(answered):
@@ -202,6 +198,7 @@ def of_levels(profile: Profile, task: Task, answered: pl.DataFrame): # see `Seen
     labelled = "label" in answered.columns
     return asked(profile.losses, level), losses(profile.losses, level, loss_of(task.target, answered)) if labelled else None
 
+# %% ../../nbs/monitoring/09_profile.ipynb #05f3dc61
 def see_samples(
     profile: Profile, task: Task,
     raw, # samples as a server gets them, see `Input.raw`

@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['N_LEVELS', 'THOUSANDTHS', 'MOST', 'N_DOUBT', 'level_of', 'loss_of', 'metric_of', 'Losses', 'levels_at', 'losses',
-           'fit_losses', 'asked', 'expected', 'Measured', 'measured', 'Slice', 'worst_slice', 'loss_by_bin',
-           'explained']
+           'fit_losses', 'asked', 'expected', 'Measured', 'measured', 'loss_by_bin', 'explained']
 
 # %% ../../nbs/monitoring/08_quality.ipynb #ea996347
 import math
@@ -23,6 +22,7 @@ def level_of(target: Target, frame: pl.DataFrame) -> np.ndarray: # (n,) float64;
         return np.full(len(frame), math.nan)
     return frame["probabilities"].cast(pl.List(pl.Float64)).list.max().fill_null(math.nan).to_numpy()
 
+# %% ../../nbs/monitoring/08_quality.ipynb #b58c1308
 def loss_of(target: Target, frame: pl.DataFrame) -> np.ndarray: # (n,) float64; NaN: no label, or no answer
     "1 for a wrong class, 0 for a right one; or the absolute error of a value."
     said, true = frame["answer"], frame["label"]
@@ -99,8 +99,8 @@ def fit_losses(
 
 # %% ../../nbs/monitoring/08_quality.ipynb #bf04d564
 def asked(like: Losses, level: np.ndarray) -> np.ndarray: # (k,) int64
-    "How many rows have which level."
-    return np.bincount(levels_at(like.bounds, level), minlength=len(like.bounds) + 1)
+    "How many rows have which level. Rows whose level nobody knows say nothing of the quality."
+    return np.bincount(levels_at(like.bounds, level[~np.isnan(level)]), minlength=len(like.bounds) + 1)
 
 def expected(
     known: Losses, # of the reference
@@ -143,35 +143,6 @@ def _spread(known, shares): # variance of an expected loss, since the reference 
 def _worse(difference, variance): # one-sided p-value
     from scipy.stats import norm
     return float(norm.sf(difference / math.sqrt(variance)))
-
-# %% ../../nbs/monitoring/08_quality.ipynb #87586f3a
-@dataclass(frozen=True)
-class Slice:
-    "Rows that share a value."
-    column: str
-    label: str # see `sketch.Shape.labels`
-    n: int
-    more: float # loss of a row above what was expected of it
-    p: float # corrected for all slices that were looked at
-
-def worst_slice(
-    shapes: dict[str, Shape],
-    frame: pl.DataFrame, # the compared columns of rows with a label
-    loss: np.ndarray, hoped: np.ndarray, # (n,) measured, and expected of each row
-    least: int = 30, # rows of a slice
-) -> Slice | None: # None: no slice is worse than expected
-    "The slice with the strongest evidence that its rows are worse than was expected."
-    more, found = loss - hoped, []
-    for c in [c for c in shapes if c in frame.columns]:
-        coarse, labels = labels_at(shapes[c], frame[c])
-        for i, label in enumerate(labels):
-            rows = more[coarse == i]
-            if len(rows) >= least:
-                found.append(Slice(c, label, len(rows), float(rows.mean()), _worse(rows.mean(), max(rows.var(), 1e-4) / len(rows))))
-    worst = min(found, key=lambda s: s.p, default=None)
-    if worst is None or worst.p * len(found) > 0.01:
-        return None
-    return Slice(worst.column, worst.label, worst.n, worst.more, min(1.0, worst.p * len(found)))
 
 # %% ../../nbs/monitoring/08_quality.ipynb #71a62d54
 N_DOUBT = 20 # rows as all the others are, which a bin of few rows is taken to have

@@ -61,6 +61,7 @@ def replayed(
                    "others": len(others), "others_agree": int(same_answers(task, would, others["label"]).sum())}
     return counts
 
+# %% ../../nbs/monitoring/12_replay.ipynb #cdba0a80
 def with_replay(seen: Seen, counts: dict[str, int]) -> Seen:
     "The window, with what a replay of it has shown."
     return replace(seen, replay=summed(seen.replay, counts))

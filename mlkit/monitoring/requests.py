@@ -46,6 +46,7 @@ class WatchSettings:
     effect: float = 0.1 # The distance from which on a change matters
     every: float = 60.0 # Minutes between two looks of 'mlkit monitor up'
 
+# %% ../../nbs/monitoring/04_requests.ipynb #4a8f6b0b
 def watch_settings(
     root: Path, # The project
 ) -> WatchSettings:
@@ -69,6 +70,7 @@ def input_columns(contract: Contract) -> dict[str, Feature]: # name in the frame
     shown = [f for f in contract.features if not f.private and type_of(f).wire in WIRE]
     return {f"input.{f.name}" if f.name in (*OURS, *SAID) else f.name: f for f in shown}
 
+# %% ../../nbs/monitoring/04_requests.ipynb #11bc3d97
 def frame_schema(contract: Contract) -> pl.Schema:
     "The columns of the frame, and their types."
     inputs = {name: WIRE[type_of(f).wire] for name, f in input_columns(contract).items()}
@@ -85,6 +87,7 @@ def check_columns(columns: dict[str, str], contract: Contract):
     if unknown := [c for c in columns if c not in known]:
         raise ConfigError(f"params.yaml: watch.columns: no column '{unknown[0]}'{nearest(unknown[0], known)}")
 
+# %% ../../nbs/monitoring/04_requests.ipynb #fee18e05
 def their_input(
     name: str, # In the frame
     f: Feature,

@@ -61,6 +61,7 @@ def quantile(q: float, metric: str, where: str = "") -> str: # PromQL
     "Of a histogram, of each version."
     return f"histogram_quantile({q}, sum by (le, model, bundle) (rate({metric}_bucket{where}[5m])))"
 
+# %% ../../nbs/monitoring/21_rules.ipynb #cab7e878
 def mean(metric: str) -> str: # PromQL
     "Of a histogram, of each version."
     total, count = (f"sum by (model, bundle) (rate({metric}_{end}[5m]))" for end in ("sum", "count"))
@@ -182,7 +183,7 @@ def finding(*whats: str) -> str: # PromQL
 SORTED = { # rule: kinds of findings
     "DataBroken": ("unit", "missing", "schema", "contract"), "DataDrift": ("covariate", "category"), "Skew": ("skew",),
     "AnswersShift": ("answers", "confidence"), "QualityFell": ("quality", "concept", "calibration"),
-    "FeedbackLoop": ("feedback",), "ServiceWorse": ("latency", "errors"), "ModelStale": ("stale",),
+    "FeedbackLoop": ("feedback",), "ServiceWorse": ("latency", "errors"),
 }
 KNOWN = "|".join(what for whats in SORTED.values() for what in whats)
 OTHER = f'mlkit_finding{{severity="alert",what!~"{KNOWN}"}} == 1'
@@ -234,7 +235,7 @@ rule("model", "ServiceWorse", "0s", "warning",
      "{{ $labels.model }}: the service is worse than it was ({{ $labels.what }}).",
      SEE + " The dashboard 'server' shows the hour; the runbook of ServerSlow and RequestsFail says what to look at.")
 rule("model", "ModelStale", "0s", "warning",
-     finding(*SORTED["ModelStale"]) + " or time() - mlkit_model_released_seconds > $old",
+     "time() - mlkit_model_released_seconds > $old",
      "{{ $labels.model }}: the model is old.",
      "'mlkit retrain --when now' trains it on the rows of today and compares both; the older one stays where it is "
      "as good.")
@@ -349,6 +350,7 @@ def plain(summary: str) -> str: # 'The server at instance does not answer.'
     text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"‹\1›", text)
     return re.sub(r"\{\{ \$value.*?\}\}", "…", text)
 
+# %% ../../nbs/monitoring/21_rules.ipynb #27f0e94b
 def runbook_page(limits: Limits = Limits()) -> str: # HTML, complete
     "All rules with their advice."
     from jinja2 import Environment

@@ -23,6 +23,7 @@ def distance(
     p, q = a / a.sum(), b / b.sum()
     return float(np.abs(np.cumsum(p - q)).max() if kind == "number" else np.abs(p - q).sum() / 2)
 
+# %% ../../nbs/monitoring/07_shift.ipynb #49407bfd
 def measures(
     kind: str, # of a `Shape`
     a: np.ndarray, b: np.ndarray, # (k,) counts, each with a row or more: of the reference, of the window
@@ -50,6 +51,7 @@ def chance(
     n = round(1 / (1 / a.sum() + 1 / b.sum()))
     return float(kstwo.sf(distance(kind, a, b), max(n, 1)))
 
+# %% ../../nbs/monitoring/07_shift.ipynb #f5dd18a0
 def share_changed(
     a: tuple[int, int], b: tuple[int, int], # of how many rows, of all: in the reference, in the window
 ) -> tuple[float, float]: # difference of the shares; p-value

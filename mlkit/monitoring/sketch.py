@@ -3,11 +3,10 @@
 # %% auto #0
 __all__ = ['N_BINS', 'N_CLASSES', 'MISSING', 'NEW', 'N_COARSE', 'STEP', 'OFFSET', 'Shape', 'number', 'fit_shape', 'known',
            'positions', 'count', 'numbers_of', 'coarse_at', 'coarse_labels', 'labels_at', 'sizes', 'size_of',
-           'in_order', 'quantile', 'Sketch', 'added', 'sketch', 'quantile_of', 'shapes_to_dict', 'shapes_from_dict',
-           'digest']
+           'in_order', 'quantile', 'Sketch', 'added', 'sketch', 'quantile_of', 'shapes_to_dict', 'shapes_from_dict']
 
 # %% ../../nbs/monitoring/06_sketch.ipynb #6635fcc8
-import hashlib, json, math
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -124,12 +123,14 @@ def sizes(v: np.ndarray) -> dict[int, int]: # of (n,) float64; key: how many val
     found = dict(zip(keys.tolist(), counts.tolist()))
     return found | ({0: int(zero.sum())} if zero.any() else {})
 
+# %% ../../nbs/monitoring/06_sketch.ipynb #f822727e
 def size_of(key: int) -> float:
     "The middle of the numbers with this key."
     if not key:
         return 0.0
     return math.copysign(2 * STEP ** (abs(key) - OFFSET) / (STEP + 1), key)
 
+# %% ../../nbs/monitoring/06_sketch.ipynb #c5912954
 def in_order(found: dict[int, int]) -> list[int]:
     "The keys, that of the smallest number first."
     return sorted(found, key=size_of)
@@ -206,8 +207,3 @@ def shapes_to_dict(shapes: dict[str, Shape]) -> dict:
 def shapes_from_dict(d: dict) -> dict[str, Shape]:
     "The inverse of `shapes_to_dict`."
     return {c: Shape(s["kind"], tuple(s["bounds"]), tuple(s.get("others", ()))) for c, s in d.items()}
-
-def digest(shapes: dict[str, Shape]) -> str: # 12 hex digits
-    "The name of these shapes."
-    text = json.dumps(shapes_to_dict(shapes), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

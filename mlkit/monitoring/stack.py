@@ -72,6 +72,7 @@ def target(url: str, **labels: str) -> dict: # As Prometheus has it
     path = parts.path if parts.path not in ("", "/") else "/metrics"
     return {"targets": [parts.netloc], "labels": {"__scheme__": parts.scheme, "__metrics_path__": path} | labels}
 
+# %% ../../nbs/monitoring/23_stack.ipynb #0a04bc37
 def prometheus_config(
     own: str, alertmanager: str, token: str, # URLs; the password of the second
     gateways: list[str] = [], others: list[str] = [], # URLs; without a gateway the usual one

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['DO', 'SURE', 'BROKEN', 'FAILS', 'REFUSES', 'SLOWER', 'OTHERWISE', 'FEW_REPLAYED', 'Finding', 'Settings', 'percent',
-           'moved_in_words', 'of_column', 'of_inputs', 'worth', 'costs', 'of_answers', 'shown', 'of_quality',
-           'ended_with', 'of_server', 'of_latency', 'of_contract', 'of_replay', 'Judged', 'judge', 'finding_rows',
-           'profile_rows']
+           'moved_in_words', 'lost_in_words', 'of_column', 'of_inputs', 'worth', 'costs', 'of_answers', 'shown',
+           'of_quality', 'ended_with', 'of_server', 'of_latency', 'of_contract', 'of_replay', 'Judged', 'judge',
+           'finding_rows', 'profile_rows']
 
 # %% ../../nbs/monitoring/10_why.ipynb #91c6cffc
 from dataclasses import dataclass, replace
@@ -33,8 +33,7 @@ DO = {
     "latency": "Look at the version that answers and at the machine; 'mlkit rollback' brings the version before back.",
     "errors": "Read the server's log; 'mlkit rollback' brings the version before back.",
     "skew": "The server does not answer as the released model does. Stop it, and start it from the registry.",
-    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout that is answered at random.",
-    "stale": "Train anew, or say in params.yaml that the model may be older."}
+    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout that is answered at random."}
 
 @dataclass(frozen=True)
 class Finding:
@@ -66,6 +65,7 @@ def percent(x: float) -> str:
     "'12 %', '0.4 %'."
     return f"{100 * x:.0f} %" if x >= 0.0995 or not x else f"{100 * x:.1f} %"
 
+# %% ../../nbs/monitoring/10_why.ipynb #5dbb5dc3
 def moved_in_words(column: str, shape: Shape, reference: Sketch, now: Sketch) -> str:
     "How a column has moved."
     if shape.kind == "number":
@@ -76,6 +76,10 @@ def moved_in_words(column: str, shape: Shape, reference: Sketch, now: Sketch) ->
     return f"{column}: {percent(q[i])} are {shape.labels[1 + i]}, and {percent(p[i])} were"
 
 # %% ../../nbs/monitoring/10_why.ipynb #2aca49a3
+def lost_in_words(column: str, s: Shift) -> str:
+    "How many values are missing."
+    return f"{column}: {percent(s.missing)} are missing, and {percent(s.missing - s.missing_more)} were"
+
 def of_column(column: str, shape: Shape, s: Shift, reference: Sketch, now: Sketch) -> Finding | None:
     "What is to be said of an input."
     if s.unit:
@@ -85,7 +89,7 @@ def of_column(column: str, shape: Shape, s: Shift, reference: Sketch, now: Sketc
         return Finding("unit", "alert", f"{column}: {rows} are {times} as before, as if in another unit".replace("smaller as", "smaller than"), column, s.distance, s.p)
     if s.gaps:
         kind = ("missing", "alert") if s.missing_more > 0 else ("covariate", "watch")
-        return Finding(*kind, f"{column}: {percent(s.missing)} are missing, and {percent(s.missing - s.missing_more)} were", column, s.missing_more, s.missing_p)
+        return Finding(*kind, lost_in_words(column, s), column, s.missing_more, s.missing_p)
     if s.news and shape.kind == "class":
         return Finding("category", "alert", f"{column}: {percent(s.beyond)} are of a class that training never had", column, s.beyond_more, s.beyond_p)
     if s.moved or s.news:
@@ -116,9 +120,11 @@ def costs(profile: Profile, seen: Seen, found: dict[str, Shift]) -> dict[str, fl
 def of_answers(found: dict[str, Shift], profile: Profile, seen: Seen, inputs: list[Finding]) -> list[Finding]:
     "What is to be said of answers and confidence."
     kinds = {"predicted": "answers", "confidence": "confidence"}
+    def in_words(c, s):
+        return moved_in_words(c, profile.shapes[c], profile.reference, seen.sketch) if s.moved or s.news else lost_in_words(c, s)
     follows = ", which may follow from " + ", ".join(dict.fromkeys(f.column for f in inputs)) if inputs else ", and no input has"
     return [Finding(kinds[c], "watch" if inputs or c == "confidence" else "alert",
-                    moved_in_words(c, profile.shapes[c], profile.reference, seen.sketch) + (follows if c == "predicted" else ""), c, s.distance, s.p)
+                    in_words(c, s) + (follows if c == "predicted" else ""), c, s.distance, s.p)
             for c, s in found.items() if c in PREDICTION and s.drifted]
 
 # %% ../../nbs/monitoring/10_why.ipynb #fa44206e

@@ -54,6 +54,7 @@ def source_as_given(data: str) -> str:
     before, path, options = local_path(data)
     return before + (os.path.expanduser(path) if path else "") + options
 
+# %% ../../nbs/project/03_write.ipynb #431933ae
 def source_from(
     project: Path, # Its folder, there or not
     data: str, # A path, a URL, or the name of a source
@@ -102,7 +103,7 @@ mlkit repro      # run what has changed, give the verdict, write reports/index.h
 | change what a stage does or shows | `nbs/stages/<stage>.ipynb`, in JupyterLab with the kernel "mlkit (warm)" |
 | own the contract of the data | `mlkit contract show`, then `mlkit contract accept` |
 | add data | put new files or rows where the others are, then `mlkit repro` |
-| try a value and compare | `dvc exp run -S train.n_epochs=20`, then `dvc metrics diff` or `dvc exp show`. With `--temp` or `--queue` it runs in another folder, from where `../` leads elsewhere: write `ingest.source` as an absolute path first |
+| try a value and compare | `dvc exp run -S train.n_epochs=20`, then `dvc metrics diff` or `dvc exp show`. A value that `params.yaml` does not hold yet takes a plus: `-S +evaluate.n_bins=12`. With `--temp` or `--queue` it runs in another folder, from where `../` leads elsewhere: write `ingest.source` as an absolute path first |
 | keep a state | `git add -A && git commit`; `dvc.lock`, `champion.json`, `history.jsonl` and `looks.jsonl` belong to it |
 | share it | `dvc remote add -d store <folder or URL>`, `dvc push`, `git push` |
 | let GitHub, GitLab or Jenkins run it | `mlkit ci github`, then set up what stands at the top of the file |

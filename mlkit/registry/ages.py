@@ -22,6 +22,7 @@ def moment_of(value) -> datetime | None: # of a date or a time, which is UTC whe
         return None
     return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
 
+# %% ../../nbs/registry/14_ages.ipynb #e3d540c5
 def newest_data(
     root: Path, # the project
 ) -> datetime | str: # the moment; or why it is not known

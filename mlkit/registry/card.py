@@ -70,12 +70,14 @@ def component(spec: dict) -> str: # a name with parameters
     rest = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name" and isinstance(v, (str, int, float)))
     return f"{spec.get('name', '')} ({rest})" if rest else spec.get("name", "")
 
+# %% ../../nbs/registry/11_card.ipynb #c1bfb17f
 def header_of(model: Path) -> dict: # `models/model.safetensors`; 'model' and 'task'; empty: it does not say
     "What kind of model a file holds, and how its answer is made. The weights are not read."
     from safetensors import safe_open
     with safe_open(model, "numpy") as f:
         return json.loads((f.metadata() or {}).get("mlkit", "{}"))
 
+# %% ../../nbs/registry/11_card.ipynb #0e93fc6f
 def answer_rule(header: dict) -> dict: # what: how
     "How raw scores become an answer."
     target = header.get("task", {}).get("target", {})
@@ -97,7 +99,7 @@ def details(f: Facts) -> list[str]:
     network = {"Parameters": figure(t.get("parameters")),
                "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
     kind = listed({"Kind": component(f.header.get("model", {})), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
-                   "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight"))})
+                   "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight")), **answer_rule(f.header)})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})
     return [*made, *kind, *listed({"Format": f.format, "Environment": packages}),
@@ -193,6 +195,7 @@ def gap_lines(f: Facts) -> list[str]:
     few = said.get("fairness_unjudged")
     return [line(n) for n in GAPS if n in said] + [f"- **Not judged**: {plain(few)}"] * bool(few)
 
+# %% ../../nbs/registry/11_card.ipynb #6b3bb91f
 def ethics(f: Facts) -> list[str]:
     "Ethical considerations."
     return [*stated(f, "ethics"), f"- **Protected columns**: {plain(protected(f) or 'none is named')}", *gap_lines(f)]

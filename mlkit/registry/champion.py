@@ -149,6 +149,7 @@ def paired_p(
         return float(more[0] <= 0)
     return float(ttest_1samp(more, 0, alternative="greater").pvalue)
 
+# %% ../../nbs/registry/07_champion.ipynb #9706957e
 def regressed(
     rows: Rows,
     confidence: float, # 0.95 say
@@ -163,6 +164,7 @@ def regressed(
             found.append({"slice": s.name, "samples": int(s.rows.sum()), "error": error, "champion": before, "p": p})
     return sorted(found, key=lambda s: s["samples"] * (s["champion"] - s["error"]))
 
+# %% ../../nbs/registry/07_champion.ipynb #4dce2602
 def slice_text(s: dict) -> str: # see `regressed`: 'town = Rome: error 0.4, the champion 0.1 (120 samples, p < 0.001)'
     "One slice that got worse."
     return f"{s['slice']}: error {s['error']:.3g}, the champion {s['champion']:.3g} ({s['samples']:,} samples, {p_text(s['p'])})"
@@ -243,6 +245,7 @@ def moved_text(lead: float, low: float, high: float, p: float) -> str: # 'ahead 
         word = "ahead"
     return f"{word} by {lead:.4f} ({low:.4f} to {high:.4f}, {p_text(p)})"
 
+# %% ../../nbs/registry/07_champion.ipynb #c291ca8f
 def wanted_text(lead: float, n: int, wanted: int | None) -> str: # see `samples_to_decide`
     "What would decide."
     if wanted is None:

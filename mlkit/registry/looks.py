@@ -64,6 +64,7 @@ def asked_of(
     warned = {f"warn: {name}": j["asked"] for name, j in verdict.get("warnings", {}).items()}
     return bounds | warned | {"compare": verdict["compare"], "margin": f"{margin:g}"}
 
+# %% ../../nbs/registry/05_looks.ipynb #ed842dcc
 def changes(
     before: dict[str, str], now: dict[str, str], # see `asked_of`
 ) -> list[str]: # one line a criterion; empty: the same
@@ -106,6 +107,7 @@ def expected_maximum(
     below = [normal.cdf(i * step) ** n for i in range(-1600, 1601)] # that all of them are smaller
     return step * (sum(1 - p for p in below[1601:]) - sum(below[:1600]) + 0.5 - below[1600])
 
+# %% ../../nbs/registry/05_looks.ipynb #4d85d99d
 def standard_error(
     low: float, high: float, # an interval
     confidence: float, # of it
@@ -124,6 +126,7 @@ def test_set(
     return {"test": looks[0]["test"], "models": n, "first": looks[0]["when"], "optimism": optimism,
             "changed": changes(looks[0]["asked"], now)}
 
+# %% ../../nbs/registry/05_looks.ipynb #aff62a8b
 def look_lines(
     found: dict, # see `test_set`
     figure: str, # by which models are compared: 'evaluate.accuracy'
@@ -158,6 +161,7 @@ def known_test(
     "The test set on which a bundle was judged. A bundle holds the figures of its test set, so it belongs to one."
     return next((e["test"] for e in looks if e["bundle"] == bundle), None)
 
+# %% ../../nbs/registry/05_looks.ipynb #1ad5964c
 def margin_of(params: dict) -> float: # of `params.yaml`, as it is written
     "The margin of a comparison with the champion."
     return (params.get("release") or {}).get("margin", 0)

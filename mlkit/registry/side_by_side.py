@@ -230,10 +230,12 @@ def used_values(stages: dict) -> dict: # of `dvc.lock`; 'train.lr': value
     read = [entry.get("params", {}).get("params.yaml", {}) for entry in stages.values()]
     return {k: v for section in read for name, values in section.items() for k, v in leaves(values, name).items()}
 
+# %% ../../nbs/registry/13_side_by_side.ipynb #df780ec7
 def values_of(s: Side) -> dict: # as `used_values`
     "The values of a side; those of `params.yaml` where no run has recorded any."
     return used_values(s.stages) or leaves(s.params)
 
+# %% ../../nbs/registry/13_side_by_side.ipynb #729db639
 def unused_values(s: Side) -> list[str]: # names
     "The values of `params.yaml` that differ from those that the run has used."
     used = used_values(s.stages)

@@ -75,6 +75,7 @@ def resources(
     files = {name: e["sha256"] for name, e in (listed["files"] | listed["builds"]).items()}
     return dict(sorted((files | {MANIFEST: sha256(folder / MANIFEST)}).items()))
 
+# %% ../../nbs/registry/03_signing.ipynb #11f53e7e
 STATEMENT, PREDICATE = "https://in-toto.io/Statement/v1", "https://model_signing/signature/v1.0"
 PAYLOAD = "application/vnd.in-toto+json"
 MEDIA = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -89,6 +90,7 @@ def statement(
     return {"_type": STATEMENT, "subject": [{"name": "bundle", "digest": {"sha256": root}}],
             "predicateType": PREDICATE, "predicate": {"serialization": how, "resources": listed}}
 
+# %% ../../nbs/registry/03_signing.ipynb #32165f85
 def envelope_bytes(
     payload: bytes,
 ) -> bytes:

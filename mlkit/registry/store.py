@@ -100,6 +100,7 @@ def read_champion(
         return champion_of(entries)
     return {k: seen[k] for k in CHAMPION_KEYS} # of a project from before there was a history
 
+# %% ../../nbs/registry/08_store.ipynb #5392dc3e
 def write_view(
     root: Path, # the project
     entries: list[dict], # its history
@@ -385,6 +386,7 @@ def artifact_digest(
     with tempfile.TemporaryDirectory() as d:
         return sha256(client.download_artifacts(run_id, path, d))
 
+# %% ../../nbs/registry/08_store.ipynb #23663d53
 def checked_manifest(
     name: str, # the model and its version, for the message
     digest: str, # of the list of files in the registry

@@ -107,6 +107,7 @@ def notes_of(
     "What the stages say of their figures."
     return {f"{stage}.{name}": text for stage, values in metrics.items() for name, text in (values.get(key) or {}).items()}
 
+# %% ../../nbs/registry/06_verdict.ipynb #4a02c06d
 def audit_evidence(
     metrics: dict[str, dict], # stage: its metrics
 ) -> dict[str, str]: # 'audit.errors': the errors in words
@@ -216,6 +217,7 @@ def judge_known(
     value = left_open(bounds) if name in AGES else judge(bounds, known[name])
     return value | {"measured": name in anew or name in AGES}
 
+# %% ../../nbs/registry/06_verdict.ipynb #34b1d734
 def told(
     name: str, j: dict, # see `judge_known`
     undecided: dict[str, str], evidence: dict[str, str], # see `notes_of`
@@ -273,6 +275,7 @@ def together(
         return {name: j | {"value": values.get(name, j["value"])} for name, j in recorded.get(part, {}).items()}
     return recorded | {part: judged(part) for part in PARTS}
 
+# %% ../../nbs/registry/06_verdict.ipynb #c5a36291
 def read_verdict(
     root: Path, # the project, where the stage `release` has run
 ) -> dict: # see `verdict`; a value that was measured elsewhere is None
@@ -285,6 +288,7 @@ def headline(v: dict) -> str: # of a verdict: 'Released with warnings'
     "The outcome, as it stands above everything else."
     return OUTCOMES[v.get("outcome") or ("released" if v["released"] else "refused")]
 
+# %% ../../nbs/registry/06_verdict.ipynb #fe86d17f
 def missed(v: dict, part: str) -> dict[str, dict]: # of a verdict, 'criteria' or 'warnings'; name: what was judged
     "What is not met."
     return {name: j for name, j in v.get(part, {}).items() if not j["met"]}
@@ -303,6 +307,7 @@ def verdict_line(
     says = f"misses {len(failed)} of {n} criteria: {', '.join(failed)}" if failed else f"meets all {n} criteria"
     return f"{name} {says}" + (f"; warnings: {', '.join(warned)}" if warned else "")
 
+# %% ../../nbs/registry/06_verdict.ipynb #af19e64e
 def reason_lines(
     v: dict, # a verdict
 ) -> list[str]:

@@ -94,6 +94,7 @@ def queue(
     out = rows.select(*beside, pl.lit(None, pl.String).alias("label"), *(c for c in ("answer",) if c in rows.columns), pl.Series("doubt", doubts).round(4), *inputs)
     return out[at.tolist()]
 
+# %% ../../nbs/retraining/07_queue.ipynb #6ed05bd5
 def write_queue(path: Path, asked: pl.DataFrame):
     "As CSV, whole or not at all; images lie in a folder of its name. Raises `DataError` where a file is there that may hold answers."
     if path.exists() and pl.read_csv(path, infer_schema=False).get_column("label", default=pl.Series([None])).is_not_null().any():

@@ -60,6 +60,7 @@ def read_state(root: Path) -> State | None: # None: there is none
         raise DataError(f"{STATE}: its phase makes no sense; {FORGET}")
     return state
 
+# %% ../../nbs/retraining/05_state.ipynb #3859bec6
 def write_state(root: Path, state: State):
     "Whole, or not at all."
     write_json(root / STATE, {"format": FORMAT} | asdict(state))
@@ -100,6 +101,7 @@ def note(root: Path, state: State):
         more = {"retrain": state.id, "phase": state.phase, "trigger": state.why, "when_asked": state.when, "evidence": state.evidence}
         append(root, [event("retrain", state.model, to, why, "retrain", state.champion, **more)])
 
+# %% ../../nbs/retraining/05_state.ipynb #b729a1e2
 def trainings(root: Path, model: str) -> list[dict]: # the oldest first
     "The retrainings that have trained."
     return [e for e in read_history(root) if e["what"] == "retrain" and e["model"] == model and "trained" in e.get("evidence", {})]

@@ -77,6 +77,7 @@ def bin_of(seconds: float) -> int:
     "The bin that a latency falls into."
     return min(N_BINS - 1, max(0, int(math.log(max(seconds, SHORTEST) / SHORTEST) / math.log(RATIO))))
 
+# %% ../../nbs/rollout/00_evidence.ipynb #3df7963d
 def bin_end(i: int) -> float: # seconds
     "The upper end of a bin."
     return SHORTEST * RATIO ** (i + 1)

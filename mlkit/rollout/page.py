@@ -231,10 +231,12 @@ def moment(when: float) -> str: # '27 November 2026, 02:14:05 UTC'
     "Seconds since 1970, for people."
     return f"{datetime.fromtimestamp(when, timezone.utc):%-d %B %Y, %H:%M:%S} UTC"
 
+# %% ../../nbs/rollout/03_page.ipynb #04821fad
 def iso(when: float) -> str:
     "Seconds since 1970, for programs."
     return datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="seconds")
 
+# %% ../../nbs/rollout/03_page.ipynb #0f0bdfad
 def place(p: Place) -> str: # 'version 5 (555555555555)'
     "A version, with its bundle."
     return f"{p} ({p.bundle[:12]})" if p.version else str(p)

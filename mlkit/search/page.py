@@ -18,6 +18,7 @@ def by_score(trials: list[dict], score: str) -> list[dict]: # see `search.search
     "The trials that came to their end, the best first; then the others."
     return sorted(trials, key=lambda t: (t["state"] != "complete", -(t[score] if t[score] is not None else -np.inf), t["number"]))
 
+# %% ../../nbs/search/02_page.ipynb #38809964
 def trials_table(trials: list[dict], score: str): # IPython's HTML
     "The best trials."
     rows = by_score(trials, score)[:BEST]

@@ -286,10 +286,12 @@ def rows_in_part(first: pl.DataFrame) -> int: # `first`: the first rows
     fewest, most = PART_ROWS
     return min(most, max(fewest, PART_BYTES * len(head) // (sum(sizes) + 8 * head.width * len(head))))
 
+# %% ../../nbs/serving/13_batch.ipynb #d5ad1875
 def in_parts(frames: Iterator[pl.DataFrame], rows: int, modality: str) -> Iterator[pl.DataFrame]:
     "The samples in parts, which are the same whatever the frames."
     return regroup(frames, PART_IMAGES, PART_BYTES) if modality == "image" else regroup(frames, rows, 1 << 62)
 
+# %% ../../nbs/serving/13_batch.ipynb #e9026dd0
 def first_rows(frames: Iterator[pl.DataFrame], name: str) -> tuple[pl.DataFrame, Iterator[pl.DataFrame]]:
     "The first frame that has rows, and all frames from it on. Raises `DataError` where there is none."
     for frame in frames:
@@ -360,6 +362,7 @@ def save(self: Work, i: int, content: str, part: Part): # `i`: from 0; `content`
     facts = {"content": content, "rows": part.rows, "refused": part.refused.rows(), "doubts": part.doubts}
     write_json(self.file(i, "json"), facts)
 
+# %% ../../nbs/serving/13_batch.ipynb #9cd52b9d
 @patch
 def load(self: Work, i: int, content: str) -> Part | None: # None: it was not finished, or the rows are others now
     "A part that was kept."
@@ -369,6 +372,7 @@ def load(self: Work, i: int, content: str) -> Part | None: # None: it was not fi
     doubts = [Doubt(*d) for d in facts["doubts"]]
     return Part(facts["rows"], pl.read_ipc(self.file(i, "arrow")), refused, doubts, True)
 
+# %% ../../nbs/serving/13_batch.ipynb #c4a21796
 @patch
 def drop_from(self: Work, i: int) -> int: # How many were dropped
     "Forget the parts from this one on."
@@ -435,6 +439,7 @@ def stem_of(source: str) -> str: # 'new_customers'
     name = ".".join([base, *kept])
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._") or "answers"
 
+# %% ../../nbs/serving/13_batch.ipynb #dc8f3ea9
 def output_path(
     source: str, # As the user wrote it
     out: str | None, # A file, a folder, or None
@@ -448,6 +453,7 @@ def output_path(
         raise DataError(f"{path}: answers are written as {' or '.join(FORMS)}; let --out end so, or name a folder")
     return path
 
+# %% ../../nbs/serving/13_batch.ipynb #de1fbbb8
 def refused_path(path: Path) -> Path:
     "Where the refused rows go."
     return path.with_name(f"{path.stem}.refused.csv")

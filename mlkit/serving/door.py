@@ -47,6 +47,7 @@ def is_loopback(host: str) -> bool:
         write = "write an IPv4 address: 127.0.0.1 for this machine, 0.0.0.0 for all its networks"
         raise ServeError(f"host '{host[:60]}': {write}") from None
 
+# %% ../../nbs/serving/09_door.ipynb #d7f95010
 def check_access(host: str, access: Access) -> str: # `host`
     "Raises `ServeError` where others could ask without TLS or a token, `ConfigError` where these cannot be used."
     tokens = read_tokens(Path(access.tokens)) if access.tokens else []
@@ -74,6 +75,7 @@ def for_curl(self: Access) -> str:
     trust = f" --cacert {shlex.quote(self.certificate.cert)}" if self.certificate else ""
     return trust + (' -H "Authorization: Bearer $TOKEN"' if self.asked() else "")
 
+# %% ../../nbs/serving/09_door.ipynb #57c0a54c
 @patch
 def in_words(self: Access) -> list[str]:
     "Lines that say what a server asks for and writes down."
@@ -84,6 +86,7 @@ def in_words(self: Access) -> list[str]:
         lines.append(f"{share} requests are logged in {self.log.folder} ({bounds}; 'request_log' in params.yaml, or --no-log)")
     return lines
 
+# %% ../../nbs/serving/09_door.ipynb #5f7eff7a
 def shown_host(host: str) -> str:
     "How a client names the address."
     return socket.gethostname() if host == "0.0.0.0" else host

@@ -68,6 +68,7 @@ def write_golden(
             return path
     return None
 
+# %% ../../nbs/serving/01_golden.ipynb #9855febf
 def read_golden(model: Path) -> Golden | None: # None: of a time before there were any
     "Raises `ServeError` where the file is damaged."
     path = model.with_name(GOLDEN)

@@ -33,6 +33,7 @@ def json_type(t: Tensor) -> Any: # For msgspec
         one = Annotated[int, msgspec.Meta(ge=int(info.min), le=int(info.max))]
     return one | None if is_column(t) else one
 
+# %% ../../nbs/serving/03_protocol.ipynb #44f7eefd
 def missing_value(t: Tensor) -> Any:
     "What `null` stands for on the wire."
     return {"float64": math.nan, "datetime64[us]": int(np.iinfo(np.int64).min)}.get(t.dtype, "")

@@ -47,6 +47,7 @@ def request_id(headers: dict[bytes, bytes]) -> str:
         return given.decode()
     return f"{_made[0]}{next(_made[1]):08x}"
 
+# %% ../../nbs/serving/05_request_log.ipynb #40eb9372
 def is_sampled(id: str, share: float) -> bool:
     "Decided by the id alone: whoever sees the id, here or in another log, decides alike."
     if share >= 1:
@@ -92,6 +93,7 @@ def column(t: Tensor, x: np.ndarray) -> pl.Series: # `x`: (n,), as on the wire
         return pl.Series(t.name, x.view("datetime64[us]")).dt.replace_time_zone("UTC")
     return pl.Series(t.name, x, dtype=pl.Float64, nan_to_null=True)
 
+# %% ../../nbs/serving/05_request_log.ipynb #0f277ce3
 def png(
     x: np.ndarray, # (height, width, channels) uint8, red first
     longest: int | None, # Side in pixels; None: as it is

@@ -88,6 +88,7 @@ def read_tokens(path: Path) -> list[Token]:
     except (DataError, TypeError, KeyError):
         raise ConfigError(f"{path}: holds no tokens; move it away, then 'mlkit keys add NAME' makes new ones") from None
 
+# %% ../../nbs/serving/07_tokens.ipynb #dd3fabd0
 def write_tokens(path: Path, tokens: list[Token]) -> Path: # `path`
     "All of them, in place of what was there."
     import json
@@ -107,6 +108,7 @@ def add_token(path: Path, name: str, rate: str = "") -> str: # The token, to be 
         write_tokens(path, [*tokens, token])
     return text
 
+# %% ../../nbs/serving/07_tokens.ipynb #68ddcee3
 def remove_token(path: Path, name: str) -> Token:
     "Raises `ConfigError` where there is none of that name."
     from filelock import FileLock

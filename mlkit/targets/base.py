@@ -53,6 +53,7 @@ def n_answers(self: Target) -> int:
     "How many numbers the served model gives for a sample."
     return self.n_outputs
 
+# %% ../../nbs/targets/00_base.ipynb #f232d235
 @patch(as_prop=True)
 def says_class(self: Target) -> bool:
     "Whether answers are probabilities of classes."
@@ -69,6 +70,7 @@ def to_dict(self: Target) -> dict: # name of a field: value
     "The fields as JSON has them."
     return asdict(self)
 
+# %% ../../nbs/targets/00_base.ipynb #84fc98ec
 @patch(cls_method=True)
 def from_dict(
     cls: Target,

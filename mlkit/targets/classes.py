@@ -109,6 +109,7 @@ def best_temperature(
         return -(truth * log_softmax(logits / np.exp(log_t), axis=1)).sum() / n
     return round(float(np.exp(minimize_scalar(loss, bounds=np.log([COLDEST, HOTTEST]), method="bounded").x)), 4)
 
+# %% ../../nbs/targets/02_classes.ipynb #a3def293
 @patch
 def calibrated(self: Classes, output, y: np.ndarray) -> Classes: # of (n, k) logits, a tensor; (n,) int
     "See `Target.calibrated`."
@@ -144,14 +145,15 @@ def check_decision(
 
 def check_decide(
     decide: dict | None, # `train.decide`
+    classes: tuple[str, ...] | None = None, # None: not known yet
 ):
-    "Raises `ConfigError` on what cannot be decided by, as far as it is known without the data."
+    "Raises `ConfigError` on what cannot be decided by, as far as it is known."
     known = ("costs", "recall", "of")
     if decide is None:
         return
     if unknown := [name for name in decide if name not in known]:
         raise ConfigError(f"params.yaml: train.decide has no '{unknown[0]}'{nearest(unknown[0], known)}")
-    check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"))
+    check_decision(decide.get("costs"), decide.get("recall"), decide.get("of"), classes)
 
 @patch
 def decided(
@@ -233,10 +235,12 @@ def log_loss(p, y, w):
     "The mean of minus the logarithm of the true class's probability."
     return w @ -np.log(np.maximum(p[np.arange(len(y)), y], np.finfo(np.float64).eps)) / w.sum(1)
 
+# %% ../../nbs/targets/02_classes.ipynb #f1f3a21a
 def brier(p, y, w):
     "The mean squared distance of the probabilities from the truth."
     return w @ ((p - np.eye(p.shape[1])[y]) ** 2).sum(1) / w.sum(1)
 
+# %% ../../nbs/targets/02_classes.ipynb #7e377e5b
 def calibration_error(n_bins: int):
     "The score for this number of bins."
     def score(p, y, w):
@@ -316,6 +320,7 @@ def wilson(
     found = binomtest(round(share * n), n).proportion_ci(confidence, method="wilson")
     return found.low, found.high
 
+# %% ../../nbs/targets/02_classes.ipynb #a2707152
 @patch
 def figures(self: Classes, p: np.ndarray, y: np.ndarray, confidence: float = 0.95, n_bins: int = 10, seed: int = 0) -> dict[str, float]:
     "See `Target.figures`."

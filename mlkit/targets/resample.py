@@ -21,6 +21,7 @@ def n_resamples(
     "As many as take a moment."
     return int(np.clip(50_000_000 // max(1, n_numbers), LEAST, MOST))
 
+# %% ../../nbs/targets/01_resample.ipynb #d973231a
 def draws(
     n: int, # samples
     seed: int,

@@ -107,10 +107,12 @@ def mae(p, y, w):
     "The mean absolute error."
     return w @ np.abs(p[:, 0] - y) / w.sum(1)
 
+# %% ../../nbs/targets/03_value.ipynb #2264454f
 def size_of_bias(p, y, w):
     "How far the answers are from the truth on average, up or down."
     return np.abs(w @ (p[:, 0] - y)) / w.sum(1)
 
+# %% ../../nbs/targets/03_value.ipynb #cdeaecd3
 def pinball(
     alpha: float, # The quantile, in (0, 1): what a unit too low costs
 ):
@@ -148,6 +150,7 @@ def answer_biases(
         found.append({"from": v.min(), "to": v.max(), "samples": len(e), "bias": float(e.mean()), "half": float(half)})
     return found
 
+# %% ../../nbs/targets/03_value.ipynb #c5dcb1d5
 def range_bias(found: list[dict]) -> dict[str, float]: # of `answer_biases`; range_bias, range_bias_low, range_bias_high
     "The largest of them, up or down, with its interval. Nothing where there is no range."
     if not found:
@@ -179,6 +182,7 @@ def figures(self: Value, p: np.ndarray, y: np.ndarray, confidence: float = 0.95,
     y = y.astype(np.float64)
     return Target.figures(self, p, y, confidence, n_bins, seed) | range_bias(answer_biases(self.said(p), y, confidence))
 
+# %% ../../nbs/targets/03_value.ipynb #e4800034
 @patch
 def notes(self: Value, p: np.ndarray, y: np.ndarray, confidence: float) -> tuple[dict[str, str], dict[str, str]]:
     "See `Target.notes`: which range is meant, and that its bias may be chance."

@@ -77,6 +77,7 @@ def drawn_share(
     seed = int(torch.randint(2 ** 62, (), generator=generator))
     return float(np.random.default_rng(seed).beta(alpha, alpha))
 
+# %% ../../nbs/training/03_augment.ipynb #87393150
 @AUGMENTATIONS
 def mixup(
     *,

@@ -53,6 +53,7 @@ def machine_facts() -> dict[str, str]:
     return own | {"machine.cores": str(usable_cores()), "machine.memory_gb": f"{usable_memory() / 1e9:.1f}",
                   "machine.gpus": ", ".join(gpus) or "none"}
 
+# %% ../../nbs/training/13_facts.ipynb #5cea4e5a
 def environment_facts(
     root: Path, # the project
 ) -> dict[str, str]:

@@ -25,6 +25,7 @@ def odd_samples(
         found += r[odd[0] | odd[1]].tolist()
     return sorted(found)
 
+# %% ../../nbs/training/09_faults.ipynb #b799a513
 def check_samples(
     feed,
     rows,

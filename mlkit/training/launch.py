@@ -107,6 +107,7 @@ def first_host(
     head, bracket, rest = listed.partition(",")[0].partition("[")
     return head + rest.rstrip("]").partition("-")[0] if bracket else head
 
+# %% ../../nbs/training/18_launch.ipynb #efe3c4e8
 def find_place(
     environ: dict, # variables
 ) -> Place:
@@ -136,6 +137,7 @@ def command(
             f"--nproc-per-node={plan.devices}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1",
             "-m", "mlkit.training.launch", str(order)]
 
+# %% ../../nbs/training/18_launch.ipynb #30410ae4
 def environment(
     plan: Plan,
     n_threads: int,

@@ -118,6 +118,7 @@ def part_sizes(
     "How many samples each process has of a batch."
     return [n // world + (rank < n % world) for rank in range(world)]
 
+# %% ../../nbs/training/10_spread.ipynb #6dbc27cc
 def part_of(
     batch: torch.Tensor, # (n,): rows
     rank: int, world: int,

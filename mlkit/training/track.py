@@ -82,6 +82,7 @@ def mlflow_tags(
     named = {MLFLOW_TAGS.get(k, mlflow_name(k)): v for k, v in facts.tags.items()}
     return named | ({"mlflow.note.content": facts.note} if facts.note else {})
 
+# %% ../../nbs/training/14_track.ipynb #3599027f
 def log_data(
     client, # see `store.mlflow_client`
     run_id: str,

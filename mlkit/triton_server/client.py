@@ -74,6 +74,7 @@ def answer(self: Client, *inputs: np.ndarray) -> list[dict]: # See `mlkit.export
     "`predict`, with the names of the classes."
     return named_answers(self.predict(*inputs), self.signatures.classes, self.signatures.decision)
 
+# %% ../../nbs/triton_server/03_client.ipynb #bad92824
 @patch
 def answer_rows(self: Client, rows) -> list[dict]: # As of `predict_rows`; as of `answer`
     "`answer` for the rows of a table."

@@ -19,6 +19,7 @@ def before_plan(signatures: Signatures, export: Path) -> Any: # A ModelProto
     steps = dict(list(signatures.steps.items())[:-1])
     return fuse(Signatures(steps, ()), [onnx.load(export / f"{step}.onnx") for step in steps])
 
+# %% ../../nbs/triton_server/06_ensemble.ipynb #96270e08
 def said_by_plan(signatures: Signatures) -> Tensor:
     "What the plan gives, under a name that the answer does not have."
     given, = list(signatures.steps.values())[-1].outputs
@@ -51,6 +52,7 @@ def part_configs(
         return {"name": f"{name}-{part}", "backend": engines[part], "instance_group": [kind]} | batch | tensors
     return {f"{name}-{part}": config(part, *tensors) for part, tensors in ends.items()}
 
+# %% ../../nbs/triton_server/06_ensemble.ipynb #1ab77cb2
 def ensemble_config(
     name: str, signatures: Signatures, max_batch_size: int, max_queue_delay_us: int, # See `part_configs`
 ) -> dict: # Triton's ModelConfig

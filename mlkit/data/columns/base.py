@@ -189,6 +189,7 @@ def ready(self: ColumnType, v) -> bool: # `v`: any Python value
     "Whether `read` would give just this value."
     return False
 
+# %% ../../../nbs/data/columns/00_base.ipynb #f29fc370
 @patch
 def asks(self: ColumnType, f) -> str: # `f`: `Feature`
     "What a value must be, in words."
@@ -225,6 +226,7 @@ def settle(self: ColumnType,
     "What may occur from now on."
     return {}
 
+# %% ../../../nbs/data/columns/00_base.ipynb #ab629258
 @patch
 def judge(self: ColumnType, case) -> Iterator[Noticed]: # `case`: see `mlkit.data.judge.ColumnCase`
     "What is wrong with a column beyond what can be wrong with any."
@@ -236,6 +238,7 @@ def constant(self: ColumnType, c) -> str: # Empty: there are several, or nobody 
     "The one value that all rows have."
     return ""
 
+# %% ../../../nbs/data/columns/00_base.ipynb #05b38af7
 @patch
 def show_range(self: ColumnType, f) -> str:
     "The range of a contract, for people."

@@ -202,6 +202,7 @@ def settle(self: Date, c, rows: int, median) -> dict:
     kinds = [k for k in ("given", "none") if k in c.faults]
     return {"zone": "mixed" if len(kinds) == 2 else kinds[0] if kinds else ""}
 
+# %% ../../../nbs/data/columns/03_dates.ipynb #41cacc13
 @patch
 def constant(self: Date, c) -> str:
     "As ISO 8601."

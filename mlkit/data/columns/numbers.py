@@ -153,6 +153,7 @@ def usual_affix(t: Counter) -> tuple[str, int]: # What stands beside most; how m
     others = sum(affixes.values()) - affixes.get(usual, 0)
     return usual, others + (t["bare"] if usual == "%" else 0)
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #3c76c8e7
 def means_negative(t: Counter, fits: int) -> bool: # `fits`: how many values are numbers
     "Whether parentheses mean a negative number: some have them, others do not, and no minus sign does that job."
     return 0 < t["parentheses"] < fits and not t["negative"]
@@ -272,6 +273,7 @@ def is_named_id(name: str) -> bool:
     "Whether a column is called as ids are."
     return bool(re.search(ID_NAME, name))
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #5777f53e
 def is_named_order(name: str) -> bool:
     "Whether a column is called as times and ranks are."
     return bool(re.search(rf"(?<![a-z])(?i:{ORDERED})s?(?![a-z])", name))
@@ -361,6 +363,7 @@ def has_codes(raw: pl.Series) -> bool: # As a source gives it
         return False
     return bool(raw.str.contains(r"^0\d+$").any())
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #86032f5e
 @patch
 def doubts(self: Number, f, raw: pl.Series, typed: pl.Series, faults: dict) -> bool:
     "Whether a later chunk speaks against numbers, or against their form."
@@ -393,9 +396,11 @@ def settle(self: Number, c, rows: int, median: float | None) -> dict:
     seen = f"seen {c.low:g} to {c.high:g}"
     return {"range": wide_range(c.feature.name, c.low, c.high, median), "median": median, "why": f"{c.feature.why}; {seen}"}
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #853ae3be
 @patch
 def constant(self: Number, c) -> str: return f"{c.low:g}" if c.low is not None and c.low == c.high else ""
 
+# %% ../../../nbs/data/columns/01_numbers.ipynb #c5db2c71
 @patch
 def show_range(self: Number, f) -> str: return f"{f.range[0]:g} to {f.range[1]:g}" if f.range else ""
 

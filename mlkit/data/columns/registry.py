@@ -66,6 +66,7 @@ def keep_aside(
     why = why or names_rows(s.name, find_column_type(found.dtype).read(s, found)[0].drop_nulls())
     return Guess("id", why) if why else found
 
+# %% ../../../nbs/data/columns/04_registry.ipynb #3a548c39
 def as_target(found: Guess) -> Guess:
     "The guess, with numbers that are too long as numbers."
     return Guess("float64", "whole numbers") if found.why == TOO_LONG else found

@@ -80,6 +80,7 @@ def on_wire(
         return typed.cast(pl.Datetime("us")).to_numpy()
     return typed.cast(pl.String).fill_null("").to_numpy()
 
+# %% ../../../nbs/data/columns/05_values.ipynb #5091ed49
 def missing_on_wire(wire: str) -> Any: # As of `on_wire`
     "How a missing value travels."
     return {"float64": math.nan, "datetime64[us]": np.datetime64("NaT", "us")}.get(wire, "")
@@ -140,6 +141,7 @@ def look_up(
             odd.append(i)
     return odd
 
+# %% ../../../nbs/data/columns/05_values.ipynb #5021682f
 @patch
 def remember(self: ValueReader, v: Any, x: Any): # A Python value, and what was read of it
     "Keep it, if it is short text."

@@ -55,6 +55,7 @@ def truth(text: pl.Series) -> pl.Series: # Boolean; null: neither
     "What words mean, in small letters."
     return text.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)
 
+# %% ../../../nbs/data/columns/02_words.ipynb #9918c6c8
 def are_truth(t: Counter) -> bool: # word: how often; '': others
     "Whether words are two that mean yes and no, or one of them."
     lower = {w.lower() for w in t}
