@@ -298,6 +298,7 @@ async def _post(self: Gateway, parts: list[str], headers: dict[bytes, bytes], re
     if parts[:1] == ["predict"] and len(parts) < 3:
         model = self.find(parts[1]) if len(parts) == 2 else self._only()
         body = await read_body(receive, headers, self.bounds)
+        self._check_room(model)
         model, answers = await self._shared(model, headers, lambda m: m.predict(body), receive)
         self.metrics.count(model, len(answers) if isinstance(answers, list) else 1)
         return as_json(answers)
@@ -305,10 +306,17 @@ async def _post(self: Gateway, parts: list[str], headers: dict[bytes, bytes], re
     if rest != ("infer",):
         raise Refused(404, "no such address; see /v2")
     body = await read_body(receive, headers, self.bounds)
+    self._check_room(model)
     ask = lambda m: self._infer(m, body, headers)
     model, (answer, n) = (model, await ask(model)) if "versions" in parts else await self._shared(model, headers, ask, receive)
     self.metrics.count(model, n)
     return answer
+
+@patch
+def _check_room(self: Gateway, model): # before the body is looked at: a refusal has to cost less than an answer
+    traffic = self.traffic.get(model.name)
+    if not (traffic and traffic.candidate): # else another version may have room
+        model.queue.check_room()
 
 @patch
 async def _shared(self: Gateway, model, headers, ask, receive): # which version answers, and what

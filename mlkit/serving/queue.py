@@ -93,11 +93,16 @@ class Queue:
 
 # %% ../../nbs/serving/02_queue.ipynb #07cef1af
 @patch
+def check_room(self: Queue, n: int = 1): # samples
+    "Raises `Busy` where they would be too many."
+    if self.n_waiting + n > self.limits.max_waiting:
+        raise Busy(f"{self.n_waiting} samples wait", self.limits.deadline)
+
+@patch
 async def ask(self: Queue, inputs: list[np.ndarray]) -> list[np.ndarray]: # One array a tensor; one an output
     "Raises `Busy` where too many wait, or it took too long; `Unanswered` where the model fails."
-    n, limits = len(inputs[0]), self.limits
-    if self.n_waiting + n > limits.max_waiting:
-        raise Busy(f"{self.n_waiting} samples wait", limits.deadline)
+    limits = self.limits
+    self.check_room(len(inputs[0]))
     request = Waiting(inputs, asyncio.get_running_loop().create_future())
     self._put(request)
     try:
