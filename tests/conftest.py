@@ -111,6 +111,13 @@ class Project:
             except psutil.Error: pass
         return found
 
+    def runs(self, program):
+        "Whether a process of this name works for this project. One may end between two looks."
+        def name(p):
+            try: return p.name()
+            except psutil.NoSuchProcess: return ""
+        return any(program in name(p) for p in self.processes())
+
     def wait_idle(self, timeout=60):
         "The processes that are still there after `timeout` seconds."
         psutil.wait_procs(self.processes(), timeout=timeout)

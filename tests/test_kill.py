@@ -18,7 +18,7 @@ def forgotten(project, *stages):
     return project
 
 def training(project, p): return "epoch   " in p.out.read_text()
-def serving(project, p): return any("tritonserver" in q.name() for q in project.processes())
+def serving(project, p): return project.runs("tritonserver")
 
 MOMENTS = { # of a run, in their order: what is there by then
     "before a stage": lambda project, p: (project / ".mlkit/lock.pid").exists(),
