@@ -72,3 +72,15 @@ def test_every_text_has_its_encoding():
         code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
         found[f.name] = [call for text in code for call in without_encoding(text)]
     assert len(found) > 100 and {f: calls for f, calls in found.items() if calls} == {}
+
+def stored(code):
+    "Names that a module gives a value, at its top, more than once."
+    found = [x.id for node in ast.parse(code).body if isinstance(node, (ast.Assign, ast.AnnAssign))
+             for t in getattr(node, "targets", None) or [node.target] for x in ast.walk(t) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+    return sorted({name for name in found if found.count(name) > 1})
+
+def test_a_name_has_one_value():
+    "Cells far apart in a notebook become one module: what the second one calls the same silently changes the first."
+    assert stored("A = 1\nB, A = 2, 3\nc: int = 4") == ["A"] and stored("A = 1\nB = A\nd[A] = 2") == []
+    twice = {str(p.relative_to(ROOT)): stored(p.read_text(encoding="utf-8")) for p in (ROOT / "mlkit").rglob("*.py") if p.name != "_modidx.py"}
+    assert {p: names for p, names in twice.items() if names} == {}

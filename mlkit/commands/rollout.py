@@ -13,7 +13,7 @@ import click
 
 from .reproduce import last_model
 from ..core import MlkitError, RegistryError, project_root
-from ..rollout.state import Place, Plan, RolloutError, SILENT, TAKEN_UP
+from ..rollout.state import Place, Plan, RolloutError, LOADS_WITHIN, TAKEN_UP
 
 # %% ../../nbs/commands/26_rollout.ipynb #30946083
 class Duration(click.ParamType):
@@ -183,7 +183,7 @@ def await_golden(root: Path):
     from mlkit.rollout.file import existing, read_state
     begun, told = time.time(), False
     state = existing(read_state(root))
-    while state.phase == "checking" and time.time() < (state.last + SILENT if state.last else begun + TAKEN_UP):
+    while state.phase == "checking" and time.time() < (state.last + LOADS_WITHIN if state.last else begun + TAKEN_UP):
         if not told:
             click.echo(f"{state.plan.candidate} answers the golden requests; waiting for it (Ctrl-C to leave)", err=True)
         told = True

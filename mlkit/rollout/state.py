@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['MODES', 'OVER', 'MOST_POINTS', 'LONGEST_TICK', 'GOLDEN_PATIENCE', 'SILENT', 'SILENT_SECONDS', 'PROOF', 'MORE_DATA',
-           'TAKEN_UP', 'RolloutError', 'Place', 'Plan', 'check_plan', 'Event', 'Point', 'State', 'share_of', 'n_steps',
-           'noted', 'begin', 'fresh_evidence', 'place_of', 'assign', 'mirrored', 'Copies', 'passed', 'advance',
-           'roll_back', 'n_compared', 'lacking', 'silence', 'with_point', 'abort', 'promote_now', 'check_open',
-           'finish']
+           'TAKEN_UP', 'LOADS_WITHIN', 'RolloutError', 'Place', 'Plan', 'check_plan', 'Event', 'Point', 'State',
+           'share_of', 'n_steps', 'noted', 'begin', 'fresh_evidence', 'place_of', 'assign', 'mirrored', 'Copies',
+           'passed', 'advance', 'roll_back', 'n_compared', 'lacking', 'silence', 'with_point', 'abort', 'promote_now',
+           'check_open', 'finish']
 
 # %% ../../nbs/rollout/01_state.ipynb #8a8998d8
 import hashlib, secrets
@@ -320,7 +320,7 @@ def abort(state: State, who: str, why: str, now: float) -> State:
     return roll_back(state, now, why or "no reason given", who, "aborted")
 
 # %% ../../nbs/rollout/01_state.ipynb #1f991c2f
-TAKEN_UP, SILENT = 10.0, 60.0 # seconds: for a server to begin; to load the version, in which it says nothing
+TAKEN_UP, LOADS_WITHIN = 10.0, 60.0 # seconds: for a server to begin; to load the version, in which it says nothing
 
 def promote_now(state: State, who: str, why: str, now: float) -> State:
     "Go to the end. Raises `RolloutError` where it is over, or the candidate's golden answers were not checked yet."

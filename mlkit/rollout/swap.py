@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core import ServeError
 from ..registry.history import read_history
 from .file import existing, order, read_state, started
-from .state import OVER, Place, Plan, RolloutError, SILENT, State, TAKEN_UP, abort, promote_now
+from .state import OVER, Place, Plan, RolloutError, LOADS_WITHIN, State, TAKEN_UP, abort, promote_now
 
 # %% ../../nbs/rollout/04_swap.ipynb #c48b845f
 RUNNING = ".mlkit/serve/running" # of a project
@@ -58,7 +58,7 @@ def released_as(root: Path, model: str, bundle: str) -> Place | None: # None: th
 def settled(root: Path, phases: tuple[str, ...]) -> State: # the last one that was seen
     "Wait until the rollout is in none of these phases; no longer than a server may take."
     begun, state = time.time(), existing(read_state(root))
-    while state.phase in phases and time.time() < max(state.last + SILENT if state.last else 0, begun + TAKEN_UP):
+    while state.phase in phases and time.time() < max(state.last + LOADS_WITHIN if state.last else 0, begun + TAKEN_UP):
         time.sleep(0.1)
         state = existing(read_state(root))
     return state
