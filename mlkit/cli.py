@@ -89,6 +89,7 @@ def path_with(
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def main(debug):
     "From a notebook to a production server, reproducibly. Start with 'mlkit doctor', then 'mlkit repro'."
+    gc.set_threshold(50_000) # imports make many objects and no garbage: else Python looks for it after every 700
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): # a name that is not UTF-8 is no reason to stop
             stream.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 import hashlib, json, os, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -92,6 +93,13 @@ class Project:
         def known(entry): return entry["path"] if any(f"{f}/".startswith(f"{entry['path']}/") for f in excepted) else entry
         lock = {f"dvc.lock: {s}": e | {k: [known(x) for x in e[k]] for k in ("deps", "outs") if k in e} for s, e in YAML(typ="safe").load(self / "dvc.lock")["stages"].items()}
         return {f: h for f, h in outputs.items() if f not in excepted} | lock
+
+    def apart(self, other):
+        "What `same` says of the two that differs; of a text the lines too, so that a failure says why."
+        mine, others = self.same, other.same
+        def lines(project, path): return (project / path).read_text(errors="replace").splitlines() if (project / path).is_file() else []
+        return {path: [l[:200] for l in unified_diff(lines(other, path), lines(self, path), lineterm="", n=0)][:20] or [str(others.get(path))[-300:], str(mine.get(path))[-300:]]
+                for path in sorted({*mine, *others}) if mine.get(path) != others.get(path)}
 
     def strays(self):
         "Files that a stage which was stopped should not have left: those aside, and the temporary ones."

@@ -45,7 +45,7 @@ def empty_runs(runs: Path) -> list[Path]: # `runs`: DVC's cache of runs, may not
     return [folder for folder in runs.glob("*/*") if folder.is_dir() and not any(folder.iterdir())]
 
 # %% ../../nbs/flow/15_heal.ipynb #105f130a
-WRITTEN = ("", "reports", "mlkit", ".mlkit/training") # folders that are written to
+WRITTEN = ("", "reports", "mlkit", ".mlkit", ".mlkit/training") # folders that are written to
 
 def left_over(root: Path) -> Iterator[Path]:
     "Temporary files of `core.write_atomic` whose process is gone."

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core import DataError, StageError, project_root, read_json, write_atomic
 from .config import load_params, read_params, schema
-from .environment import ENVIRONMENT, environment_keys, files_of, import_tree, render_environment
+from .environment import ENVIRONMENT, environment_keys, files_of, import_tree, kept_imports, render_environment
 from .notebook import code_cells, read_notebook
 from .stage import Stage
 
@@ -330,7 +330,8 @@ def render(
     from ruamel.yaml import YAML
     yaml, out = YAML(), StringIO()
     yaml.default_flow_style, yaml.width = False, 120
-    config, modules, names = dvc_config(root)
+    with kept_imports(root):
+        config, modules, names = dvc_config(root)
     yaml.dump(config, out)
     render_environment(root, modules, names)
     return write_changed(root / "dvc.yaml", HEADER + out.getvalue())
