@@ -42,8 +42,8 @@ def test_killed_in_every_phase(uninterrupted, tmp_path):
         assert not project.wait_idle(), f"{moment}: a process has outlived its run"
     done = project.mlkit("repro")
     assert project.apart(uninterrupted) == {}
-    assert begun[0] == [] and [b[-1] for b in begun[1:]] == ["ingest", "prepare", "train", "serve", "serve"], begun
-    assert [begun[1], begun[2], begun[4], begun[5]] == [["ingest"], ["ingest", "prepare"], ["train", "serve"], ["serve"]], "what had run was in no dvc.lock, but in the cache"
+    assert [begun[0], begun[1], begun[2], begun[4]] == [[], ["ingest"], ["ingest", "prepare"], ["train", "serve"]], "what had run was in no dvc.lock, but in the cache"
+    assert begun[3][-1] == "train" and begun[5][0] == "serve", begun
     assert "Released" in done.stdout and "Traceback" not in done.stderr
     assert "up to date" in project.mlkit("repro").stdout and not project.strays()
 
