@@ -220,7 +220,8 @@ def quick(project):
 
 def brief(project):
     "A made project that learns and measures for a moment, and builds nothing for machines that are not here, or that is not served."
-    project.param(train__n_epochs=8, export__engine="none", export__variants=["fp32"], serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0)
+    project.param(train__n_epochs=8, export__engine="none", export__variants=["fp32"], serve__measure_s=0.3, serve__concurrency=[1], stress__retrain_gflop=0,
+                  explain__n_ordinary=2, explain__n_wrong=2)
     return project
 
 @pytest.fixture(scope="session")
@@ -228,6 +229,7 @@ def uninterrupted(fresh, shared):
     "The quick pipeline after `mlkit repro`. For reading only."
     def make(folder):
         project = quick(fresh.clone(folder / "project"))
+        project.commit()
         project.mlkit("repro")
         return project
     return shared("uninterrupted", make)

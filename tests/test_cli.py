@@ -81,8 +81,9 @@ def test_terminal_shows_lines_only(project):
     assert p.wait(300) == 0 and "✓ audit" in text and "audit 0 s" in text # the live line
     assert "Collecting" not in text and "Checking" not in text and len(text) < 5000, text[:2000]
 
-def test_reproduce(project, tmp_path):
+def test_reproduce(uninterrupted, tmp_path):
     "A registered version is made again from its own commit and values, whatever the project holds by now; what differs is named."
+    project = uninterrupted.clone(tmp_path / "project")
     project.param(train__n_epochs=1)
     (info := project / "captum-0.0.1.dist-info").mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: captum\nVersion: 0.0.1\n")

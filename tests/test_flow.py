@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import BIN, COLD, FULL, Project, one_line, ran, wait_for
+from conftest import BIN, COLD, FULL, Project, few, one_line, ran, wait_for
 from ruamel.yaml import YAML
 
 from mlkit.flow.config import UNHASHED
@@ -89,7 +89,7 @@ EDITORS = { # what is done to the cells, the metadata, the minor version
 PAIRS = [*zip(list(EDITORS)[::2], [*list(EDITORS)[1::2], "no metadata"])]
 
 
-@pytest.mark.parametrize("first, second", PAIRS)
+@pytest.mark.parametrize("first, second", few(PAIRS, 2))
 def test_a_notebook_of_any_editor_runs_and_exports(small, first, second):
     "Two people with an editor each work on one project: each has a stage and a module."
     for editor, stage in ((first, "make"), (second, "fit")):
@@ -114,7 +114,7 @@ def test_a_notebook_of_any_editor_runs_and_exports(small, first, second):
 LOCALES = [{"LC_ALL": "POSIX"}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"LC_ALL": "", "LANG": "C"}]
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", few(LOCALES, 2))
 def test_any_locale(small, locale):
     "Python's own cures for such locales are switched off. Warm kernels in the first, ordinary ones in the others."
     def mlkit(*args):
@@ -222,7 +222,7 @@ def test_a_page_does_not_say_what_is_installed(small, tmp_path):
 IN_SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
 
 
-@pytest.mark.parametrize("job", [{}, IN_SLURM, IN_SLURM | {"SLURM_JOB_NAME": "interactive"}])
+@pytest.mark.parametrize("job", few([{}, IN_SLURM, IN_SLURM | {"SLURM_JOB_NAME": "interactive"}], 2))
 def test_training_does_not_ask_slurm(tmp_path, job):
     "Not where its `srun` is on the PATH, and not in a job of four tasks: mlkit trains in this process."
     (srun := tmp_path / "bin/srun").parent.mkdir()

@@ -167,6 +167,7 @@ def test_messy_table(tmp_path):
     project, done = new(tmp_path / "churn", "--from", messy(tmp_path / "customers.csv"), "--target", "Left")
     assert "Customer ID: aside" in done.stdout or "Customer ID: id" in done.stdout
     assert "Income (EUR): float64; numbers with a decimal comma" in done.stdout and "Fax: aside; no value at all" in done.stdout
+    briefly(project)
     v = verdict(project)
     assert v["model"] == "churn" and v["released"] and v["compare"] == "evaluate.accuracy"
     assert project.json("reports/metrics/serve.json")["agreement"] == 1 and project.json("reports/metrics/monitor.json")["calm_is_calm"]

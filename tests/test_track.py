@@ -6,10 +6,11 @@ import sys
 import zipfile
 
 import pytest
+from conftest import FULL
 from mlkit.training.store import mlflow_client
 from mlkit.training.track import Run
 
-PROCESSES, RUNS, EPOCHS = 8, 10, 5
+PROCESSES, RUNS, EPOCHS = 8, 10 if FULL else 3, 5
 
 def write_runs(uri, k, n):
     for i in range(n):
