@@ -36,7 +36,7 @@ def candidate_specs(
 ) -> list[dict]: # `{'name': …}` with every parameter
     "Raises `ConfigError` on an unknown name, one that is there twice, or one that is for other data."
     if asked is None:
-        return [{"name": NETWORK}, *(check_component(CANDIDATES, {"name": n}, "train.candidates") for n in CANDIDATES if fits(n, task))]
+        return [{"name": NETWORK}, *(check_component(CANDIDATES, {"name": n}, "train.candidates") for n in sorted(CANDIDATES) if fits(n, task))]
     if not asked:
         raise ConfigError("params.yaml: train.candidates is empty; name one or more, or leave it out")
     specs = [checked_spec(s) for s in asked]
