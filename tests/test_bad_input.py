@@ -3,7 +3,7 @@ import json, os, shutil, signal, socket, subprocess, sys
 
 import cv2, numpy as np, polars as pl
 import pytest
-from conftest import EVIL, Project, one_line, ran, wait_for
+from conftest import EVIL, Project, few, one_line, ran, wait_for
 
 @pytest.fixture(scope="module")
 def broken(finished, tmp_path_factory):
@@ -200,7 +200,7 @@ def small_disk(finished, tmp_path_factory):
     try: yield project
     finally: subprocess.run(["umount", "-l", str(disk)], check=True)
 
-@pytest.mark.parametrize("left_kb", [0, 200, 1500])
+@pytest.mark.parametrize("left_kb", few([200, 1500, 0], 2))
 def test_full_disk(small_disk, left_kb):
     "Full from the start, while the stage writes, and while DVC takes what it wrote: its outputs need about 2 MB."
     project, ballast = small_disk, small_disk.root.parent / "ballast"
@@ -259,7 +259,7 @@ def test_interrupted(stopped, stage, when, signum):
     nothing_half_written(stopped, before, stage)
     if stage == "serve": assert ran(done.stdout)[-1] == "serve" and "train" not in ran(done.stdout)[1:]
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("signum", few([signal.SIGKILL, signal.SIGTERM]), ids=lambda s: s.name)
 def test_parent_alone_is_killed(stopped, signum):
     "As the machine's out-of-memory killer or a job scheduler does it: the stage must notice, and leave nothing half-written."
     before = stopped.outputs()
