@@ -2317,6 +2317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlkit.flow.pipeline.merged_imports': ('flow/pipeline.html#merged_imports', 'mlkit/flow/pipeline.py'),
                                      'mlkit.flow.pipeline.module_of': ('flow/pipeline.html#module_of', 'mlkit/flow/pipeline.py'),
                                      'mlkit.flow.pipeline.origins': ('flow/pipeline.html#origins', 'mlkit/flow/pipeline.py'),
+                                     'mlkit.flow.pipeline.parse_lock': ('flow/pipeline.html#parse_lock', 'mlkit/flow/pipeline.py'),
                                      'mlkit.flow.pipeline.parsed': ('flow/pipeline.html#parsed', 'mlkit/flow/pipeline.py'),
                                      'mlkit.flow.pipeline.plot_entry': ('flow/pipeline.html#plot_entry', 'mlkit/flow/pipeline.py'),
                                      'mlkit.flow.pipeline.read_lock': ('flow/pipeline.html#read_lock', 'mlkit/flow/pipeline.py'),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Iterator
 
 from ..core import ConfigError
+from .pipeline import parse_lock
 
 # %% ../../nbs/flow/15_heal.ipynb #392006c3
 def broken_rwlock(path: Path) -> bool:
@@ -27,14 +28,15 @@ CONFLICT = "dvc.lock has merge conflicts; take one side ('git checkout --ours dv
 def broken_lock(path: Path) -> bool:
     "Whether `dvc.lock` is not what DVC's schema asks for. Raises `ConfigError` on a merge conflict."
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
     from voluptuous import Invalid
     if not path.is_file():
         return False
-    if b"<<<<<<<" in path.read_bytes():
+    text = path.read_bytes()
+    if b"<<<<<<<" in text:
         raise ConfigError(CONFLICT)
     try:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(path))
+        COMPILED_LOCKFILE_SCHEMA(parse_lock(text))
         return False
     except (YAMLError, UnicodeDecodeError, Invalid):
         return True

@@ -3,14 +3,15 @@
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'declaration', 'Node', 'makers', 'in_order',
            'waiting', 'gathered_from', 'with_gathered', 'load_stages', 'gathered', 'used_sections', 'watched',
-           'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of', 'origins', 'stage_entry',
-           'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render', 'module_of',
-           'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text', 'render_readme']
+           'parse_lock', 'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of', 'origins',
+           'stage_entry', 'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render',
+           'module_of', 'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text',
+           'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, posixpath, re
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from graphlib import CycleError, TopologicalSorter
 from io import StringIO
 from pathlib import Path
@@ -173,12 +174,18 @@ def watched(value: str) -> str: # Empty: none
     return plain if option else ""
 
 # %% ../../nbs/flow/04_pipeline.ipynb #aa3d9795
+@lru_cache(maxsize=1) # a run asks for the same one several times
+def parse_lock(text: bytes): # What it holds; for reading only
+    "Raises `YAMLError`."
+    from ruamel.yaml import YAML
+    return YAML(typ="safe").load(text)
+
 def read_lock(root: Path) -> dict[str, dict]: # stage: its entry; empty: no run yet
     "The stages in `dvc.lock`. Raises `DataError` where it cannot be read."
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
     path = root / "dvc.lock"
     try:
-        return YAML(typ="safe").load(path)["stages"]
+        return parse_lock(path.read_bytes())["stages"]
     except FileNotFoundError:
         return {}
     except (YAMLError, UnicodeDecodeError, TypeError, KeyError):
