@@ -159,8 +159,8 @@ def reviewed(seen: Seen) -> Found:
 # %% ../../nbs/registry/12_test_score.ipynb #2fdcee59
 @item("model", "Offline and online metrics correlate.")
 def correlate(seen: Seen) -> Found:
-    return Found(0, UNSEEN,
-                 "bring the labels of served requests back, and compare the score on them with the score on the test set")
+    return Found(0.5, "'mlkit monitor' shows the score on served requests beside the one on the test set, once labels have come ('mlkit label')",
+                 "let a scheduler run both")
 
 # %% ../../nbs/registry/12_test_score.ipynb #66c65ca2
 @item("model", "All hyperparameters have been tuned.")
@@ -256,7 +256,8 @@ def debuggable(seen: Seen) -> Found:
 # %% ../../nbs/registry/12_test_score.ipynb #b5af5978
 @item("infrastructure", "Models are canaried before serving.")
 def canaried(seen: Seen) -> Found:
-    return Found(0, UNSEEN, "give the new version a small share of the requests first, and look at its answers")
+    return Found(0.5, "'mlkit rollout start' gives a new version a small share of the requests, and takes it back where it is worse",
+                 "let 'mlkit retrain' or your CI begin each rollout")
 
 # %% ../../nbs/registry/12_test_score.ipynb #b47e2260
 @item("infrastructure", "Serving models can be rolled back.")
@@ -315,7 +316,8 @@ def performance(seen: Seen) -> Found:
 # %% ../../nbs/registry/12_test_score.ipynb #b215661b
 @item("monitoring", "Prediction quality has not regressed on served data.")
 def regressed(seen: Seen) -> Found:
-    return Found(0, UNSEEN, "bring the labels of served requests back, and score the champion on them")
+    return Found(0.5, "'mlkit monitor' scores what was served, window by window, once its labels have come ('mlkit label')",
+                 "'mlkit monitor up' looks again and again; let a scheduler run 'mlkit label'")
 
 # %% ../../nbs/registry/12_test_score.ipynb #08b0fbcc
 @dataclass(frozen=True)
