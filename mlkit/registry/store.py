@@ -412,13 +412,13 @@ def champion_event(
     wins = against["promoted"] if against else beats(verdict, now)
     if now == new or not same and (taken_down(entries, new["bundle"]) or not wins):
         return []
-    why = f"{new['compare']} {new['value']}"
+    why = f"{new['compare']} {new['value']:.6g}"
     if same:
         why = f"its figures were measured anew: {why}"
     elif against:
         why = against["text"]
     elif now and (now["model"], now["compare"]) == (new["model"], new["compare"]):
-        why += f", the champion before had {now['value']}"
+        why += f", the champion before had {now['value']:.6g}"
     figures = {"compare": new["compare"], "value": new["value"]}
     return [event("champion", new["model"], to, why, "release", held and held["to"], **figures)]
 
