@@ -67,13 +67,14 @@ N_FOLDS = 5
 def folds(
     y: np.ndarray, # (n,) of both splits
     classes: bool, seed: int,
+    n: int = N_FOLDS,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]: # positions: to fit, to stop by, held out
-    "Five parts, in which classes have their shares."
+    "Parts in which classes have their shares."
     from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
     least = np.unique(y, return_counts=True)[1].min() if classes else 0
-    kind = StratifiedKFold if classes and least >= N_FOLDS else KFold
+    kind = StratifiedKFold if classes and least >= n else KFold
     out = []
-    for fit_on, held in kind(N_FOLDS, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
+    for fit_on, held in kind(n, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
         learn, stop = train_test_split(fit_on, test_size=0.15, random_state=seed)
         out.append((learn, stop, held))
     return out

@@ -36,6 +36,7 @@ CHECKS = [ # quick ones first
     "mlkit.training.check:decision_is_known",
     "mlkit.training.check:metric_is_known",
     "mlkit.training.check:components_are_known",
+    "mlkit.training.check:teacher_is_known",
     "mlkit.export.check:choice_is_known",
 ]
 GROUP = "mlkit.values" # of entry points
