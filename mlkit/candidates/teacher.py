@@ -5,7 +5,7 @@ __all__ = ['SAME', 'VOUCHED', 'KNOWS', 'BLEND', 'KEPT', 'ANSWERS', 'TAUGHT', 'in
            'input_fault', 'refuse', 'check_fits', 'check_split', 'ask_bundle', 'Bundle', 'check_contract', 'brought',
            'Released', 'fit_blend', 'fit_one', 'crossed', 'Candidate', 'keep_lesson', 'kept_lesson', 'checked_answers',
            'lesson_of', 'answers_for', 'Side', 'side', 'teacher_side', 'worst_part', 'shown_scores', 'trade_off',
-           'gains', 'gain_lines']
+           'gains', 'gain_lines', 'save_sides']
 
 # %% ../../nbs/candidates/06_teacher.ipynb #fac6cd68
 import json, os, shutil
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as packed_file
 
 from .base import CANDIDATES, Data, Fitted, TRAIN, VALIDATION, fits, outputs_of, prepared_data
+from .choose import NETWORK, TOLD, candidate_specs, checked_spec, contest_of, fit_candidate, folds, held_out, n_bytes, winner
 from ..component import make_component
 from ..core import ConfigError, DataError, sha256, write_atomic
 from ..registry.bundle import BUNDLE, data_of, data_version, verify_bundle
@@ -203,7 +204,6 @@ class Released(Teacher):
 # %% ../../nbs/candidates/06_teacher.ipynb #27663e80
 def fit_blend(data: Data, values: dict) -> Fitted: # values: the section `train`, completed
     "The blend of all candidates where it pays, else the best of them."
-    from mlkit.candidates.choose import candidate_specs, contest_of, winner
     from mlkit.candidates.network import network
     own = values | {"teacher": None}
     first = network(data, own), 0.0
@@ -213,7 +213,6 @@ def fit_blend(data: Data, values: dict) -> Fitted: # values: the section `train`
 
 def fit_one(spec: dict, data: Data) -> Fitted:
     "One candidate. Raises `ConfigError` where it cannot learn this target."
-    from mlkit.candidates.choose import fit_candidate
     found = fit_candidate(spec, data)
     if found is None:
         raise ConfigError(f"params.yaml: train.teacher.of: '{spec['name']}' cannot learn a target of {data.task.target.task}; name another one")
@@ -228,7 +227,6 @@ def crossed(
     n: int, # folds
 ) -> torch.Tensor: # (rows of the training split, n_outputs)
     "What models that have not seen a row say of it."
-    from mlkit.candidates.choose import folds, held_out
     y = data.y[TRAIN]
     return held_out(fit, data, folds(y, data.task.target.says_class, data.seed, n))[:len(y)]
 
@@ -245,7 +243,6 @@ class Candidate(Teacher):
 @patch
 def spec(self: Candidate) -> dict:
     "What is fitted, with every parameter. Raises `ConfigError`."
-    from mlkit.candidates.choose import NETWORK, checked_spec
     if self.of == BLEND: # no candidate that is registered
         return {"name": BLEND}
     found = checked_spec(self.of)
@@ -415,7 +412,6 @@ def trade_off(
     times: dict[str, tuple[float, float]], # milliseconds for one, and for a thousand, see `choose.answer_times`
 ) -> pl.DataFrame: # model, the scores, worst part, bytes, ms for one, ms for a thousand
     "What each costs, and what it is worth."
-    from mlkit.candidates.choose import n_bytes
     once, known = np.ones((1, len(y))), target.scores()
     def row(name, s):
         scores = {n: float(known[n].of(s.p, np.asarray(y), once)[0]) for n in shown_scores(target, metric)}
@@ -450,3 +446,18 @@ def gain_lines(found: dict, n: int, unit: str) -> list[str]: # see `gains`; vali
         lines.append(f"{name.replace('_', ' ')}: with the teacher {word} than the same network without, {way} by {abs(g):.4f} "
                      f"({low:.4f} to {high:.4f}, {p_text(min(better, worse))})")
     return [*lines, f"on the same {n:,} validation {unit}s, one training each: with another seed both would move"]
+
+# %% ../../nbs/candidates/06_teacher.ipynb #dcc7d3f8
+def save_sides(
+    sides: dict[str, Side], # see `trade_off`
+    lesson: Lesson,
+    out: Path, # folder of the candidates
+):
+    "Write the models that are compared."
+    (out / TOLD).mkdir(parents=True, exist_ok=True)
+    for name, s in sides.items():
+        path = out / TOLD / f"{name}.safetensors"
+        if name == "teacher":
+            shutil.copyfile(lesson.model, path)
+        else:
+            save_model(path, s.fitted.net, s.fitted.spec, s.fitted.task)

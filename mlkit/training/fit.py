@@ -465,9 +465,9 @@ def learned_as(
     if training is None:
         return "training, as augmented"
     asked = training.augment if isinstance(training.augment, list) else [training.augment] if training.augment else []
-    parts = [f"augmented by {' and '.join(a['name'] for a in asked)}"] if asked else []
+    parts = ["taught"] if training.teacher else []
+    parts += [f"augmented by {' and '.join(a['name'] for a in asked)}"] if asked else []
     parts += [f"{k} {v}" for k, v in training.loss.items() if v]
-    parts += [f"{training.teacher['weight']:g} of it to the teacher"] if training.teacher else []
     return f"training: {', '.join(parts) or 'while it learns'}"
 
 # %% ../../nbs/training/11_fit.ipynb #a469c073
