@@ -405,7 +405,7 @@ def shown_scores(target, metric: str) -> list[str]:
     return list(dict.fromkeys([metric, next((n for n in ("log_loss", "rmse") if n in known), metric)]))
 
 def trade_off(
-    sides: dict[str, Side], # teacher, student, 'student alone'
+    sides: dict[str, Side], # teacher, student, 'student_alone'
     target, # of the student
     y: np.ndarray, # (n,) of the validation split, as it is stored
     metric: str, # of `Target.scores`
