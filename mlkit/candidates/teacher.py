@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as packed_file
 
 from .base import CANDIDATES, Data, Fitted, TRAIN, VALIDATION, fits, outputs_of, prepared_data
-from .choose import NETWORK, TOLD, candidate_specs, checked_spec, contest_of, fit_candidate, folds, held_out, n_bytes, winner
-from ..component import make_component
+from .choose import NETWORK, TOLD, candidate_specs, contest_of, fit_candidate, folds, held_out, n_bytes, winner
+from ..component import check_component, make_component
 from ..core import ConfigError, DataError, sha256, write_atomic
 from ..registry.bundle import BUNDLE, data_of, data_version, verify_bundle
 from ..targets.resample import interval, p_text, p_values, paired_lead, resampled
@@ -245,10 +245,10 @@ def spec(self: Candidate) -> dict:
     "What is fitted, with every parameter. Raises `ConfigError`."
     if self.of == BLEND: # no candidate that is registered
         return {"name": BLEND}
-    found = checked_spec(self.of)
-    if found["name"] == NETWORK:
+    asked = {"name": self.of} if isinstance(self.of, str) else self.of
+    if asked.get("name") == NETWORK:
         raise ConfigError("params.yaml: train.teacher.of: the network is the student; name trees, linear or blend, or a bundle that holds a larger network")
-    return found
+    return check_component(CANDIDATES, asked, "train.teacher.of")
 
 @patch
 def check(self: Candidate, root, contract):
