@@ -32,9 +32,10 @@ class Data:
         n_threads: int = 1, # Part of what makes a model the same bytes
         device: str = "cpu", # Or 'cuda': where a candidate that can is fitted
         class_weights: tuple[float, ...] | None = None, # A weight a class; None: all count alike
+        taught: dict[str, np.ndarray] | None = None, # Split: (n, k), what a teacher says, see `training.teacher.Lesson`
     ):
         self.task, self.samples, self.y, self.seed = task, samples, y, seed
-        self.n_threads, self.device, self.class_weights = n_threads, device, class_weights
+        self.n_threads, self.device, self.class_weights, self.taught = n_threads, device, class_weights, taught
         self.kept = {}
 
     def X(self, split: str, task: Task | None = None) -> np.ndarray: # (n, …)
@@ -69,9 +70,11 @@ def part(self: Data,
     rows = {TRAIN: train, VALIDATION: validation}
     def both(task):
         return np.concatenate([self.X(s, task) for s in (TRAIN, VALIDATION)])
-    y = np.concatenate([self.y[s] for s in (TRAIN, VALIDATION)])
-    return Data(self.task, lambda task, split: both(task)[rows[split]], {s: y[r] for s, r in rows.items()},
-                self.seed, self.n_threads, self.device, self.class_weights)
+    def parted(of): # a split: an array
+        whole = np.concatenate([of[s] for s in (TRAIN, VALIDATION)])
+        return {s: whole[r] for s, r in rows.items()}
+    return Data(self.task, lambda task, split: both(task)[rows[split]], parted(self.y), self.seed, self.n_threads, self.device,
+                self.class_weights, self.taught and parted(self.taught))
 
 # %% ../../nbs/candidates/00_base.ipynb #a84bf664
 @patch

@@ -8,11 +8,13 @@ import numpy as np
 from torch import nn
 
 from .base import Data, Fitted, TRAIN, VALIDATION
+from .teacher import answers_for
 from ..task import Task
 from ..training.feed import Memory
 from ..training.fit import fit, kept_record, make_fabric, make_watch
 from ..training.model import make_model, n_parameters
 from ..training.run import completed, training_of
+from ..training.teacher import Taught
 
 # %% ../../nbs/candidates/04_network.ipynb #d7152fe1
 def as_fitted(
@@ -33,11 +35,13 @@ def network(
 ) -> Fitted:
     "A network, trained on samples in memory."
     values, task = completed(train), data.task
+    said = answers_for(values["teacher"], data, values) if values.get("teacher") else None
     training = training_of(values, len(data.y[TRAIN]), data.class_weights)
     watch = make_watch(task, training.metric, data.y[VALIDATION])
     fabric = make_fabric(data.device, "32-true", data.n_threads, data.seed)
     net = make_model(values["model"], task)
     def feed(split):
         return Memory(data.X(split), np.array(task.target.as_learned(data.y[split])), fabric.device)
-    history = list(fit(fabric, net, task, (feed(TRAIN), feed(VALIDATION)), training, watch=watch))
+    learned = feed(TRAIN) if said is None else Taught(feed(TRAIN), said)
+    history = list(fit(fabric, net, task, (learned, feed(VALIDATION)), training, watch=watch))
     return as_fitted(net.cpu(), values, task, kept_record(history, values["keep"], watch))

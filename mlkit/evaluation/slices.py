@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'SLICES', 'slice_by', 'MOST_PAIRED', 'MOST_SAMPLES', 'MORE', 'MOST_SHOWN', 'Slice', 'kept', 'each_value',
-           'by_value', 'shown_edge', 'each_quarter', 'by_quarter', 'slices_of', 'with_own', 'worse_p', 'paired',
-           'weak_slices', 'tells_more', 'slice_lines', 'plot_slices']
+           'by_value', 'shown_edge', 'each_quarter', 'by_quarter', 'slices_of', 'worst_slice', 'with_own', 'worse_p',
+           'paired', 'weak_slices', 'tells_more', 'slice_lines', 'plot_slices']
 
 # %% ../../nbs/evaluation/02_slices.ipynb #2fab595b
 from dataclasses import dataclass
@@ -72,6 +72,15 @@ def slices_of(
         missing = Slice(values.name, f"{values.name} is missing", values.is_null().to_numpy())
         found += [*cut(values.name, values), *kept([missing])]
     return found
+
+# %% ../../nbs/evaluation/02_slices.ipynb #fb9579d6
+def worst_slice(
+    traits: pl.DataFrame, # n rows
+    errors: np.ndarray, # (n,)
+) -> tuple[str, int, float]: # its name, samples, mean error; '', 0 and NaN where there is none
+    "The slice by one trait with the highest mean error, whether by chance or not."
+    found = [(s.name, int(s.rows.sum()), float(errors[s.rows].mean())) for s in slices_of(traits)]
+    return max(found, key=lambda f: f[2], default=("", 0, float("nan")))
 
 # %% ../../nbs/evaluation/02_slices.ipynb #9a78edd8
 SLICES = Registry("slice", "mlkit.slices") # name: function(traits) -> pl.Series

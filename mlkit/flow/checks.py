@@ -36,6 +36,7 @@ CHECKS = [ # quick ones first
     "mlkit.training.check:decision_is_known",
     "mlkit.training.check:metric_is_known",
     "mlkit.training.check:components_are_known",
+    "mlkit.training.check:teacher_is_known",
     "mlkit.export.check:choice_is_known",
 ]
 GROUP = "mlkit.values" # of entry points
@@ -77,6 +78,7 @@ def named_files(params: dict[str, dict]) -> dict[str, str]: # place: the name
     found = {f"{stage}.{key}": params.get(stage, {}).get(key) for stage, key in FILE_NAMES}
     for i, spec in enumerate(params.get("train", {}).get("candidates") or []):
         found[f"train.candidates[{i}]"] = spec.get("name") if isinstance(spec, dict) else spec
+    found["train.teacher.folder"] = (params.get("train", {}).get("teacher") or {}).get("folder")
     source = params.get("ingest", {}).get("source") or ""
     if "://" not in source or source.startswith(LITE):
         found["ingest.source"] = str(located(source.removeprefix(LITE), Path())[0])

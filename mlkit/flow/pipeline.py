@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'INDEX', 'HEADER', 'parsed', 'stage_call', 'evaluated', 'declaration', 'Node', 'makers', 'in_order',
            'waiting', 'gathered_from', 'with_gathered', 'load_stages', 'gathered', 'used_sections', 'watched',
-           'parse_lock', 'read_lock', 'last_run', 'last_inputs', 'dependency', 'is_written', 'sections_of', 'origins',
-           'stage_entry', 'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed', 'render',
-           'module_of', 'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale', 'readme_text',
-           'render_readme']
+           'parse_lock', 'read_lock', 'last_run', 'last_inputs', 'inside', 'dependency', 'is_written', 'sections_of',
+           'origins', 'stage_entry', 'index_entry', 'plot_entry', 'merged_imports', 'dvc_config', 'write_changed',
+           'render', 'module_of', 'library_notebooks', 'stale_modules', 'export_one_by_one', 'export_stale',
+           'readme_text', 'render_readme']
 
 # %% ../../nbs/flow/04_pipeline.ipynb #d660c61a
 import ast, os, posixpath, re
@@ -203,8 +203,12 @@ def last_inputs(root: Path) -> set[str]: # Paths relative to the project
     return {dep["path"] for entry in last_run(root).values() for dep in entry.get("deps", ())}
 
 # %% ../../nbs/flow/04_pipeline.ipynb #6ac35046
+def inside(values, key: str): # None: not there
+    "A value of a section, or of what stands in it."
+    return values.get(key) if isinstance(values, dict) else None
+
 def dependency(
-    path: str, # As a stage declares it in `reads`
+    path: str, # As a stage declares it in `reads`: a path, or '${section.key}'
     root: Path,
     params: dict[str, dict], # stage: its section
     before: set[str] = frozenset(), # Inputs of the last run, see `last_inputs`
@@ -213,8 +217,8 @@ def dependency(
     from mlkit.sources.paths import unwatched
     if not path.startswith("${"):
         return path
-    section, key = path[2:-1].split(".")
-    value = params[section][key] or ""
+    value = reduce(inside, path[2:-1].split("."), params)
+    value = value if isinstance(value, str) else ""
     if value and os.path.isdir(root / value) and unwatched(root / value): # False of a name that is too long
         return None
     def is_input(place):
@@ -229,8 +233,6 @@ def is_written(
 ) -> bool:
     "Whether a section or a value stands in `params.yaml`."
     *sections, last = path.split(".")
-    def inside(values, key):
-        return values.get(key) if isinstance(values, dict) else None
     return last in (reduce(inside, sections, written) or {})
 
 def sections_of(node: Node, written: dict) -> list[str]: # 'train', 'prepare.seed'

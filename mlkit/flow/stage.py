@@ -17,7 +17,7 @@ MEASUREMENTS = "reports/measurements" # of a project: where what is measured bel
 class Stage:
     "What a stage reads and writes."
     name: str # As the notebook's file is called
-    reads: dict[str, str] = field(default_factory=dict) # name: path, or '${section.key}': the path that this parameter holds
+    reads: dict[str, str] = field(default_factory=dict) # name: path, or '${section.key}': the path that this parameter holds, if it is there
     writes: dict[str, str] = field(default_factory=dict) # name: path of a file or folder
     metrics: dict[str, str] = field(default_factory=dict) # name: path of a JSON that `dvc metrics` shows; git keeps it
     measures: dict[str, str] = field(default_factory=dict) # name: path of a JSON with what each run measures anew

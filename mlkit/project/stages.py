@@ -32,7 +32,7 @@ def stage_notebooks(
 # %% ../../nbs/project/00_stages.ipynb #f9a78acc
 REGISTRIES = {f"mlkit.{m}" for m in ( # modules whose decorators a task may use
     "jobs", "sources.base", "data.columns.base", "data.engines", "inputs.base", "inputs.columns", "targets.base",
-    "audit.base", "audit.data", "training.model", "training.augment", "training.optimize", "training.loss",
+    "audit.base", "audit.data", "training.model", "training.augment", "training.optimize", "training.loss", "training.teacher",
     "evaluation.evaluate", "evaluation.baselines", "evaluation.explain", "monitoring.statistics")}
 IMPORT_TASK = "import task # nbs/task.ipynb: your own code\n"
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MAX_EXPERIMENT', 'possible_targets', 'check_loss', 'known_contract', 'weights_are_known', 'decision_is_known',
-           'scores_of', 'metric_is_known', 'searchable', 'check_search', 'components_are_known', 'corruption_is_known',
-           'experiment_can_be_named']
+           'teacher_is_known', 'scores_of', 'metric_is_known', 'searchable', 'check_search', 'components_are_known',
+           'corruption_is_known', 'experiment_can_be_named']
 
 # %% ../../nbs/training/19_check.ipynb #75a26a01
 from importlib.metadata import entry_points
@@ -88,6 +88,25 @@ def decision_is_known(
         raise ConfigError(NO_CLASSES.format(task=contract.task))
     known = contract is not None and contract.task == "classification"
     check_decide(decide, contract.target.categories or None if known else None)
+
+# %% ../../nbs/training/19_check.ipynb #aaf4acb9
+def teacher_is_known(
+    params: dict[str, dict], # stage: its checked section
+    root: Path, # the project
+):
+    "A check of `flow.checks`. Raises `MlkitError` where `train.teacher` names none, or one that cannot teach these data."
+    train = params.get("train", {})
+    spec = train.get("teacher")
+    if spec is None:
+        return
+    from mlkit.candidates import teacher # noqa: F401, it registers its teachers
+    from mlkit.component import import_task, make_component
+    from mlkit.training.teacher import TEACHERS
+    import_task(root)
+    make_component(TEACHERS, spec, where="train.teacher").check(root, known_contract(params, root))
+    asked = train.get("candidates")
+    if asked is not None and "network" not in [a.get("name") if isinstance(a, dict) else a for a in asked]:
+        raise ConfigError("params.yaml: train.candidates: only the network learns from a teacher; add 'network', or leave the teacher out")
 
 # %% ../../nbs/training/19_check.ipynb #e00c2ebe
 def scores_of(

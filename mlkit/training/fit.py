@@ -27,6 +27,7 @@ from .feed import Clock
 from .loss import loss_function, make_loss
 from .optimize import begin_epoch, make_optimizer, make_schedule
 from .spread import Alone, group_of, spread_fabric
+from .teacher import distilled
 
 # %% ../../nbs/training/11_fit.ipynb #bae5dccd
 def make_fabric(
@@ -65,6 +66,7 @@ class Training:
     clip: float | None = None # longest gradient, as a norm over all weights; None: as long as it is
     accumulate: int = 1 # parts of a batch, computed one after the other: less memory, the same step
     average: float | None = None # share of the mean of weights that stays in each step; None: no mean is kept
+    teacher: dict | None = None # see `teacher.distilled`; the training feed is a `teacher.Taught`
 
 # %% ../../nbs/training/11_fit.ipynb #21026a9e
 def batch_size_for(
@@ -371,7 +373,7 @@ def describe(
     if fabric.world_size > 1:
         machine += fabric.world_size, type(fabric.strategy).__name__
     loss = loss_function(training.loss, task.target).func
-    code = sources(fit, make_loss, loss, weighted_loss, fingerprint, augment, task.target, *feeds, *net.modules(), *front.modules())
+    code = sources(fit, make_loss, loss, weighted_loss, distilled, fingerprint, augment, task.target, *feeds, *net.modules(), *front.modules())
     modules = [x for m in (net, front) for x in (m, *m.state_dict().values())]
     data = [f.fingerprint() for f in feeds]
     return fingerprint(machine, code, asdict(training), task.to_dict(), *data, torch.get_rng_state(), *modules)
@@ -423,6 +425,8 @@ def fit(
     (train, validation), clock = feeds, clock or Clock()
     front, augment = task.input.front().to(fabric.device), make_augmentation(training.augment)
     loss = make_loss(training.loss, task.target, training.class_weights)
+    if training.teacher:
+        loss = distilled(loss, task.target, training.teacher, training.class_weights)
     made_for = checkpoint and describe(fabric, net, front, augment, task, feeds, training)
     state, weights = TrainState(fabric, net, training, len(train.labels), clock, watch), training.class_weights
     if checkpoint and (kept := checkpoint.load(made_for)):
@@ -461,7 +465,8 @@ def learned_as(
     if training is None:
         return "training, as augmented"
     asked = training.augment if isinstance(training.augment, list) else [training.augment] if training.augment else []
-    parts = [f"augmented by {' and '.join(a['name'] for a in asked)}"] if asked else []
+    parts = ["taught"] if training.teacher else []
+    parts += [f"augmented by {' and '.join(a['name'] for a in asked)}"] if asked else []
     parts += [f"{k} {v}" for k, v in training.loss.items() if v]
     return f"training: {', '.join(parts) or 'while it learns'}"
 

@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..component import check_component
+from ..core import project_root
 from ..data.prepared import load_split
 from ..jobs import choose
 from ..task import Task
@@ -23,10 +24,11 @@ from .fit import Training, batch_size_for, fit, make_fabric, make_watch
 from .loss import LOSSES
 from .model import MODELS, make_model
 from .optimize import OPTIMIZERS, SCHEDULES
+from .teacher import TEACHERS, Taught
 
 # %% ../../nbs/training/16_run.ipynb #716539cb
 COMPONENTS = { # of the section `train`
-    "model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "augment": AUGMENTATIONS,
+    "model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "augment": AUGMENTATIONS, "teacher": TEACHERS,
 }
 
 def completed(
@@ -37,6 +39,8 @@ def completed(
         if isinstance(spec, list):
             return [full(k, one) for one in spec]
         return check_component(COMPONENTS.get(k, LOSSES), spec, f"train.{k}")
+    if train.get("teacher"):
+        from mlkit.candidates import teacher # noqa: F401, it registers its teachers, and uses this module
     loss = train.get("loss")
     named = {k: train[k] for k in COMPONENTS if train.get(k) is not None}
     named |= {"loss": loss} if isinstance(loss, dict) and "name" in loss else {}
@@ -44,7 +48,7 @@ def completed(
 
 # %% ../../nbs/training/16_run.ipynb #d0a7979c
 LOOP = "n_epochs", "optimizer", "schedule", "augment", "loss", "keep", "seed" # beside the batch size
-OPTIONS = "clip", "accumulate", "average" # which have usual values
+OPTIONS = "clip", "accumulate", "average", "teacher" # which have usual values
 
 def training_of(
     values: dict, # the section `train`, completed
@@ -70,6 +74,7 @@ class Run:
         self.values, self.task, self.checkpoint = completed(train), task, checkpoint
         self.decision = choose("train", train["device"], precision=train["precision"])
         precision = self.decision.options["precision"]
+        self.lesson = self.taught(prepared)
         self.fabric = make_fabric(self.decision.engine, precision, train["n_threads"], train["seed"], strategy)
         self.model = self.values["model"]
         self.net = make_model(self.model, task)
@@ -80,7 +85,16 @@ class Run:
         self.watch = make_watch(task, self.training.metric, held)
         self.feed, self.feeds = feeds(task, prepared, shards, train["feed"], self.fabric.device,
                                       self.training.batch_size, train["n_threads"])
+        if self.lesson:
+            self.feeds = Taught(self.feeds[0], self.lesson.answers["train"]), self.feeds[1]
         self.clock = Clock()
+
+    def taught(self, prepared: Path): # `teacher.Lesson`; None: no teacher is asked for
+        "What the teacher says. It comes before the seed is set."
+        if not self.values.get("teacher"):
+            return None
+        from mlkit.candidates.teacher import lesson_of
+        return lesson_of(self.values, self.task, prepared, project_root(), self.decision.engine)
 
 # %% ../../nbs/training/16_run.ipynb #8e72c894
 @patch(as_prop=True)

@@ -155,7 +155,8 @@ class Group(Alone):
         own = part_sizes(n, self.world)[self.rank]
         if class_weights is None:
             return self.world * own / n
-        weight = torch.tensor(class_weights, device=y.device)[y].sum() if own else torch.zeros((), device=y.device)
+        truth = y[:, 0].long() if y.dim() > 1 else y # beside it a teacher's answers
+        weight = torch.tensor(class_weights, device=y.device)[truth].sum() if own else torch.zeros((), device=y.device)
         return self.world * weight / self.sum(weight)
 
     def cut(self, X, y, n_parts: int, n: int): # all have equally many parts, as each is a step of the group
