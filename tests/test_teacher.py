@@ -87,7 +87,7 @@ def test_a_small_network_learns_from_the_model_of_before(project):
     shutil.copytree(project / "models/bundle", project / "teachers/large")
     project.param(train__model={"name": "small_cnn", "width": 4}, train__n_epochs=2, train__teacher={"name": "bundle", "folder": "teachers/large"})
     done = project.mlkit("repro", "evaluate")
-    assert ran(done.stdout) == ["train", "evaluate"]
+    assert ran(done.stdout) == ["tune", "train", "evaluate"]
     assert "made from the same data version" in done.stdout and "chosen: network, since it is the only candidate" in done.stdout
     figures, page, told = project.json("reports/metrics/train.json"), (project / "reports/train.html").read_text(), (project / "reports/evaluate.html").read_text()
     assert {"accuracy_gain", "log_loss_gain_p_better"} <= figures.keys() and "student_alone" in page and "with the teacher" in page
@@ -96,4 +96,4 @@ def test_a_small_network_learns_from_the_model_of_before(project):
     assert sizes["teacher"] > 10 * sizes["student"] and sizes["student"] == sizes["student_alone"]
     assert json.loads(project.dvc("status", "--json", "train").stdout) == {}
     (project / "teachers/large/bundle.json").write_text((project / "teachers/large/bundle.json").read_text() + "\n")
-    assert stale(project)["train"] == ["teachers/large"]
+    assert {s: stale(project)[s] for s in ("tune", "train", "stress")} == dict.fromkeys(("tune", "train", "stress"), ["teachers/large"])
