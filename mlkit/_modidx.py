@@ -3871,6 +3871,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mlkit.registry.card.plain': ('registry/card.html#plain', 'mlkit/registry/card.py'),
                                      'mlkit.registry.card.protected': ('registry/card.html#protected', 'mlkit/registry/card.py'),
                                      'mlkit.registry.card.stated': ('registry/card.html#stated', 'mlkit/registry/card.py'),
+                                     'mlkit.registry.card.taught_by': ('registry/card.html#taught_by', 'mlkit/registry/card.py'),
                                      'mlkit.registry.card.training_data': ('registry/card.html#training_data', 'mlkit/registry/card.py'),
                                      'mlkit.registry.card.weights_text': ('registry/card.html#weights_text', 'mlkit/registry/card.py')},
             'mlkit.registry.champion': { 'mlkit.registry.champion.Outcome': ( 'registry/champion.html#outcome',
