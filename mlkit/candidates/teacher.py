@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SAME', 'VOUCHED', 'KNOWS', 'BLEND', 'KEPT', 'ANSWERS', 'TAUGHT', 'in_words', 'columns_fault', 'target_fault',
            'input_fault', 'refuse', 'check_fits', 'check_split', 'ask_bundle', 'Bundle', 'check_contract', 'brought',
-           'Released', 'fit_blend', 'fit_one', 'crossed', 'Candidate', 'keep_lesson', 'kept_lesson', 'checked_answers',
+           'Released', 'fit_blend', 'fit_one', 'Candidate', 'seal', 'keep_lesson', 'kept_lesson', 'checked_answers',
            'lesson_of', 'answers_for', 'Side', 'side', 'teacher_side', 'worst_part', 'shown_scores', 'trade_off',
            'gains', 'gain_lines', 'save_sides']
 
@@ -11,13 +11,15 @@ __all__ = ['SAME', 'VOUCHED', 'KNOWS', 'BLEND', 'KEPT', 'ANSWERS', 'TAUGHT', 'in
 import json, os, shutil
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Annotated
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np, polars as pl, torch
+from annotated_types import Ge
 from fastcore.basics import patch
 from filelock import FileLock
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as packed_file
 
@@ -25,6 +27,7 @@ from .base import CANDIDATES, Data, Fitted, TRAIN, VALIDATION, fits, outputs_of,
 from .choose import NETWORK, TOLD, candidate_specs, contest_of, fit_candidate, folds, held_out, n_bytes, winner
 from ..component import check_component, make_component
 from ..core import ConfigError, DataError, sha256, write_atomic
+from ..flow.environment import ENVIRONMENT
 from ..registry.bundle import BUNDLE, data_of, data_version, verify_bundle
 from ..targets.resample import interval, p_text, p_values, paired_lead, resampled
 from ..task import Task
@@ -61,7 +64,8 @@ def target_fault(theirs: Task, kind: str, name: str, classes: tuple[str, ...]) -
     if was != now:
         return f"it learned {was}, and this is {now}"
     if odd := sorted(set(classes) ^ set(getattr(theirs.target, "classes", ()))):
-        return f"its classes are others: only one of the two knows {', '.join(map(repr, odd[:3]))}{' …' if len(odd) > 3 else ''}"
+        named = ", ".join(map(repr, odd[:3])) + (" …" if len(odd) > 3 else "")
+        return f"its classes are others: only one of the two knows {named}"
     return ""
 
 def input_fault(theirs: Task, modality: str, columns: dict, shape: tuple) -> str: # of these data; empty: none
@@ -72,7 +76,8 @@ def input_fault(theirs: Task, modality: str, columns: dict, shape: tuple) -> str
         return columns_fault(theirs, columns)
     size = getattr(theirs.input, "shape", ())
     if shape and size and tuple(size) != tuple(shape):
-        return f"it reads images of {' × '.join(map(str, size))}, and these are {' × '.join(map(str, shape))} (prepare.input.image_size)"
+        was, now = (" × ".join(map(str, s)) for s in (size, shape))
+        return f"it reads images of {was}, and these are {now} (prepare.input.image_size)"
     return ""
 
 # %% ../../nbs/candidates/06_teacher.ipynb #47f172a5
@@ -93,9 +98,10 @@ def check_fits(
 
 # %% ../../nbs/candidates/06_teacher.ipynb #410c0316
 SAME = "it was made from the same data version, so its test rows are the student's"
-VOUCHED = ("it was made from data version {made}, and these are {now}; train.teacher.unseen says that it learned from no row of this test split, "
-           "which nothing here can check")
-KNOWS = "a model of a table is fitted to both splits before it is released, so the teacher may know the validation rows: its score on them flatters it"
+VOUCHED = ("it was made from data version {made}, and these are {now}; train.teacher.unseen says that it learned from no "
+           "row of this test split, which nothing here can check")
+KNOWS = ("a model of a table is fitted to both splits before it is released, so the teacher may know the validation rows: "
+         "its score on them flatters it")
 
 def check_split(
     who: str, bundle: Path,
@@ -108,9 +114,9 @@ def check_split(
         return SAME
     if unseen:
         return VOUCHED.format(made=made or "unknown", now=now)
-    raise DataError(f"train.teacher: {who} was made from data version {made or 'unknown'}, and these are {now}: it may have learned from rows of "
-                    "this test split, and its student would know them. Make the teacher anew from these data, or say unseen: true if you know that "
-                    "it never saw them")
+    raise DataError(f"train.teacher: {who} was made from data version {made or 'unknown'}, and these are {now}: it may have "
+                    "learned from rows of this test split, and its student would know them; make the teacher anew from these "
+                    "data, or say unseen: true if you know that it never saw them")
 
 # %% ../../nbs/candidates/06_teacher.ipynb #1055d76b
 def ask_bundle(
@@ -135,12 +141,12 @@ def ask_bundle(
 class Bundle(Teacher):
     "The folder of a bundle."
     folder: str # in the project, such as teachers/large
-    unseen: bool = False # whether you know that it learned from no row of this test split, though its data version is another
+    unseen: bool = False # you know that it learned from no row of this test split, though its data version is another
 
     def check(self, root, contract):
         if (root / self.folder).resolve() == (root / BUNDLE).resolve():
-            raise ConfigError(f"params.yaml: train.teacher.folder: {BUNDLE} is what this project releases, and changes with the student; "
-                              "copy it to another folder, or name the released model: {name: released, model: …, version: …}")
+            raise ConfigError(f"params.yaml: train.teacher.folder: {BUNDLE} is what this project releases, and changes with "
+                              "the student; copy it to another folder, or name a version: {name: released, model: …, version: …}")
         theirs = load_model(self.place(root) / "model.safetensors")[2]
         if contract:
             check_contract(f"the bundle {self.folder}", theirs, contract)
@@ -148,7 +154,8 @@ class Bundle(Teacher):
     def place(self, root: Path) -> Path:
         "The folder, hashed. Raises `DataError` where it is no bundle, `RegistryError` where a file of it was changed."
         if not (root / self.folder / "bundle.json").is_file():
-            raise DataError(f"train.teacher.folder: {self.folder} is no bundle here; it should hold bundle.json and model.safetensors, as models/bundle does")
+            raise DataError(f"train.teacher.folder: {self.folder} is no bundle here; it should hold bundle.json and "
+                            "model.safetensors, as models/bundle does")
         verify_bundle(root / self.folder)
         return root / self.folder
 
@@ -164,7 +171,8 @@ def check_contract(
     contract, # of the data, see `contract.Contract`
 ):
     "Raises `DataError` where the contract alone says that a teacher cannot teach."
-    refuse(who, target_fault(theirs, contract.task, contract.target.name, tuple(contract.target.categories or getattr(theirs.target, "classes", ()))))
+    classes = contract.target.categories or getattr(theirs.target, "classes", ()) # none: any label is a class
+    refuse(who, target_fault(theirs, contract.task, contract.target.name, tuple(classes)))
     refuse(who, input_fault(theirs, contract.modality, {c.name: c.dtype for c in contract.inputs}, ()))
 
 # %% ../../nbs/candidates/06_teacher.ipynb #2c36ec0c
@@ -215,27 +223,19 @@ def fit_one(spec: dict, data: Data) -> Fitted:
     "One candidate. Raises `ConfigError` where it cannot learn this target."
     found = fit_candidate(spec, data)
     if found is None:
-        raise ConfigError(f"params.yaml: train.teacher.of: '{spec['name']}' cannot learn a target of {data.task.target.task}; name another one")
+        raise ConfigError(f"params.yaml: train.teacher.of: '{spec['name']}' cannot learn a target of "
+                          f"{data.task.target.task}; name another one")
     return found
 
 # %% ../../nbs/candidates/06_teacher.ipynb #e40ee9ed
 BLEND = "blend"
 
-def crossed(
-    fit, # of `Data`: a `Fitted`
-    data: Data,
-    n: int, # folds
-) -> torch.Tensor: # (rows of the training split, n_outputs)
-    "What models that have not seen a row say of it."
-    y = data.y[TRAIN]
-    return held_out(fit, data, folds(y, data.task.target.says_class, data.seed, n))[:len(y)]
-
 @teacher
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Teacher):
     "A candidate that is fitted to the training split."
-    of: str | dict = "trees" # trees, linear, one of your own, with its parameters: {name: trees, max_depth: 8}; or blend: of all, the network too
-    folds: NonNegativeInt = 5 # each part of the training rows is answered by a model of the others; 0: all by one that has seen them
+    of: str | dict = "trees" # or linear, one of your own, {name: trees, max_depth: 8}; blend: of all, the network too
+    folds: Annotated[int, Ge(2)] = 5 # parts of the training rows, each answered by a model of the others
 
     fitted_here = True
 
@@ -247,59 +247,78 @@ def spec(self: Candidate) -> dict:
         return {"name": BLEND}
     asked = {"name": self.of} if isinstance(self.of, str) else self.of
     if asked.get("name") == NETWORK:
-        raise ConfigError("params.yaml: train.teacher.of: the network is the student; name trees, linear or blend, or a bundle that holds a larger network")
+        raise ConfigError("params.yaml: train.teacher.of: the network is the student; name trees, linear or blend, or a "
+                          "bundle that holds a larger network")
     return check_component(CANDIDATES, asked, "train.teacher.of")
 
 @patch
 def check(self: Candidate, root, contract):
-    if self.folds == 1:
-        raise ConfigError("params.yaml: train.teacher.folds: one fold leaves nothing to learn from; use 2 or more, or 0 for none")
     from mlkit.inputs.base import find_input
     name = self.spec()["name"]
     kind = find_input(contract.modality) if contract else None
     able = [n for n in CANDIDATES if kind and issubclass(kind, CANDIDATES[n].input_type)]
     if kind and (name not in able if name != BLEND else not able):
-        raise ConfigError(f"params.yaml: train.teacher.of: '{name}' is not for {contract.modality}; name a bundle or a released model")
+        raise ConfigError(f"params.yaml: train.teacher.of: '{name}' is not for {contract.modality}; name a bundle or a "
+                          "released model")
+
+# %% ../../nbs/candidates/06_teacher.ipynb #c772cb0a
+@patch
+def fit(self: Candidate, data: Data, values: dict) -> Fitted: # values: the section `train`, completed
+    "Fit it once."
+    spec = self.spec()
+    return fit_blend(data, values) if spec["name"] == BLEND else fit_one(spec, data)
+
+@patch
+def crossed(self: Candidate, data: Data, values: dict) -> tuple[torch.Tensor, Task]: # (rows of the training split, n_outputs); calibrated
+    "What models that have not seen a row say of it."
+    y = data.y[TRAIN]
+    parts = folds(y, data.task.target.says_class, data.seed, self.folds)
+    seen = held_out(lambda d: self.fit(d, values), data, parts)[:len(y)]
+    return seen, replace(data.task, target=data.task.target.calibrated(seen, y))
 
 @patch
 def fitted(self: Candidate, data: Data, values: dict) -> tuple[Fitted, dict[str, np.ndarray]]: # the teacher; see `Lesson`
-    "Fit it, and ask it."
-    spec = self.spec()
-    fit = (lambda d: fit_blend(d, values)) if spec["name"] == BLEND else (lambda d: fit_one(spec, d))
-    found = fit(data)
+    "Fit it to all training rows too, and ask both."
+    (seen, task), found = self.crossed(data, values), self.fit(data, values)
     held = outputs_of(found.net, found.task, data.X(VALIDATION, found.task))
-    seen = crossed(fit, data, self.folds) if self.folds else outputs_of(found.net, found.task, data.X(TRAIN, found.task))
-    by, y = (seen, data.y[TRAIN]) if self.folds else (held, data.y[VALIDATION])
-    task = replace(found.task, target=found.task.target.calibrated(by, y))
-    return replace(found, task=task), {s: in_words(z, task, data.task) for s, z in ((TRAIN, seen), (VALIDATION, held))}
+    calibrated = replace(found.task, target=task.target)
+    answers = {s: in_words(z, task, data.task) for s, z in ((TRAIN, seen), (VALIDATION, held))}
+    return replace(found, task=calibrated), answers
 
 # %% ../../nbs/candidates/06_teacher.ipynb #8261b25a
 @patch
 def identity(self: Candidate, pupil):
     spec, data = self.spec(), pupil.data
-    blended = {k: v for k, v in pupil.values.items() if k != "teacher"} if spec["name"] == BLEND else None
-    return fingerprint(spec, self.folds, data.seed, data.n_threads, data.class_weights, blended)
+    blended = spec["name"] == BLEND
+    values = {k: v for k, v in pupil.values.items() if k != "teacher"} if blended else None # of the network in it
+    own = [] if blended else sources(CANDIDATES.find(spec["name"], "train.teacher.of"))
+    return fingerprint(spec, self.folds, data.seed, data.n_threads, data.class_weights, values, own)
 
 @patch
 def lesson(self: Candidate, pupil):
     found, answers = self.fitted(pupil.data, pupil.values)
     pupil.folder.mkdir(parents=True, exist_ok=True)
     model = save_model(pupil.folder / "model.safetensors", found.net, found.spec, found.task)
-    by = f"; each training row answered by one of {self.folds} that had not seen it" if self.folds else "; it has seen the training rows"
-    return Lesson(answers, model, (f"teacher: {found.name}, {found.note}, fitted to the training split{by}",))
+    by = f"each training row answered by one of {self.folds} that had not seen it"
+    return Lesson(answers, model, (f"teacher: {found.name}, {found.note}, fitted to the training split; {by}",))
 
 # %% ../../nbs/candidates/06_teacher.ipynb #d9d9be96
 KEPT = 4 # teachers
 ANSWERS = "answers.safetensors"
 
+def seal(arrays: dict[str, np.ndarray]) -> str: # 64 hex digits
+    "A hash of all answers."
+    return fingerprint(*(x for name in sorted(arrays) for x in (name, arrays[name])))
+
 def keep_lesson(lesson: Lesson, folder: Path, root: Path):
     "Write it, whole or not at all."
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {s: np.ascontiguousarray(a) for s, a in lesson.answers.items()}
-    told = {"model": lesson.model and os.path.relpath(lesson.model, root), "notes": lesson.notes, "sha256": fingerprint(*sorted(arrays.items()))}
+    model = lesson.model and os.path.relpath(lesson.model, root)
+    told = {"model": model, "notes": lesson.notes, "sha256": seal(arrays)}
     write_atomic(folder / ANSWERS, packed_file(arrays, {"lesson": json.dumps(told)}))
-    others = sorted((f for f in folder.parent.glob(f"*/{ANSWERS}") if f.parent != folder), key=lambda f: f.stat().st_mtime)
-    for old in others[:max(0, len(others) + 1 - KEPT)]:
+    others = [f for f in folder.parent.glob(f"*/{ANSWERS}") if f.parent != folder]
+    for old in sorted(others, key=lambda f: f.stat().st_mtime)[:max(0, len(others) + 1 - KEPT)]:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 def kept_lesson(folder: Path, root: Path) -> Lesson | None: # None: there is none that is whole
@@ -311,7 +330,7 @@ def kept_lesson(folder: Path, root: Path) -> Lesson | None: # None: there is non
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     model = told["model"] and root / told["model"]
-    whole = told["sha256"] == fingerprint(*sorted(answers.items())) and (not model or model.is_file())
+    whole = told["sha256"] == seal(answers) and (not model or model.is_file())
     return Lesson(answers, model, tuple(told["notes"])) if whole else None
 
 # %% ../../nbs/candidates/06_teacher.ipynb #7c266b9c
@@ -322,8 +341,9 @@ def checked_answers(lesson: Lesson, data: Data) -> Lesson:
     k = data.task.target.n_outputs
     for split, said in lesson.answers.items():
         if said.shape != (len(data.y[split]), k) or not np.isfinite(said).all():
-            raise DataError(f"train.teacher: its answers for the {split} split are {said.shape} with {np.isfinite(said).mean():.0%} finite numbers, and "
-                            f"should be {(len(data.y[split]), k)}, all finite; mend the teacher")
+            raise DataError(f"train.teacher: its answers for the {split} split are {said.shape} with "
+                            f"{np.isfinite(said).mean():.0%} finite numbers, and should be {(len(data.y[split]), k)}, "
+                            "all finite; mend the teacher")
     return lesson
 
 def lesson_of(
@@ -335,11 +355,15 @@ def lesson_of(
 ) -> Lesson:
     "What the teacher says of the training and the validation split. Raises `MlkitError` where it cannot."
     from mlkit import candidates, training
+    if not (task.target.says_class or task.target.says_value):
+        raise ConfigError(f"params.yaml: train.teacher: a target of {task.target.task} cannot be taught; leave the teacher out")
     who = make_component(TEACHERS, values["teacher"], where="train.teacher")
     data = prepared_data(task, prepared, values["seed"], values["n_threads"], device, values.get("class_weight"))
     pupil = Pupil(values, data, root, prepared, root)
-    code = [sha256(f) for folder in (candidates, training) for f in sorted(Path(folder.__path__[0]).glob("*.py"))]
-    name = fingerprint(sources(who), type(who).__name__, who.identity(pupil), data_version(prepared), task.to_dict(), device, torch.__version__, code)[:32]
+    files = [f for folder in (candidates, training) for f in sorted(Path(folder.__path__[0]).glob("*.py"))]
+    code = [sha256(f) for f in (*files, root / ENVIRONMENT) if f.is_file()]
+    identity = type(who).__name__, who.identity(pupil), sources(who)
+    name = fingerprint(*identity, data_version(prepared), task.to_dict(), device, code)[:32]
     folder = root / TAUGHT / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root / TAUGHT / "lock"):
@@ -353,9 +377,9 @@ def answers_for(spec: dict, data: Data, values: dict) -> np.ndarray: # `train.te
     "What the teacher says of some of the samples. A teacher that is fitted here is fitted to these alone."
     who = make_component(TEACHERS, spec, where="train.teacher")
     if who.fitted_here:
-        return who.fitted(data, values)[1][TRAIN]
+        return in_words(*who.crossed(data, values), data.task)
     if data.taught is None:
-        raise ConfigError("train.teacher: no answers stand beside these samples; see mlkit.candidates.teacher.lesson_of")
+        raise ConfigError("train.teacher: no answers stand beside these samples; see candidates.teacher.lesson_of")
     return data.taught[TRAIN]
 
 # %% ../../nbs/candidates/06_teacher.ipynb #cf9b22f8

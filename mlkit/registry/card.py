@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['STATED', 'NOT_STATED', 'ENDS', 'MADE_FROM', 'GAPS', 'SECTIONS', 'HOW', 'PACKAGES', 'Facts', 'plain', 'grid', 'stated',
-           'listed', 'component', 'header_of', 'answer_rule', 'weights_text', 'details', 'intended', 'factors',
-           'protected', 'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses', 'gap_lines',
-           'ethics', 'caveats', 'card', 'environment_of', 'add_card']
+           'listed', 'component', 'header_of', 'answer_rule', 'weights_text', 'taught_by', 'details', 'intended',
+           'factors', 'protected', 'chosen', 'evaluation_data', 'training_data', 'number', 'figure_rows', 'analyses',
+           'gap_lines', 'ethics', 'caveats', 'card', 'environment_of', 'add_card']
 
 # %% ../../nbs/registry/11_card.ipynb #98f8f43f
 import json, re
@@ -90,6 +90,14 @@ def weights_text(asked: str | dict | None) -> str | None: # `train.class_weight`
     "Weights of classes as a person gave them."
     return ", ".join(f"{name} {w:g}" for name, w in asked.items()) if isinstance(asked, dict) else asked
 
+def taught_by(
+    header: dict, # see `header_of`
+    train: dict, # the section `train`
+) -> str: # empty: nobody, or the chosen one is not the network
+    "The teacher of the network that was chosen, or is in the blend."
+    name, network = header.get("model", {}).get("name"), (train.get("model") or {}).get("name")
+    return component(train.get("teacher") or {}) if name in (network, "blend") else ""
+
 def details(f: Facts) -> list[str]:
     "Model details."
     t, target, train = f.metrics.get("train", {}), f.task.target, f.values.get("train", {})
@@ -99,6 +107,7 @@ def details(f: Facts) -> list[str]:
     network = {"Parameters": figure(t.get("parameters")),
                "Epochs": t.get("kept_epoch")} if "parameters" in t and n == 1 else {}
     kind = listed({"Kind": component(f.header.get("model", {})), "Chosen among": f"{n} candidates" if n > 1 else None, **network,
+                   "Taught by": taught_by(f.header, train),
                    "Seed": train.get("seed"), "Class weights in training": weights_text(train.get("class_weight")), **answer_rule(f.header)})
     packages = ", ".join(v if k != "python" else f"Python {v}" for k, v in f.environment.items())
     made = listed({"Model": f.verdict["model"], "Bundle": f.verdict["bundle"][:12], "Task": what})

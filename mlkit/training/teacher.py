@@ -15,7 +15,6 @@ from annotated_types import Gt, Le
 from torch.nn import functional as F
 
 from ..component import Registry
-from ..core import ConfigError
 from ..targets.base import Target
 from .checkpoint import fingerprint
 
@@ -30,7 +29,7 @@ def teacher(cls: type) -> type:
 @dataclass(frozen=True)
 class Lesson:
     "What a teacher says."
-    answers: dict[str, np.ndarray] # split, train and validation: (n, k) logarithms of probabilities, or (n, 1) standardised values
+    answers: dict[str, np.ndarray] # split: (n, k) logarithms of probabilities, or (n, 1) standardised values
     model: Path | None = None # its file, see `training.model.load_model`; None: it cannot be asked here
     notes: tuple[str, ...] = () # for people: who it is, and what it has seen
 
@@ -54,14 +53,14 @@ class Teacher:
     fitted_here: ClassVar[bool] = False # whether it is fitted to the very data that it is asked about
 
     def check(self, root: Path, contract):
-        "Before the first stage. Raises `MlkitError` where it cannot teach these data. `contract` is None where it is not known yet."
+        "Before the first stage. Raises `MlkitError` where it cannot teach. `contract` is None where it is not known yet."
 
     def identity(self, pupil: Pupil) -> str:
         "What its answers depend on, beside the data and the code. Raises `MlkitError` where it is not there."
         raise NotImplementedError
 
     def lesson(self, pupil: Pupil) -> Lesson:
-        "Ask it about the training and the validation split, and no other. Raises `MlkitError` where it cannot answer."
+        "Ask it about the training and the validation split only. Raises `MlkitError` where it cannot answer."
         raise NotImplementedError
 
 # %% ../../nbs/training/20_teacher.ipynb #b2aae6e4
@@ -103,7 +102,10 @@ def distances(
     mine, theirs = (F.log_softmax(z / temperature, 1) for z in (output, said))
     return temperature ** 2 * F.kl_div(mine, theirs, log_target=True, reduction="none").sum(1)
 
-def mean_by_class(each: torch.Tensor, y: torch.Tensor, weights: tuple[float, ...] | None) -> torch.Tensor: # of (n,) and (n,)
+def mean_by_class(
+    each: torch.Tensor, y: torch.Tensor, # (n,)
+    weights: tuple[float, ...] | None, # see `class_weight`
+) -> torch.Tensor:
     "The mean over samples, each by the weight of its class."
     if weights is None:
         return each.mean()
@@ -117,9 +119,7 @@ def distilled(
     spec: dict, # `train.teacher`, completed
     class_weights: tuple[float, ...] | None = None, # see `class_weight`
 ) -> Callable: # of (n, k) outputs, or (n, m, k) of m members, and of a packed batch: a tensor
-    "The loss of a student. Raises `ConfigError` on a target that is neither classes nor a value."
-    if not (target.says_class or target.says_value):
-        raise ConfigError(f"params.yaml: train.teacher: a target of {target.task} cannot be taught; leave the teacher out")
+    "The loss of a student."
     def of(output, y):
         truth, said, every = truth_of(y, target), y[:, 1:], output
         if output.dim() == 3:
