@@ -2,13 +2,15 @@
 
 # %% auto #0
 __all__ = ['CHECKED_EVERY', 'make_fabric', 'Training', 'batch_size_for', 'Watch', 'kept_record', 'make_watch', 'kept_line',
-           'averaged', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit', 'learned_as',
-           'plot_history']
+           'averaged', 'called_in', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit',
+           'learned_as', 'plot_history']
 
 # %% ../../nbs/training/11_fit.ipynb #eca5d0c4
 import logging, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import numpy as np, torch
@@ -146,6 +148,16 @@ def averaged(
             mean.copy_(mean.lerp(x, share) if mean.is_floating_point() else x)
     return AveragedModel(net, multi_avg_fn=towards, use_buffers=True)
 
+# %% ../../nbs/training/11_fit.ipynb #a5e51050
+def called_in(
+    fabric: Fabric,
+    net: nn.Module,
+    wrapped: nn.Module, # as Fabric has set it up
+) -> nn.Module: # of the two
+    "What a step calls."
+    plain = fabric.world_size == 1 and fabric.strategy.precision.precision == "32-true"
+    return net if plain else wrapped
+
 # %% ../../nbs/training/11_fit.ipynb #291d4a30
 class TrainState:
     "A training between two steps."
@@ -161,6 +173,7 @@ class TrainState:
         self.group = group_of(fabric) # the processes that train together
         self.n_steps = -(-n // training.batch_size) # an epoch
         self.net = fabric.setup_module(net)
+        self.called = called_in(fabric, net, self.net)
         self.optimizer = fabric.setup_optimizers(make_optimizer(training.optimizer, net))
         self.mean = averaged(net, training.average) if training.average else None
         self.schedule = make_schedule(training.schedule, self.optimizer, self.n_steps * training.n_epochs)
@@ -168,6 +181,7 @@ class TrainState:
         self.draws = self.group.draws(self.generator, training.seed) # of augmentation
         self.epoch, self.step, self.kept, self.history = 1, 0, None, [] # kept: the record of the best epoch
         self.total = self.order = None # of this epoch: the sum of its losses, the order of its samples
+        self.losses = [] # of the steps that `total` does not hold yet, each with its number of samples
         self.sound = None # steps of this epoch up to which the loss was a number
         self.best, self.good = {}, {} # weights of the best epoch; those before this epoch, or as it went on
         self.lap = 0.0 # when this stretch of time began
@@ -190,8 +204,7 @@ def begin(self: TrainState):
     begin_epoch(self.net, self.epoch)
     self.lap = time.perf_counter()
     if self.order is None:
-        self.total = torch.zeros((), device=self.fabric.device)
-        self.sound = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
+        self.total, self.sound = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
         self.order = torch.randperm(self.n, generator=self.generator)
     self.good = {k: v.to("cpu", copy=True) for k, v in self.shown.state_dict().items()}
 
@@ -208,13 +221,14 @@ def slope(self: TrainState,
     X, y, # a batch, tensors
 ) -> torch.Tensor: # its mean loss
     "Adds the gradient of a batch. Raises `ConfigError` where a GPU has no memory left."
-    loss, scale = 0.0, self.group.scale(y, self.batch, self.training.class_weights)
+    losses, scale = [], self.group.scale(y, self.batch, self.training.class_weights)
     try:
         for a, b in self.group.cut(X, y, self.training.accumulate, self.batch):
-            part = lose(a, b) * (len(b) / len(y) * scale)
+            share, part = len(b) / len(y) * scale, lose(a, b)
+            part = part if isinstance(share, float) and share == 1 else part * share # small networks feel each operation
             self.fabric.backward(part)
-            loss = loss + part.detach()
-        return loss
+            losses.append(part.detach())
+        return reduce(add, losses)
     except torch.OutOfMemoryError:
         pass # outside of this block nothing holds what was computed
     def attempt(k):
@@ -236,9 +250,19 @@ def learn(self: TrainState,
     self.schedule.step()
     if self.mean:
         self.mean.update_parameters(self.net)
-    self.total += loss * (self.batch / self.group.world)
-    self.sound += torch.isfinite(self.total)
+    self.losses.append((loss, self.batch / self.group.world))
     self.step += 1
+
+# %% ../../nbs/training/11_fit.ipynb #50c79b2b
+@patch
+def add_up(self: TrainState):
+    "Adds the losses since the last time, and counts the steps up to which their sum was a number."
+    if not self.losses:
+        return
+    losses, sizes = zip(*self.losses)
+    found = torch.stack(losses).cpu().double() * torch.tensor(sizes, dtype=torch.float64)
+    totals = torch.cat([self.total[None], found]).cumsum(0)[1:]
+    self.total, self.sound, self.losses = totals[-1], self.sound + torch.isfinite(totals).sum(), []
 
 # %% ../../nbs/training/11_fit.ipynb #18c4911b
 @patch
@@ -247,6 +271,7 @@ def check_loss(self: TrainState,
     checkpoint: Checkpoint | None = None, # where good weights are kept
 ):
     "Raises `DataError` on samples that hold no number, `ConfigError` where the loss is none any more."
+    self.add_up()
     if torch.isfinite(self.group.sum(self.total)):
         return
     step, size = int(self.group.least(self.sound)), self.training.batch_size
@@ -271,6 +296,7 @@ def end(self: TrainState,
     validation: dict, # see `validate`
 ) -> dict: # the record
     "An epoch is done."
+    self.add_up()
     record = {"epoch": self.epoch, "loss": self.group.sum(self.total).item() / self.n} | validation
     record["lr"] = self.schedule.get_last_lr()[0]
     self.keep_best(record)
@@ -291,6 +317,7 @@ def finish(self: TrainState):
 @patch
 def tensors(self: TrainState) -> dict[str, torch.Tensor]: # 'net.weight', 'moments.0.exp_avg', …
     "What is a tensor."
+    self.add_up()
     named = {"net": self.net.state_dict(), "best": self.best, "own": {"total": self.total, "order": self.order, "sound": self.sound}}
     named |= {"mean": self.mean.state_dict()} if self.mean else {}
     named |= {f"moments.{i}": s for i, s in self.optimizer.state_dict()["state"].items()}
@@ -352,8 +379,7 @@ def restore(self: TrainState, tensors: dict, rest: dict):
     self.fabric.strategy.precision.load_state_dict(rest["precision"])
     self.epoch, self.step, self.kept, self.history = (rest[k] for k in ("epoch", "step", "kept", "history"))
     self.best, own = under(tensors, "best"), under(tensors, "own")
-    self.total, self.sound = (own[k].to(self.fabric.device) for k in ("total", "sound"))
-    self.order = own["order"]
+    self.total, self.sound, self.order = (own[k] for k in ("total", "sound", "order"))
     if self.mean:
         self.mean.load_state_dict(under(tensors, "mean"))
     self.clock.seconds, self.clock.waited = rest["seconds"], rest["waited"]
@@ -430,9 +456,9 @@ def fit(
     def lose(X, y):
         x = augment(front(X), state.draws)
         if isinstance(x, Mixed):
-            output = state.net(x.x)
+            output = state.called(x.x)
             return x.loss(lambda y: loss(output, y), y)
-        return loss(state.net(x), y)
+        return loss(state.called(x), y)
     mine = state.group.mine(train)
     yield from state.history
     while state.epoch <= training.n_epochs:
