@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CHECKED_EVERY', 'make_fabric', 'Training', 'batch_size_for', 'Watch', 'kept_record', 'make_watch', 'kept_line',
-           'averaged', 'called_in', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit',
+           'averaged', 'set_up', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit',
            'learned_as', 'plot_history']
 
 # %% ../../nbs/training/11_fit.ipynb #eca5d0c4
@@ -24,6 +24,7 @@ from ..task import Task
 from .augment import Mixed, make_augmentation
 from .checkpoint import Checkpoint, fingerprint, sources
 from .class_weight import weighted_loss
+from .faster import any_number, compile_seconds, compiled, laid_out
 from .faults import check_samples, diverged, out_of_memory
 from .feed import Clock
 from .loss import loss_function, make_loss
@@ -67,6 +68,8 @@ class Training:
     clip: float | None = None # longest gradient, as a norm over all weights; None: as long as it is
     accumulate: int = 1 # parts of a batch, computed one after the other: less memory, the same step
     average: float | None = None # share of the mean of weights that stays in each step; None: no mean is kept
+    compile: bool = False # steps by `torch.compile`, see `faster`
+    channels_last: bool = False # how weights of convolutions lie in memory, see `faster`
 
 # %% ../../nbs/training/11_fit.ipynb #21026a9e
 def batch_size_for(
@@ -149,14 +152,18 @@ def averaged(
     return AveragedModel(net, multi_avg_fn=towards, use_buffers=True)
 
 # %% ../../nbs/training/11_fit.ipynb #a5e51050
-def called_in(
+def set_up(
     fabric: Fabric,
     net: nn.Module,
-    wrapped: nn.Module, # as Fabric has set it up
-) -> nn.Module: # of the two
-    "What a step calls."
+    compile: bool, # the steps
+) -> tuple[nn.Module, Callable]: # as Fabric has it, with the state of `net`; what a step calls
+    "Where nothing is to be wrapped, a step calls the network itself."
+    made = compiled(net) if compile else net
+    wrapped = fabric.setup_module(made)
     plain = fabric.world_size == 1 and fabric.strategy.precision.precision == "32-true"
-    return net if plain else wrapped
+    called = made if plain else wrapped
+    return wrapped, (lambda x: called(any_number(x))) if compile else called
+
 
 # %% ../../nbs/training/11_fit.ipynb #291d4a30
 class TrainState:
@@ -172,8 +179,7 @@ class TrainState:
         self.fabric, self.training, self.n, self.clock, self.watch = fabric, training, n, clock, watch or Watch()
         self.group = group_of(fabric) # the processes that train together
         self.n_steps = -(-n // training.batch_size) # an epoch
-        self.net = fabric.setup_module(net)
-        self.called = called_in(fabric, net, self.net)
+        self.net, self.called = set_up(fabric, laid_out(net, training.channels_last), training.compile)
         self.optimizer = fabric.setup_optimizers(make_optimizer(training.optimizer, net))
         self.mean = averaged(net, training.average) if training.average else None
         self.schedule = make_schedule(training.schedule, self.optimizer, self.n_steps * training.n_epochs)
@@ -184,7 +190,7 @@ class TrainState:
         self.losses = [] # of the steps that `total` does not hold yet, each with its number of samples
         self.sound = None # steps of this epoch up to which the loss was a number
         self.best, self.good = {}, {} # weights of the best epoch; those before this epoch, or as it went on
-        self.lap = 0.0 # when this stretch of time began
+        self.lap = self.compiled_before = 0.0 # when this stretch of time began; seconds compiled before
 
     @property
     def batch(self) -> int: # the last batch of an epoch may be smaller
@@ -202,7 +208,7 @@ def begin(self: TrainState):
     "An epoch begins, or goes on."
     self.net.train()
     begin_epoch(self.net, self.epoch)
-    self.lap = time.perf_counter()
+    self.lap, self.compiled_before = time.perf_counter(), compile_seconds()
     if self.order is None:
         self.total, self.sound = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
         self.order = torch.randperm(self.n, generator=self.generator)
@@ -292,6 +298,12 @@ def keep_best(self: TrainState,
 
 # %% ../../nbs/training/11_fit.ipynb #c6863ba9
 @patch
+def times(self: TrainState) -> tuple[float, float]: # seconds
+    "What this training took until now, and how much of that it compiled."
+    compiled = compile_seconds() - self.compiled_before
+    return self.clock.seconds + time.perf_counter() - self.lap, self.clock.compiled + compiled
+
+@patch
 def end(self: TrainState,
     validation: dict, # see `validate`
 ) -> dict: # the record
@@ -302,7 +314,7 @@ def end(self: TrainState,
     self.keep_best(record)
     self.history.append(record)
     self.epoch, self.step, self.order = self.epoch + 1, 0, None
-    self.clock.seconds += time.perf_counter() - self.lap
+    self.clock.seconds, self.clock.compiled = self.times()
     return record
 
 # %% ../../nbs/training/11_fit.ipynb #acd2c0b5
@@ -311,7 +323,7 @@ def finish(self: TrainState):
     "The network as it is kept."
     if self.best or self.mean:
         self.net.load_state_dict(self.best or self.shown.state_dict())
-    self.net.eval()
+    laid_out(self.net, channels_last=False).eval()
 
 # %% ../../nbs/training/11_fit.ipynb #57159680
 @patch
@@ -333,11 +345,11 @@ def tensors(self: TrainState) -> dict[str, torch.Tensor]: # 'net.weight', 'momen
 @patch
 def parts(self: TrainState) -> tuple[dict, dict]: # tensors by name; plain values
     "What a checkpoint holds."
-    seconds = self.clock.seconds + time.perf_counter() - self.lap
+    seconds, compiled = self.times()
     return self.tensors(), {
         "epoch": self.epoch, "step": self.step, "kept": self.kept, "history": self.history,
         "groups": self.optimizer.state_dict()["param_groups"], "schedule": self.schedule.state_dict(),
-        "precision": self.fabric.strategy.precision.state_dict(), "seconds": seconds, "waited": self.clock.waited}
+        "precision": self.fabric.strategy.precision.state_dict(), "seconds": seconds, "compiled": compiled, "waited": self.clock.waited}
 
 # %% ../../nbs/training/11_fit.ipynb #4396f473
 def under(
@@ -382,7 +394,8 @@ def restore(self: TrainState, tensors: dict, rest: dict):
     self.total, self.sound, self.order = (own[k] for k in ("total", "sound", "order"))
     if self.mean:
         self.mean.load_state_dict(under(tensors, "mean"))
-    self.clock.seconds, self.clock.waited = rest["seconds"], rest["waited"]
+    for name in ("seconds", "compiled", "waited"):
+        setattr(self.clock, name, rest[name])
     self.restore_random(tensors)
 
 # %% ../../nbs/training/11_fit.ipynb #6bdb63b1
@@ -427,7 +440,8 @@ def validate(
 ) -> dict[str, float]: # validation_loss, validation_<score>, and validation_<metric> of the watch
     "Loss and scores on all that a feed has."
     group.level(net)
-    output, y = outputs(net, front, feed, clock, batch_size, group)
+    with torch.compiler.set_stance("force_eager"): # only steps are compiled
+        output, y = outputs(net, front, feed, clock, batch_size, group)
     found = {"validation_loss": make_loss({}, task.target, class_weights)(output, y).item(),
              f"validation_{task.target.score_name}": task.target.score(output, y)}
     return found | ({f"validation_{watch.name}": watch.of(output)} if watch.name else {})

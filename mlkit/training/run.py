@@ -18,6 +18,7 @@ from . import backbone # noqa: F401, it registers its networks
 from .augment import AUGMENTATIONS
 from .checkpoint import Checkpoint
 from .class_weight import class_weights
+from .faster import check_faster
 from .feed import Clock, feeds
 from .fit import Training, batch_size_for, fit, make_fabric, make_watch
 from .loss import LOSSES
@@ -44,7 +45,7 @@ def completed(
 
 # %% ../../nbs/training/16_run.ipynb #d0a7979c
 LOOP = "n_epochs", "optimizer", "schedule", "augment", "loss", "keep", "seed" # beside the batch size
-OPTIONS = "clip", "accumulate", "average" # which have usual values
+OPTIONS = "clip", "accumulate", "average", "compile", "channels_last" # which have usual values
 
 def training_of(
     values: dict, # the section `train`, completed
@@ -70,6 +71,7 @@ class Run:
         self.values, self.task, self.checkpoint = completed(train), task, checkpoint
         self.decision = choose("train", train["device"], precision=train["precision"])
         precision = self.decision.options["precision"]
+        check_faster(self.values, self.decision.engine)
         self.fabric = make_fabric(self.decision.engine, precision, train["n_threads"], train["seed"], strategy)
         self.model = self.values["model"]
         self.net = make_model(self.model, task)
