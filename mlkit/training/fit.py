@@ -166,6 +166,8 @@ def set_up(
 
 
 # %% ../../nbs/training/11_fit.ipynb #291d4a30
+CHECKED_EVERY = 100 # steps
+
 class TrainState:
     "A training between two steps."
     def __init__(self,
@@ -187,7 +189,7 @@ class TrainState:
         self.draws = self.group.draws(self.generator, training.seed) # of augmentation
         self.epoch, self.step, self.kept, self.history = 1, 0, None, [] # kept: the record of the best epoch
         self.total = self.order = None # of this epoch: the sum of its losses, the order of its samples
-        self.losses = [] # of the steps that `total` does not hold yet, each with its number of samples
+        self.losses, self.sizes = torch.zeros(CHECKED_EVERY, device=fabric.device), [] # of steps that `total` does not hold yet
         self.sound = None # steps of this epoch up to which the loss was a number
         self.best, self.good = {}, {} # weights of the best epoch; those before this epoch, or as it went on
         self.lap = self.compiled_before = 0.0 # when this stretch of time began; seconds compiled before
@@ -256,19 +258,21 @@ def learn(self: TrainState,
     self.schedule.step()
     if self.mean:
         self.mean.update_parameters(self.net)
-    self.losses.append((loss, self.batch / self.group.world))
+    self.losses[len(self.sizes)] = loss # a list of tensors would scatter memory
+    self.sizes.append(self.batch / self.group.world)
+    if len(self.sizes) == CHECKED_EVERY:
+        self.add_up()
     self.step += 1
 
 # %% ../../nbs/training/11_fit.ipynb #50c79b2b
 @patch
 def add_up(self: TrainState):
     "Adds the losses since the last time, and counts the steps up to which their sum was a number."
-    if not self.losses:
+    if not self.sizes:
         return
-    losses, sizes = zip(*self.losses)
-    found = torch.stack(losses).cpu().double() * torch.tensor(sizes, dtype=torch.float64)
+    found = self.losses[:len(self.sizes)].cpu().double() * torch.tensor(self.sizes, dtype=torch.float64)
     totals = torch.cat([self.total[None], found]).cumsum(0)[1:]
-    self.total, self.sound, self.losses = totals[-1], self.sound + torch.isfinite(totals).sum(), []
+    self.total, self.sound, self.sizes = totals[-1], self.sound + torch.isfinite(totals).sum(), []
 
 # %% ../../nbs/training/11_fit.ipynb #18c4911b
 @patch
@@ -447,8 +451,6 @@ def validate(
     return found | ({f"validation_{watch.name}": watch.of(output)} if watch.name else {})
 
 # %% ../../nbs/training/11_fit.ipynb #bf364587
-CHECKED_EVERY = 100 # steps
-
 def fit(
     fabric: Fabric,
     net: nn.Module, # from what `task.input.front()` gives to (n, n_outputs); trained in place
