@@ -1,5 +1,6 @@
 "A training in two processes: the losses of one process, and after `kill -9` the same weights to the bit."
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import polars as pl
 import psutil
 import pytest
 import torch
-from conftest import ROOT, one_line, wait_for
+from conftest import FULL, ROOT, one_line, wait_for
 
 from mlkit.core import ConfigError, write_json
 from mlkit.inputs.columns import Number
@@ -198,3 +199,38 @@ def test_bad_values(fresh, tmp_path):
     project = fresh.clone(tmp_path / "project")
     project.param(train__devices=4096)
     one_line(project.mlkit("repro", rc=1), "train.devices: 4096")
+
+@pytest.mark.skipif(not FULL, reason="each costs a start of all processes")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled(data, tmp_path, strategy):
+    "Steps that are compiled in two processes give what one gives without; the backend calls no C++ compiler."
+    (folder, task), root, plan = data, tmp_path / "spread", Plan(strategy, 2)
+    _, weights = train(data, tmp_path / "alone")
+    root.mkdir()
+    (root / "task.py").write_text("from mlkit.training import faster\nfaster.BACKEND = 'aot_eager'\n")
+    run = Run(TRAIN | {"compile": True}, task, folder, folder, Checkpoint(root / "kept", 0.0))
+    assert len(list(trained(run, plan, folder, folder, root))) == TRAIN["n_epochs"]
+    same = run.net.state_dict()
+    assert run.clock.compiled > 0 and same.keys() == weights.keys()
+    assert max((weights[k] - same[k]).abs().max().item() for k in weights) < TOLERANCE
+
+@pytest.mark.skipif(not FULL or not shutil.which("g++"), reason="compiling takes half a minute")
+@pytest.mark.parametrize("values", [{}, {"model": TRAIN["model"] | {"dropout": 0.2}}])
+def test_compiled_by_inductor(data, tmp_path, values):
+    "What the usual backend makes: without dropout the same weights; interrupted and taken up, the same bits."
+    whole, weights = train(data, tmp_path / "whole", compile=True, **values)
+    if not values:
+        plain = train(data, tmp_path / "plain")[1]
+        assert max((weights[k] - plain[k]).abs().max().item() for k in weights) < TOLERANCE
+    steps = iter(range(3))
+    class Ended(Exception):
+        pass
+    def save(self, *state, save=Checkpoint.save):
+        save(self, *state)
+        if next(steps) == 2:
+            raise Ended
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(Checkpoint, "save", save)
+        train(data, tmp_path / "again", compile=True, **values)
+    found, again = train(data, tmp_path / "again", compile=True, **values)
+    assert found == whole and all(torch.equal(weights[k], again[k]) for k in weights)

@@ -172,7 +172,9 @@ def components_are_known(
         return
     from mlkit.candidates.choose import checked_spec
     from mlkit.component import import_task
+    from mlkit.jobs import choose
     from mlkit.targets.classes import check_decide
+    from mlkit.training.faster import check_faster
     from mlkit.training.launch import plan_of
     from mlkit.training.run import completed
     from mlkit.training.trackers import check_trackers
@@ -185,6 +187,8 @@ def components_are_known(
     check_loss(train.get("loss"), possible_targets(root / named if named else None))
     check_search(tune, values)
     plan_of(values, values.get("batch_size"))
+    if values.get("compile") or values.get("channels_last"):
+        check_faster(values, choose("train", values.get("device", "auto"), precision=values.get("precision", "auto")).engine)
     check_trackers(train.get("trackers"))
 
 # %% ../../nbs/training/19_check.ipynb #ce0a3251

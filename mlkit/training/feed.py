@@ -69,6 +69,7 @@ class Clock:
     "What a training took, also over interruptions."
     seconds: float = 0.0
     waited: float = 0.0 # of them, seconds in which the loop had no data
+    compiled: float = 0.0 # of them, seconds in which `torch.compile` worked
 
     def waiting(self, batches):
         "The batches; each wait is counted."

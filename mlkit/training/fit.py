@@ -2,13 +2,15 @@
 
 # %% auto #0
 __all__ = ['CHECKED_EVERY', 'make_fabric', 'Training', 'batch_size_for', 'Watch', 'kept_record', 'make_watch', 'kept_line',
-           'averaged', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit', 'learned_as',
-           'plot_history']
+           'averaged', 'set_up', 'TrainState', 'under', 'moments', 'describe', 'outputs', 'validate', 'fit',
+           'learned_as', 'plot_history']
 
 # %% ../../nbs/training/11_fit.ipynb #eca5d0c4
 import logging, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import numpy as np, torch
@@ -22,6 +24,7 @@ from ..task import Task
 from .augment import Mixed, make_augmentation
 from .checkpoint import Checkpoint, fingerprint, sources
 from .class_weight import weighted_loss
+from .faster import any_number, compile_seconds, compiled, laid_out
 from .faults import check_samples, diverged, out_of_memory
 from .feed import Clock
 from .loss import loss_function, make_loss
@@ -67,6 +70,8 @@ class Training:
     accumulate: int = 1 # parts of a batch, computed one after the other: less memory, the same step
     average: float | None = None # share of the mean of weights that stays in each step; None: no mean is kept
     teacher: dict | None = None # see `teacher.distilled`; the training feed is a `teacher.Taught`
+    compile: bool = False # steps by `torch.compile`, see `faster`
+    channels_last: bool = False # how weights of convolutions lie in memory, see `faster`
 
 # %% ../../nbs/training/11_fit.ipynb #21026a9e
 def batch_size_for(
@@ -148,7 +153,23 @@ def averaged(
             mean.copy_(mean.lerp(x, share) if mean.is_floating_point() else x)
     return AveragedModel(net, multi_avg_fn=towards, use_buffers=True)
 
+# %% ../../nbs/training/11_fit.ipynb #a5e51050
+def set_up(
+    fabric: Fabric,
+    net: nn.Module,
+    compile: bool, # the steps
+) -> tuple[nn.Module, Callable]: # as Fabric has it, with the state of `net`; what a step calls
+    "Where nothing is to be wrapped, a step calls the network itself."
+    made = compiled(net) if compile else net
+    wrapped = fabric.setup_module(made)
+    plain = fabric.world_size == 1 and fabric.strategy.precision.precision == "32-true"
+    called = made if plain else wrapped
+    return wrapped, (lambda x: called(any_number(x))) if compile else called
+
+
 # %% ../../nbs/training/11_fit.ipynb #291d4a30
+CHECKED_EVERY = 100 # steps
+
 class TrainState:
     "A training between two steps."
     def __init__(self,
@@ -162,7 +183,7 @@ class TrainState:
         self.fabric, self.training, self.n, self.clock, self.watch = fabric, training, n, clock, watch or Watch()
         self.group = group_of(fabric) # the processes that train together
         self.n_steps = -(-n // training.batch_size) # an epoch
-        self.net = fabric.setup_module(net)
+        self.net, self.called = set_up(fabric, laid_out(net, training.channels_last), training.compile)
         self.optimizer = fabric.setup_optimizers(make_optimizer(training.optimizer, net))
         self.mean = averaged(net, training.average) if training.average else None
         self.schedule = make_schedule(training.schedule, self.optimizer, self.n_steps * training.n_epochs)
@@ -170,9 +191,10 @@ class TrainState:
         self.draws = self.group.draws(self.generator, training.seed) # of augmentation
         self.epoch, self.step, self.kept, self.history = 1, 0, None, [] # kept: the record of the best epoch
         self.total = self.order = None # of this epoch: the sum of its losses, the order of its samples
+        self.losses, self.sizes = torch.zeros(CHECKED_EVERY, device=fabric.device), [] # of steps that `total` does not hold yet
         self.sound = None # steps of this epoch up to which the loss was a number
         self.best, self.good = {}, {} # weights of the best epoch; those before this epoch, or as it went on
-        self.lap = 0.0 # when this stretch of time began
+        self.lap = self.compiled_before = 0.0 # when this stretch of time began; seconds compiled before
 
     @property
     def batch(self) -> int: # the last batch of an epoch may be smaller
@@ -190,10 +212,9 @@ def begin(self: TrainState):
     "An epoch begins, or goes on."
     self.net.train()
     begin_epoch(self.net, self.epoch)
-    self.lap = time.perf_counter()
+    self.lap, self.compiled_before = time.perf_counter(), compile_seconds()
     if self.order is None:
-        self.total = torch.zeros((), device=self.fabric.device)
-        self.sound = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
+        self.total, self.sound = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
         self.order = torch.randperm(self.n, generator=self.generator)
     self.good = {k: v.to("cpu", copy=True) for k, v in self.shown.state_dict().items()}
 
@@ -210,13 +231,14 @@ def slope(self: TrainState,
     X, y, # a batch, tensors
 ) -> torch.Tensor: # its mean loss
     "Adds the gradient of a batch. Raises `ConfigError` where a GPU has no memory left."
-    loss, scale = 0.0, self.group.scale(y, self.batch, self.training.class_weights)
+    losses, scale = [], self.group.scale(y, self.batch, self.training.class_weights)
     try:
         for a, b in self.group.cut(X, y, self.training.accumulate, self.batch):
-            part = lose(a, b) * (len(b) / len(y) * scale)
+            share, part = len(b) / len(y) * scale, lose(a, b)
+            part = part if isinstance(share, float) and share == 1 else part * share # small networks feel each operation
             self.fabric.backward(part)
-            loss = loss + part.detach()
-        return loss
+            losses.append(part.detach())
+        return reduce(add, losses)
     except torch.OutOfMemoryError:
         pass # outside of this block nothing holds what was computed
     def attempt(k):
@@ -238,9 +260,21 @@ def learn(self: TrainState,
     self.schedule.step()
     if self.mean:
         self.mean.update_parameters(self.net)
-    self.total += loss * (self.batch / self.group.world)
-    self.sound += torch.isfinite(self.total)
+    self.losses[len(self.sizes)] = loss # a list of tensors would scatter memory
+    self.sizes.append(self.batch / self.group.world)
+    if len(self.sizes) == CHECKED_EVERY:
+        self.add_up()
     self.step += 1
+
+# %% ../../nbs/training/11_fit.ipynb #50c79b2b
+@patch
+def add_up(self: TrainState):
+    "Adds the losses since the last time, and counts the steps up to which their sum was a number."
+    if not self.sizes:
+        return
+    found = self.losses[:len(self.sizes)].cpu().double() * torch.tensor(self.sizes, dtype=torch.float64)
+    totals = torch.cat([self.total[None], found]).cumsum(0)[1:]
+    self.total, self.sound, self.sizes = totals[-1], self.sound + torch.isfinite(totals).sum(), []
 
 # %% ../../nbs/training/11_fit.ipynb #18c4911b
 @patch
@@ -249,6 +283,7 @@ def check_loss(self: TrainState,
     checkpoint: Checkpoint | None = None, # where good weights are kept
 ):
     "Raises `DataError` on samples that hold no number, `ConfigError` where the loss is none any more."
+    self.add_up()
     if torch.isfinite(self.group.sum(self.total)):
         return
     step, size = int(self.group.least(self.sound)), self.training.batch_size
@@ -269,16 +304,23 @@ def keep_best(self: TrainState,
 
 # %% ../../nbs/training/11_fit.ipynb #c6863ba9
 @patch
+def times(self: TrainState) -> tuple[float, float]: # seconds
+    "What this training took until now, and how much of that it compiled."
+    compiled = compile_seconds() - self.compiled_before
+    return self.clock.seconds + time.perf_counter() - self.lap, self.clock.compiled + compiled
+
+@patch
 def end(self: TrainState,
     validation: dict, # see `validate`
 ) -> dict: # the record
     "An epoch is done."
+    self.add_up()
     record = {"epoch": self.epoch, "loss": self.group.sum(self.total).item() / self.n} | validation
     record["lr"] = self.schedule.get_last_lr()[0]
     self.keep_best(record)
     self.history.append(record)
     self.epoch, self.step, self.order = self.epoch + 1, 0, None
-    self.clock.seconds += time.perf_counter() - self.lap
+    self.clock.seconds, self.clock.compiled = self.times()
     return record
 
 # %% ../../nbs/training/11_fit.ipynb #acd2c0b5
@@ -287,12 +329,13 @@ def finish(self: TrainState):
     "The network as it is kept."
     if self.best or self.mean:
         self.net.load_state_dict(self.best or self.shown.state_dict())
-    self.net.eval()
+    laid_out(self.net, channels_last=False).eval()
 
 # %% ../../nbs/training/11_fit.ipynb #57159680
 @patch
 def tensors(self: TrainState) -> dict[str, torch.Tensor]: # 'net.weight', 'moments.0.exp_avg', …
     "What is a tensor."
+    self.add_up()
     named = {"net": self.net.state_dict(), "best": self.best, "own": {"total": self.total, "order": self.order, "sound": self.sound}}
     named |= {"mean": self.mean.state_dict()} if self.mean else {}
     named |= {f"moments.{i}": s for i, s in self.optimizer.state_dict()["state"].items()}
@@ -308,11 +351,11 @@ def tensors(self: TrainState) -> dict[str, torch.Tensor]: # 'net.weight', 'momen
 @patch
 def parts(self: TrainState) -> tuple[dict, dict]: # tensors by name; plain values
     "What a checkpoint holds."
-    seconds = self.clock.seconds + time.perf_counter() - self.lap
+    seconds, compiled = self.times()
     return self.tensors(), {
         "epoch": self.epoch, "step": self.step, "kept": self.kept, "history": self.history,
         "groups": self.optimizer.state_dict()["param_groups"], "schedule": self.schedule.state_dict(),
-        "precision": self.fabric.strategy.precision.state_dict(), "seconds": seconds, "waited": self.clock.waited}
+        "precision": self.fabric.strategy.precision.state_dict(), "seconds": seconds, "compiled": compiled, "waited": self.clock.waited}
 
 # %% ../../nbs/training/11_fit.ipynb #4396f473
 def under(
@@ -354,11 +397,11 @@ def restore(self: TrainState, tensors: dict, rest: dict):
     self.fabric.strategy.precision.load_state_dict(rest["precision"])
     self.epoch, self.step, self.kept, self.history = (rest[k] for k in ("epoch", "step", "kept", "history"))
     self.best, own = under(tensors, "best"), under(tensors, "own")
-    self.total, self.sound = (own[k].to(self.fabric.device) for k in ("total", "sound"))
-    self.order = own["order"]
+    self.total, self.sound, self.order = (own[k] for k in ("total", "sound", "order"))
     if self.mean:
         self.mean.load_state_dict(under(tensors, "mean"))
-    self.clock.seconds, self.clock.waited = rest["seconds"], rest["waited"]
+    for name in ("seconds", "compiled", "waited"):
+        setattr(self.clock, name, rest[name])
     self.restore_random(tensors)
 
 # %% ../../nbs/training/11_fit.ipynb #6bdb63b1
@@ -403,14 +446,13 @@ def validate(
 ) -> dict[str, float]: # validation_loss, validation_<score>, and validation_<metric> of the watch
     "Loss and scores on all that a feed has."
     group.level(net)
-    output, y = outputs(net, front, feed, clock, batch_size, group)
+    with torch.compiler.set_stance("force_eager"): # only steps are compiled
+        output, y = outputs(net, front, feed, clock, batch_size, group)
     found = {"validation_loss": make_loss({}, task.target, class_weights)(output, y).item(),
              f"validation_{task.target.score_name}": task.target.score(output, y)}
     return found | ({f"validation_{watch.name}": watch.of(output)} if watch.name else {})
 
 # %% ../../nbs/training/11_fit.ipynb #bf364587
-CHECKED_EVERY = 100 # steps
-
 def fit(
     fabric: Fabric,
     net: nn.Module, # from what `task.input.front()` gives to (n, n_outputs); trained in place
@@ -434,9 +476,9 @@ def fit(
     def lose(X, y):
         x = augment(front(X), state.draws)
         if isinstance(x, Mixed):
-            output = state.net(x.x)
+            output = state.called(x.x)
             return x.loss(lambda y: loss(output, y), y)
-        return loss(state.net(x), y)
+        return loss(state.called(x), y)
     mine = state.group.mine(train)
     yield from state.history
     while state.epoch <= training.n_epochs:

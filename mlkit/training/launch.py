@@ -228,8 +228,7 @@ def spread_records(
         said.seek(0)
         check_end(process.returncode, out, said.read())
         run.net.load_state_dict(load_file(out / WEIGHTS))
-        clock = read_json(out / CLOCK)
-        run.clock.seconds, run.clock.waited = clock["seconds"], clock["waited"]
+        vars(run.clock).update(read_json(out / CLOCK))
 
 # %% ../../nbs/training/18_launch.ipynb #bff51a5d
 def trained(

@@ -19,6 +19,7 @@ from . import backbone # noqa: F401, it registers its networks
 from .augment import AUGMENTATIONS
 from .checkpoint import Checkpoint
 from .class_weight import class_weights
+from .faster import check_faster
 from .feed import Clock, feeds
 from .fit import Training, batch_size_for, fit, make_fabric, make_watch
 from .loss import LOSSES
@@ -48,7 +49,7 @@ def completed(
 
 # %% ../../nbs/training/16_run.ipynb #d0a7979c
 LOOP = "n_epochs", "optimizer", "schedule", "augment", "loss", "keep", "seed" # beside the batch size
-OPTIONS = "clip", "accumulate", "average", "teacher" # which have usual values
+OPTIONS = "clip", "accumulate", "average", "teacher", "compile", "channels_last" # which have usual values
 
 def training_of(
     values: dict, # the section `train`, completed
@@ -74,6 +75,7 @@ class Run:
         self.values, self.task, self.checkpoint = completed(train), task, checkpoint
         self.decision = choose("train", train["device"], precision=train["precision"])
         precision = self.decision.options["precision"]
+        check_faster(self.values, self.decision.engine)
         self.lesson = self.taught(prepared)
         self.fabric = make_fabric(self.decision.engine, precision, train["n_threads"], train["seed"], strategy)
         self.model = self.values["model"]

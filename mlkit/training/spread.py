@@ -89,6 +89,8 @@ class Alone:
         return 1.0
 
     def cut(self, X, y, n_parts: int, n: int): # the parts of a batch of n, computed one after the other
+        if n_parts == 1:
+            return [(X, y)]
         size = -(-len(y) // n_parts)
         return zip(X.split(size), y.split(size))
 
