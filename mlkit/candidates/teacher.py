@@ -144,7 +144,7 @@ class Bundle(Teacher):
     unseen: bool = False # you know that it learned from no row of this test split, though its data version is another
 
     def check(self, root, contract):
-        if (root / self.folder).resolve() == (root / BUNDLE).resolve():
+        if os.path.normpath(self.folder) == BUNDLE:
             raise ConfigError(f"params.yaml: train.teacher.folder: {BUNDLE} is what this project releases, and changes with "
                               "the student; copy it to another folder, or name a version: {name: released, model: …, version: …}")
         theirs = load_model(self.place(root) / "model.safetensors")[2]
