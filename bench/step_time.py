@@ -83,12 +83,12 @@ def make_work(name: str) -> Work:
         X = r.normal(size=(101 * 256, 20)).astype(np.float32)
         model = {"name": "residual_mlp", "width": 64, "n_blocks": 2, "dropout": 0.0}
         return Work("table: 20 numbers, residual_mlp 64 wide, 256 a step", Task(rows, classes), model, X, labels(len(X)), 256, 100, 10)
-    side, width, size, n_steps, n_turn = {"digits": (8, 24, 64, 50, 5), "photos": (32, 48, 64, 10, 1)}[name]
+    side, width, size, n_steps, n_turn = {"digits": (8, 24, 64, 50, 5), "photos": (32, 24, 64, 10, 1)}[name]
     channels = 1 if name == "digits" else 3
     image = Image((side, side, channels), (0.5,) * channels, (0.25,) * channels)
     X = r.integers(0, 256, ((n_steps + 1) * size, side, side, channels), np.uint8)
     model = {"name": "small_cnn", "width": width, "dropout": 0.0}
-    share = 1.0 if name == "digits" else 0.3
+    share = 1.0 if name == "digits" else 0.25
     title = f"{name}: {side} × {side} × {channels}, small_cnn {width} wide, {size} a step"
     return Work(title, Task(image, classes), model, X, labels(len(X)), size, n_steps, n_turn, share)
 
@@ -214,6 +214,7 @@ def by_accelerate(work: Work, n_epochs: int, tick) -> torch.nn.Module:
 CONTENDERS = {"bare PyTorch": (bare, None), "the same once more": (bare, None), "mlkit": (by_mlkit, None),
               "Lightning's Trainer": (by_lightning, "lightning"), "Accelerate": (by_accelerate, "accelerate")}
 FIRST = "bare PyTorch"
+IMPORTS = {"mlkit": "mlkit.training.run", "Lightning's Trainer": "lightning.pytorch", "Accelerate": "accelerate"}
 
 
 def installed(name: str) -> bool:
@@ -257,6 +258,8 @@ WARM = 2 # epochs of each that do not count
 def steps(work: Work, n_epochs: int) -> dict[str, np.ndarray]: # of each contender (turns, 2): milliseconds a step, of the CPU and in all
     "Raises where one did other work than the bare loop."
     names = [n for n in CONTENDERS if installed(n)]
+    for n in IMPORTS.keys() & set(names):
+        importlib.import_module(IMPORTS[n]) # not in its thread, whose memory it would scatter
     spent, a_turns = {n: [] for n in names}, work.n_steps // work.n_turn # an epoch
     turns = {n: Turns(partial(CONTENDERS[n][0], work, n_epochs + WARM)) for n in names}
     for i in range((n_epochs + WARM) * a_turns + 1): # the first has no steps, but what comes before them
@@ -301,7 +304,6 @@ def step_table(work: Work, n_epochs: int) -> dict:
 # What is paid once
 
 STARTED = [n for n in CONTENDERS if n != "the same once more"]
-IMPORTS = {"mlkit": "mlkit.training.run", "Lightning's Trainer": "lightning.pytorch", "Accelerate": "accelerate"}
 
 def start(name: str):
     "In a process of its own: imports, then a training of one step."

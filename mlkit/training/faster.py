@@ -67,7 +67,7 @@ def compile_line(
     "What compiling took."
     if not seconds:
         return ""
-    return f"compiled in {seconds:.1f} s of the {whole:.1f} s that the training took; without it each step is slower, see train.compile"
+    return f"compiled in {seconds:.1f} s of the {whole:.1f} s that the training took"
 
 # %% ../../nbs/training/20_faster.ipynb #ae96b9bf
 def laid_out(
