@@ -168,7 +168,7 @@ def test_own_code_in_the_task_notebook(tmp_path):
     notebook.write_text(json.dumps(document))
     criteria = {"evaluate.r2": {"min": 0.0}, "evaluate.worst_error": {"max": 1e6}, "audit.too_round": {"max": 0}}
     brief(project).param(train__model={"name": "log_mlp", "width": 16}, train__n_epochs=2, release__criteria=criteria)
-    log = project.mlkit("repro", rc=1).stdout
+    log = project.mlkit("repro", rc=4).stdout
     assert "nbs/stages/audit.ipynb imports task from now on" in log and "audit.too_round 3 (asked ≤ 0)" in log
     assert "task.py" in project.stages["audit"]["deps"] and "task.py" not in project.stages["ingest"]["deps"]
     assert project.json("reports/metrics/evaluate.json")["worst_error"] > 0

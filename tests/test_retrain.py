@@ -118,7 +118,7 @@ def test_a_loser_is_not_handed_over(shop):
     last_run_was(shop, "1")
     crowned(shop, "2")
     code, lines = run(shop, labelled())
-    assert code == 1 and lines[-1].startswith("Refused: it is worse on the recent rows and the golden set"), lines
+    assert code == 4 and lines[-1].startswith("Refused: it is worse on the recent rows and the golden set"), lines
     assert read_rollout(shop.root) is None and events(shop)[-1]["phase"] == "refused"
     assert [e["to"]["version"] for e in read_history(shop.root) if e["what"] == "champion"][-1] == "2"
 
@@ -126,13 +126,13 @@ def test_a_loser_is_not_handed_over(shop):
 def test_a_poisoned_batch_stays_out_and_a_new_truth_does_not(shop):
     before = {p: p.stat().st_mtime_ns for p in shop.root.rglob("*") if ".git" not in p.parts}
     code, lines = run(shop, labelled(flip=0.12), dry=True)
-    assert code == 1 and "of the labels are wrong" in lines[-1], lines
+    assert code == 4 and "of the labels are wrong" in lines[-1], lines
     code, lines = run(shop, labelled(turned=True), dry=True)
     assert code == 0 and "the truth has changed" in lines[-2] and "Dry run" in lines[-1], lines
     (shop / "new.parquet").unlink()
     assert {p for p in before} == {p for p in shop.root.rglob("*") if ".git" not in p.parts} - {shop.root / ".mlkit/cache"}, "nothing is kept"
     code, lines = run(shop, labelled(flip=0.12))
-    assert code == 1 and lines[-1].startswith("Quarantined: "), lines
+    assert code == 4 and lines[-1].startswith("Quarantined: "), lines
     report, = (shop / QUARANTINE).glob("*.json")
     told, rows = read_json(report), pl.read_parquet(report.with_suffix(".parquet"))
     assert told["rows"] == len(rows) > 400 and told["requests"][0].startswith("r1-") and told["worst"][0][".rather"] in ("yes", "no")
@@ -155,7 +155,7 @@ def test_only_what_training_mends(shop):
     watch(shop)
     assert run(shop, labelled(), when="quality")[0] == 0
     watch(shop, "unit")
-    for _ in range(2): assert run(shop, labelled(), when="drift")[0] == 1
+    for _ in range(2): assert run(shop, labelled(), when="drift")[0] == 4
     assert len(events(shop)) == 1 and "training would teach the fault: unit has moved. Look." in events(shop)[0]["why"], "the same refusal is noted once"
     watch(shop, "concept")
     code, lines = run(shop, labelled(turned=True), when="quality", dry=True)
@@ -237,7 +237,7 @@ def test_images_too(project, tmp_path, monkeypatch):
     project.param(retrain__least=100)
     lines = []
     def run_with(data, **more): return retrain(project.root, "now", Edges(lambda root: 0, lambda bundle, why: ""), data, say=lines.append, **more)
-    assert run_with(photographed(tmp_path / "poisoned", slice(500), flip=0.15)) == 1 and "of the labels are wrong" in lines[-1], lines
+    assert run_with(photographed(tmp_path / "poisoned", slice(500), flip=0.15)) == 4 and "of the labels are wrong" in lines[-1], lines
     table, = (project / QUARANTINE).glob("*/labels.csv")
     aside = pl.read_csv(table)
     assert len(aside) == 500 and aside["rather"][0] is not None and all((table.parent / f).is_file() for f in aside["file"])

@@ -51,7 +51,7 @@ def retrain(ctx, when, data, since, mended, dry, drop):
     """Train anew with new labelled rows or images, and hand the winner to a rollout.
 
     The labels are audited first: flipped ones are set aside. The new model must beat the champion on samples that neither has seen.
-    Exit code 1: something was refused or set aside that a person must see. Commit history.jsonl, params.yaml and labelled/."""
+    Exit code 4: something was refused or set aside that a person must see, 1: it failed. Commit history.jsonl, params.yaml and labelled/."""
     from mlkit.commands.reproduce import last_model
     from mlkit.retraining.state import forget
     from mlkit.retraining.steps import Edges, retrain as run
