@@ -35,7 +35,7 @@ def customers(n, seed):
     r = np.random.default_rng(seed)
     return pl.DataFrame({"age": r.normal(40, 12, n), "town": r.choice(["Bonn", "Ulm"], n)})
 
-def log(root, day, frame, model_name="left", version=None):
+def log(root, day, frame, model_name="left", version=None, **more):
     n, version = len(frame), version or json.loads((root / VERDICT).read_text())["bundle"][:12]
     folder = root / ".mlkit/serve/requests" / model_name / version
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,7 @@ def log(root, day, frame, model_name="left", version=None):
     times = pl.Series("time", [int((start + 80 * i) * 1e6) for i in range(n)]).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     rows = pl.DataFrame({"time": times, "request_id": [f"{day}-{i}" for i in range(n)]}).with_columns(
         row=pl.lit(0, pl.UInt32), model=pl.lit(model_name), version=pl.lit(version), status=pl.lit(200, pl.Int16), latency_ms=pl.lit(2.0, pl.Float32))
+    rows = rows.with_columns(**{name: pl.lit(value) for name, value in more.items()})
     rows.with_columns(frame.to_struct("input")).hstack(answers_frame(TASK, model(frame))).write_parquet(folder / f"2026110{day + 2}T000000-1-1.parquet")
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,11 @@ def test_files_that_are_damaged_or_of_others(root):
     _, said = monitor(root)
     assert "files that cannot be read" in said and "windows of .mlkit/watch that cannot be read" in said, said
     assert sum(w["rows"] for w in windows(root)) >= 4 * 300 and all(w["version"] != "0123456789ab" for w in windows(root))
+
+def test_who_was_held_out_is_not_judged(root):
+    "An older model answered them: its answers and errors are not those of the released one."
+    log(root, 1, customers(200, 79), version="0123456789ab", held_out=True)
+    assert [w["rows"] for w in look(root).to_dict()["windows"]] == [300] * 5
 
 def wrong(root, what):
     if what == "no log": shutil.rmtree(root / ".mlkit")
