@@ -113,7 +113,7 @@ def test_files_that_are_damaged_or_of_others(root):
 
 def test_who_was_held_out_is_not_judged(root):
     "An older model answered them: its answers and errors are not those of the released one."
-    log(root, 1, customers(200, 79), version="0123456789ab", held_out=True)
+    log(root, 1, customers(200, 79), version="0123456789ab", held_out=True, request_id=pl.Series([f"held-{i}" for i in range(200)]))
     assert [w["rows"] for w in look(root).to_dict()["windows"]] == [300] * 5
 
 def wrong(root, what):
