@@ -126,8 +126,9 @@ def wrong(root, what):
 
 @pytest.mark.parametrize("what, code, words", [
     ("no log", 3, "Nobody can tell yet: 0 rows"), ("no release", 1, "run 'mlkit repro' first"), ("no profile", 1, "profile.json"),
-    ("a spoilt profile", 1, "profile.json"), ("a source that is not there", 1, "nowhere.parquet"), ("an unknown key", 1, "did you mean 'window'")])
+    ("a spoilt profile", 1, "profile.json"), ("a source that is not there", 1, "nowhere.parquet"), ("an unknown key", 1, "did you mean 'window'"),
+    ("a date that is none", 1, "yesterday: is no moment")])
 def test_wrong_input_is_one_line(root, what, code, words):
     wrong(root, what)
-    got, said = monitor(root)
+    got, said = monitor(root, *["--since", "yesterday"][:2 * (what == "a date that is none")])
     assert (got, words in said) == (code, True), said
