@@ -110,7 +110,7 @@ def test_a_corrupt_jpeg(place, tmp_path):
     jpeg = tmp_path / "photos/b/3.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:40])
     done = place.check(str(tmp_path / "photos"), str(tmp_path / "photos"), "images.json")
-    assert done.returncode == 1 and "stop: 1 of 12 images cannot be decoded: b/3.jpg" in done.stderr
+    assert done.returncode == 4 and "stop: 1 of 12 images cannot be decoded: b/3.jpg" in done.stderr
 
 def parquet(frame, tmp, **kw):
     frame.write_parquet(tmp / "x.parquet", **kw)

@@ -153,7 +153,7 @@ def test_a_planted_mark_is_refused(digits, tmp_path):
         (folder := tmp_path / "photos" / f"digit {k}").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / f"{i:04d}.png"), x)
     project, _ = new(tmp_path / "marked", "--from", tmp_path / "photos")
-    said = brief(project).mlkit("repro", rc=1).stdout
+    said = brief(project).mlkit("repro", rc=4).stdout
     figures, verdict = project.json("reports/metrics/stress.json"), project.json("reports/metrics/verdict.json")
     assert figures["evidence"]["reliance"].startswith("the top left corner, 3 x 3 pixels, decides: ") and figures["reliance"] > LIMIT
     assert verdict["outcome"] == "refused" and not verdict["criteria"]["stress.reliance"]["met"]

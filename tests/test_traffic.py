@@ -9,16 +9,21 @@ from dataclasses import replace
 from http.client import HTTPException
 from threading import Event, Thread
 
+import polars as pl
 import psutil
 import pytest
 from test_gateway import ask, hashes, older_than, shop
 
 from mlkit.registry.bundle import identity_of, read_manifest
+from mlkit.registry.history import append, event
 from mlkit.rollout.evidence import Allowed
 from mlkit.rollout.file import order, read_state, started, write_state
 from mlkit.rollout.state import OVER, Place, Plan, begin, promote_now
+from mlkit.serving.door import Access
 from mlkit.serving.front import Front, Release
 from mlkit.serving.hosted import example_bundle
+from mlkit.serving.request_log import LogSettings
+from mlkit.serving.traffic import champion_left
 
 def identity(bundle): return identity_of(read_manifest(bundle)["files"])
 
@@ -194,6 +199,31 @@ def test_what_was_promoted_is_served_whatever_was_lost(root, monkeypatch):
         front.conclude(0, print)
         assert front.bundled.version == candidate.bundle[:12] and front.bundled.model.is_file()
 
+
+def test_the_champion_before_answers_the_holdout(root, monkeypatch):
+    "The same users each time, and the log says so. One that was rolled back answers nobody."
+    (root / "params.yaml").write_text("holdout: {share: 0.3, by: X-User}\n")
+    before, now = version(root, "0", model=older_than(40)), Place("1", identity(root / "1/bundle"))
+    def champion(place, old=None, command="promote"):
+        to, was = ({"version": p.version, "bundle": p.bundle} if p else None for p in (place, old))
+        append(root, [event("champion", "shop", to, "a test", command, was)])
+    champion(before)
+    champion(now, before)
+    monkeypatch.setattr("mlkit.serving.front.promote_in_registry", lambda root: lambda state: None)
+    bundle, log = root / "1/bundle", Access(log=LogSettings(str(root / "log")))
+    row = json.dumps({"age": 45, "income": 1, "town": "Bonn"}).encode() # leaves, says the champion before; stays, says the present one
+    def says(user): return json.loads(ask(front, "POST", "/predict", row, {"X-User": f"user {user}"})[1])["answer"]
+    with Front(bundle, hashes(bundle), now.bundle[:12], root=root, access=log) as front:
+        Thread(target=lambda: front.watch(lambda line: None), daemon=True).start()
+        wait(lambda: ask(front, "GET", "/v2/models/shop/versions/2")[0] == 200)
+        first, second = ([says(user) for user in range(60)] for _ in range(2))
+        assert first == second and 8 < first.count("yes") < 30
+    rows = pl.concat(pl.read_parquet(f, columns=["version", "answer", "held_out"]) for f in root.glob("log/*/*/*.parquet"))
+    assert set(rows.rows()) == {(now.bundle[:12], "no", False), (before.bundle[:12], "yes", True)}
+    assert rows["held_out"].sum() == 2 * first.count("yes")
+    assert champion_left(root, "shop", now.bundle[:12]) == before and champion_left(root, "shop", before.bundle[:12]) is None
+    champion(before, now, "rollback")
+    assert champion_left(root, "shop", before.bundle[:12]) is None
 
 def wait(condition, seconds=60):
     end = time.monotonic() + seconds

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, harmless, project_root, write_atomic
+from ..core import NO, AnswersNo, MlkitError, harmless, project_root, write_atomic
 from ..data.contract import Contract, contract_rows, differences, load_contract, owned_contract, save_contract
 from ..data.judge import Breach
 
@@ -133,7 +133,7 @@ NOT_OWNED = ("params.yaml names no contract in ingest.contract, so there is noth
 @click.argument("path", required=False)
 @TARGET
 def diff(path, target):
-    "How PATH (contract.json, or a data file, whose contract is inferred) differs from the contract that you own; default: data/contract.json. Exit code 1 if it does."
+    "How PATH (contract.json, or a data file, whose contract is inferred) differs from the contract that you own; default: data/contract.json. Exit code 4 if it does."
     root = project_root()
     owned = owned_contract(root)
     if not owned:
@@ -145,7 +145,7 @@ def diff(path, target):
         click.echo(f"{where} says what {owned.name} says")
         return
     click.echo("\n".join(map(harmless, [f"{where} against {owned.name}:", *lines])))
-    sys.exit(1)
+    sys.exit(NO)
 
 # %% ../../nbs/commands/13_contract.ipynb #ad0fd03f
 YOURS = "# yours: 'mlkit contract diff FILE' compares" # the comment behind `ingest.contract`
@@ -205,10 +205,10 @@ def conclude(
     what: str, # The contract, in words
     found: list[Breach],
 ):
-    "The last line of a check. Raises `MlkitError` where something stops."
+    "The last line of a check. Raises `AnswersNo` where something stops."
     n_stops, n_warns = (sum(b.severity == s for b in found) for s in ("stop", "warn"))
     if n_stops:
-        raise MlkitError(f"{data}: breaks {what} in {counted(n_stops, 'place')}; mend the data, or change the contract")
+        raise AnswersNo(f"{data}: breaks {what} in {counted(n_stops, 'place')}; mend the data, or change the contract")
     click.echo(f"{harmless(data)}: keeps {what}" + (f", with {counted(n_warns, 'warning')}" if n_warns else ""))
 
 # %% ../../nbs/commands/13_contract.ipynb #357556cf
@@ -226,7 +226,7 @@ def project_contract() -> str | None: # Path; None: this is no project, or one w
 @click.option("--against", help="The table that a model was trained on: no row of DATA may be in it.")
 @click.option("--target", help="Without a contract: the column to predict.")
 def check(data, path, against, target):
-    "Check DATA (a file or folder) against a contract. Exit code 1 if it breaks it; a warning is none."
+    "Check DATA (a file or folder) against a contract. Exit code 4 if it breaks it; a warning is none."
     from mlkit.data.scan import overlap
     path = path or (None if target else project_contract())
     source = open_data(data)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, project_root
+from ..core import NO, MlkitError, project_root
 
 # %% ../../nbs/commands/12_doctor.ipynb #df27c1c1
 @click.command()
 def doctor():
-    "What this machine has, what each job uses and why, and how to add what is missing."
+    "What this machine has, what each job uses and why, and how to add what is missing. Exit code 4 where something fails."
     from mlkit.device import find
     from mlkit.doctor import doctor as look, doctor_table, failing
     from mlkit.triton_server.install import find_triton
@@ -25,4 +25,4 @@ def doctor():
     rows = look(root, find(find_triton))
     click.echo(doctor_table(rows))
     if failing(rows):
-        sys.exit(1)
+        sys.exit(NO)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from .serve import release_of, tuning_of
-from ..core import MlkitError, harmless, masked, project_root
+from ..core import NO, UNDECIDED, MlkitError, harmless, masked, project_root
 
 # %% ../../nbs/commands/27_load.ipynb #9b5bf26d
 def sla_of(root: Path, rate: float | None, seconds: float | None) -> dict: # The section `load`
@@ -138,8 +138,8 @@ def load(target, alias, model, token, ca, rate, seconds, tune, write):
     """Load a served model, and say whether it keeps the promise of 'load' in params.yaml: p99 and errors at a rate.
 
     TARGET is a project, whose released model is served for the test, or the URL of a server that runs. It takes a minute, and
-    with --tune some more. The page is reports/load.html. Exit code 1 where the promise is broken; 0 where the machine was too
-    busy for a verdict, which is said."""
+    with --tune some more. The page is reports/load.html. Exit code 4 where the promise is broken, 3 where the machine was too
+    busy for a verdict."""
     import uvloop
     from mlkit.load.page import headline, write_test
     is_url = "://" in target
@@ -158,5 +158,4 @@ def load(target, alias, model, token, ca, rate, seconds, tune, write):
     about, test, tuned = found
     click.echo(harmless(headline(test)[1]))
     click.echo(f"Page: {write_test(root, about, test, sla, tuned)}")
-    if test["holds"] is False:
-        sys.exit(1)
+    sys.exit({True: 0, False: NO}.get(test["holds"], UNDECIDED))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, harmless, project_root, write_json
+from ..core import NO, UNDECIDED, MlkitError, harmless, project_root, write_json
 from ..flow.kernels import call_ready
 from ..registry.bundle import BUNDLE
 from ..registry.store import Publication, known_publication, publish
@@ -53,7 +53,7 @@ def published(
     return Publication(**call_ready(root, "mlkit.commands.release:publish_there", str(root), verdict, ask, crown))
 
 # %% ../../nbs/commands/06_release.ipynb #9b778b68
-EXIT_CODES = {"Not released": 1, "Undecided": 3} # 2 is a wrong command line
+EXIT_CODES = {"Not released": NO, "Undecided": UNDECIDED}
 COLORS = {"Released": "green", "Not released": "red"}
 SAID = "reports/verdict.json" # all that was said, for programs
 
@@ -86,7 +86,7 @@ def conclude(
 # %% ../../nbs/commands/06_release.ipynb #9ada5791
 @click.command()
 def release():
-    "Say the verdict of the last run and publish the bundle if it is released. Exit code 1 if it is refused, 3 if it is undecided."
+    "Say the verdict of the last run and publish the bundle if it is released. Exit code 4: refused, 3: undecided."
     from mlkit.commands.index import refresh, refresh_page
     root = project_root()
     if not (root / VERDICT).is_file():

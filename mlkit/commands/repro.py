@@ -17,7 +17,7 @@ from ..core import harmless, project_root
 @click.option("-f", "--force", is_flag=True, help="Run the stages, and those before them, even if nothing changed.")
 @click.option("-j", "--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Stages that may run at once.")
 def repro(targets, force, jobs):
-    "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all. Exit code 1: refused, 3: undecided."
+    "Run what has changed, publish what is released, say the verdict. TARGETS are stages; default all. Exit code 4: refused, 3: undecided, 1: it failed."
     from mlkit.flow.pipeline import INDEX
     root = project_root()
     code = run_all(root, targets, force, jobs)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, harmless, project_root, read_json
+from ..core import AnswersNo, MlkitError, harmless, project_root, read_json
 from ..registry.bundle import BUNDLE, MANIFEST
 from ..registry.verdict import VERDICT
 
@@ -51,12 +51,12 @@ def say_result(
     n_files: int, # of the bundle
     because: str, # what differs here
 ):
-    "Say whether the bundle is the same. Raises `MlkitError` where it is not."
+    "Say whether the bundle is the same. Raises `AnswersNo` where it is not."
     for line in lines:
         click.echo(f"not the same: {harmless(line)}", err=True)
     if lines:
         because = because or "; packages, interpreter and CPU are the same"
-        raise MlkitError(f"{name}: {len(lines)} of {n_files} files are not the same bytes{because}")
+        raise AnswersNo(f"{name}: {len(lines)} of {n_files} files are not the same bytes{because}")
     click.secho(f"The same: all {n_files} files of {name}, byte for byte", fg="green", bold=True)
 
 # %% ../../nbs/commands/10_reproduce.ipynb #ad27b061
@@ -65,7 +65,7 @@ def say_result(
 @click.option("--model", help="Its name in the registry; default: that of the last run.")
 @click.option("--into", type=click.Path(path_type=Path), help="A new folder; default: .mlkit/reproduced/VERSION.")
 def reproduce(version, model, into):
-    "Make VERSION ('3', or 'champion') of the registry again from its commit, data, values, and compare. Exit code 1 if it differs."
+    "Make VERSION ('3', or 'champion') of the registry again from its commit, data, values, and compare. Exit code 4 if it differs, 1 if it could not be made."
     from mlkit.registry.bundle import changed_files
     from mlkit.registry.provenance import changed_environment, check_out
     root = project_root()

@@ -20,10 +20,12 @@ def start_rollout(root: Path, model: str): # function(bundle, why) -> what it di
         from mlkit.registry.promotion import version_of
         from mlkit.training.store import tracking_uri
         from mlkit.rollout.evidence import Allowed
-        from mlkit.rollout.file import check_over, order, read_state, started
+        from mlkit.rollout.file import check_over, existing, order, read_state, started
         from mlkit.rollout.state import Plan
         there = read_state(root)
-        if not (there and there.plan.candidate.bundle == bundle):
+        if there and there.plan.candidate.bundle == bundle:
+            there = order(root, existing) # it was begun before a kill: what it owes the history is written now
+        else:
             check_over(there)
             stable, candidate = stable_of(root, model), candidate_of(root, model, version_of(model, bundle, tracking_uri(None, root)))
             share, _ = expected_disagreement(root, model, stable, candidate)
@@ -51,7 +53,7 @@ def retrain(ctx, when, data, since, mended, dry, drop):
     """Train anew with new labelled rows or images, and hand the winner to a rollout.
 
     The labels are audited first: flipped ones are set aside. The new model must beat the champion on samples that neither has seen.
-    Exit code 1: something was refused or set aside that a person must see. Commit history.jsonl, params.yaml and labelled/."""
+    Exit code 4: something was refused or set aside that a person must see, 1: it failed. Commit history.jsonl, params.yaml and labelled/."""
     from mlkit.commands.reproduce import last_model
     from mlkit.retraining.state import forget
     from mlkit.retraining.steps import Edges, retrain as run

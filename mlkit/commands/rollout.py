@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from .reproduce import last_model
-from ..core import MlkitError, RegistryError, project_root
+from ..core import NO, MlkitError, RegistryError, project_root
 from ..rollout.state import Place, Plan, RolloutError, LOADS_WITHIN, TAKEN_UP
 
 # %% ../../nbs/commands/26_rollout.ipynb #30946083
@@ -218,7 +218,7 @@ PAGE_EVERY = 5.0 # seconds
 
 @rollout.command()
 @click.option("--once", is_flag=True, help="Print it once, also in a terminal.")
-@click.option("--wait", is_flag=True, help="Wait for the end. Exit code 1 where the version did not become champion.")
+@click.option("--wait", is_flag=True, help="Wait for the end. Exit code 4 where the version did not become champion.")
 def status(once, wait):
     "Show how it stands: live in a terminal, and as a page."
     from rich.console import Console
@@ -236,7 +236,7 @@ def status(once, wait):
         console.print(terminal_view(state, time.time()))
     click.echo(f"Page: {path}")
     if wait and state.phase in OVER and state.phase != "promoted":
-        sys.exit(1)
+        sys.exit(NO)
 
 # %% ../../nbs/commands/26_rollout.ipynb #b08f1110
 def follow(root: Path, console, every: float = 1.0): # the last state

@@ -4,11 +4,12 @@
 __all__ = ['MARK', 'NO_VERDICT', 'remarks', 'criteria_rows', 'verdict_markdown', 'differences', 'verdict']
 
 # %% ../../nbs/commands/22_verdict.ipynb #ef5727c0
+import sys
 from pathlib import Path
 
 import click
 
-from .release import SAID
+from .release import EXIT_CODES, SAID
 from ..core import MlkitError, harmless, project_root, read_json
 
 # %% ../../nbs/commands/22_verdict.ipynb #9690d4d9
@@ -65,8 +66,10 @@ def differences(root: Path, against: str) -> list[str]: # lines; `against`: a co
 @click.option("--markdown", is_flag=True, help="As Markdown, for a comment on a pull request.")
 @click.option("--against", metavar="COMMIT", help="Say also what differs from a commit, branch or tag, see 'mlkit compare'.")
 def verdict(markdown, against):
-    "Say the verdict of the last run again. Nothing is run, nothing is published."
-    from mlkit.registry.verdict import verdict_line
+    """Say the verdict of the last run again. Nothing is run, nothing is published.
+
+    Exit code as of the run: 4: refused, 3: undecided. With --markdown 0: a comment can be written of any verdict."""
+    from mlkit.registry.verdict import headline, verdict_line
     root = project_root()
     said = read_json(root / SAID) if (root / SAID).is_file() else None
     if said is None and not markdown:
@@ -77,3 +80,4 @@ def verdict(markdown, against):
         return
     for line in [verdict_line(said), *(f"  {line}" for line in remarks(said) + differs)]:
         click.echo(harmless(line))
+    sys.exit(EXIT_CODES.get(headline(said), 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..core import MlkitError, harmless, project_root
+from ..core import AnswersNo, harmless, project_root
 
 # %% ../../nbs/commands/03_verify.ipynb #823605a2
 def fault_line(
@@ -22,17 +22,17 @@ def fault_line(
 def not_as_locked(
     faults: list, # At least one
     n: int, # Files that were hashed
-) -> MlkitError:
+) -> AnswersNo:
     "The error that says what to do."
     stages = ", ".join(dict.fromkeys(f.stage for f in faults))
-    return MlkitError(f"{len(faults)} of {n} files are not what dvc.lock says; 'mlkit verify --repair' restores them, or runs {stages} again")
+    return AnswersNo(f"{len(faults)} of {n} files are not what dvc.lock says; 'mlkit verify --repair' restores them, or runs {stages} again")
 
 # %% ../../nbs/commands/03_verify.ipynb #e77c2819
 @click.command()
 @click.option("--repair", is_flag=True, help="Restore what can be restored, and run again what must be.")
 @click.pass_context
 def verify(ctx, repair):
-    "Hash every output and every object of the cache against dvc.lock. Exit code 1 if one differs."
+    "Hash every output and every object of the cache against dvc.lock. Exit code 4 if one differs."
     from mlkit.commands.repro import repro
     from mlkit.flow.verify import repair as mend, verify as hash_all
     root = project_root()

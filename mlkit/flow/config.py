@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['UNHASHED', 'HOLDS_PASSWORD', 'NUMBER', 'WORDS', 'UNITS', 'PIPELINE', 'REQUEST_LOG', 'WATCH', 'EMAIL', 'ALERTS',
-           'GATEWAY', 'LOAD', 'RETRAIN', 'BESIDE', 'run_cell', 'untyped', 'unhashed_places', 'check_unhashed', 'schema',
-           'Usual', 'usual', 'check_names', 'secret_place', 'check_secrets', 'type_fault', 'check', 'parse_yaml',
-           'read_params', 'Rule', 'is_window', 'seconds_of', 'is_duration', 'instruction_set', 'load_params']
+           'GATEWAY', 'HOLDOUT', 'LOAD', 'RETRAIN', 'BESIDE', 'run_cell', 'untyped', 'unhashed_places',
+           'check_unhashed', 'schema', 'Usual', 'usual', 'check_names', 'secret_place', 'check_secrets', 'type_fault',
+           'check', 'parse_yaml', 'read_params', 'Rule', 'is_window', 'seconds_of', 'is_duration', 'instruction_set',
+           'load_params']
 
 # %% ../../nbs/flow/01_config.ipynb #3aa8b33e
 import ast, re
@@ -286,6 +287,10 @@ GATEWAY = {
     "batch": (Annotated[int, Ge(1)] | None, None), # Samples of several requests in one run; null: as many as the model takes
     "delay_ms": (Annotated[float, Interval(ge=0, le=1000)], 0.0), # How long a request waits for others to run with it
 }
+HOLDOUT = {
+    "share": (Annotated[float, Interval(ge=0, le=0.5)], 0.0), # Of users, or of requests: those whom the previous champion answers
+    "by": (str | None, None), # A header that names the user, who then stays where he is; null: each request is drawn
+}
 LOAD = {
     "rate": (Annotated[float, Gt(0)], 50.0), # Requests a second that must be answered so
     "p99_ms": (Annotated[float, Gt(0)], 100.0), # 99 % of the answers come within
@@ -304,7 +309,7 @@ RETRAIN = {
 }
 
 BESIDE = {"pipeline": PIPELINE, "request_log": REQUEST_LOG, "watch": WATCH, "alerts": ALERTS, "retrain": RETRAIN,
-          "gateway": GATEWAY, "load": LOAD} # sections that are no stage's
+          "gateway": GATEWAY, "holdout": HOLDOUT, "load": LOAD} # sections that are no stage's
 
 # %% ../../nbs/flow/01_config.ipynb #b7d524a2
 def load_params(

@@ -56,7 +56,7 @@ def watch_settings(
 # %% ../../nbs/monitoring/04_requests.ipynb #e2b7ad28
 TIME = pl.Datetime("us", "UTC")
 OURS = {"time": TIME, "request_id": pl.String, "row": pl.UInt32, "model": pl.String, "version": pl.String,
-        "status": pl.Int16, "latency_ms": pl.Float32}
+        "status": pl.Int16, "latency_ms": pl.Float32, "held_out": pl.Boolean}
 SAID = ("answer", "probabilities", "label") # By the model, and by the world
 PICTURE = {"sha256": pl.String, "mean": pl.Float64, "std": pl.Float64, "png": pl.Binary}
 WIRE = {"float64": pl.Float64, "str": pl.String, "datetime64[us]": TIME}

@@ -12,9 +12,10 @@ from pathlib import Path
 from fastcore.basics import patch
 from prometheus_client import CollectorRegistry
 
+from ..core import NO, UNDECIDED
 from ..flow.config import ALERTS, check, read_params
 from .delivery import Receiver, ways
-from .metrics import Gpus, WATCH, Watched
+from .metrics import Gpus, Watched
 from .rules import Limits
 from .stack import FOLDER, Stack, alone, end, last_words
 
@@ -29,21 +30,13 @@ class Runs:
         self.process: subprocess.Popen | None = None
         self.began = -float("inf") # monotonic
 
-    def written(self) -> tuple | None:
-        "Which `watch.json` there is."
-        try:
-            s = (self.root / WATCH).stat()
-            return s.st_mtime_ns, s.st_ino
-        except OSError:
-            return None
-
 # %% ../../nbs/monitoring/25_up.ipynb #53a416e7
 @patch
 def tend(self: Runs, progress: Callable[[str], None]):
     "Start one when it is due, and take note of one that has ended."
     if self.process is None and time.monotonic() - self.began >= self.every:
         self.log.unlink(missing_ok=True)
-        self.before, self.began = self.written(), time.monotonic()
+        self.began = time.monotonic()
         self.process = alone(self.command, self.log, self.root)
     elif self.process is not None and (code := self.process.poll()) is not None:
         self.process = None
@@ -52,12 +45,12 @@ def tend(self: Runs, progress: Callable[[str], None]):
 @patch
 def note(self: Runs, code: int, progress):
     "What Prometheus shall know of a run."
-    failed = bool(code) and self.written() == self.before
+    failed = code not in (0, UNDECIDED, NO)
     self.watched.n_runs[str(code)] = self.watched.n_runs.get(str(code), 0) + 1
     self.watched.seconds, self.watched.failed = time.monotonic() - self.began, float(failed)
     if failed:
         progress(f"the monitor came to no result: {last_words(self.log)}")
-    elif code:
+    elif code == NO:
         progress("the monitor has found something: reports/watch.html")
 
 @patch

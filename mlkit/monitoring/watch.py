@@ -21,7 +21,7 @@ from ..flow.config import LOAD, check, read_params
 from .labels import label_requests, read_labels
 from .profile import PROFILE, Profile, Seen, profile_from, see
 from .quality import metric_of
-from .replay import replayed, with_replay
+from .replay import held_out, replayed, with_replay
 from .requests import Window, WatchSettings, read_requests, watch_settings, windows
 from .sketch import quantile
 from .why import Judged, Settings, judge
@@ -122,7 +122,8 @@ def counted(w: Window, here: dict[str, Watched], fallback: Watched) -> Kept:
     versions = {v: n for v, n in sorted(w.frame["version"].value_counts().iter_rows(), key=lambda x: (-x[1], str(x[0]))) if v}
     by = next((here[v] for v in versions if v in here), fallback)
     frame = typed(by.task, w.frame)
-    seen = with_replay(see(by.profile, by.task, by.contract, frame), replayed(by.bundle, by.version, by.task, frame))
+    own = held_out(frame, False) # else an older model's errors count as those of this one
+    seen = with_replay(see(by.profile, by.task, by.contract, own), replayed(by.bundle, by.version, by.task, frame))
     return Kept(w.start, w.end, by.version, w.open, versions, seen)
 
 def typed(task: Task, frame: pl.DataFrame) -> pl.DataFrame:

@@ -33,7 +33,7 @@ DO = {
     "latency": "Look at the version that answers and at the machine; 'mlkit rollback' brings the version before back.",
     "errors": "Read the server's log; 'mlkit rollback' brings the version before back.",
     "skew": "The server does not answer as the released model does. Stop it, and start it from the registry.",
-    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout that is answered at random."}
+    "feedback": "Do not train on labels that the model's own answers have made; keep a holdout (holdout.share in params.yaml), and train on its rows."}
 
 @dataclass(frozen=True)
 class Finding:

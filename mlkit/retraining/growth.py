@@ -109,7 +109,8 @@ def grown_folder(root: Path) -> tuple[Path, str]: # the folder; the source of be
         folder = folder_of(source, root)
         return folder, read_manifest(folder)["source"]
     folder = root / FOLDER
-    if folder.exists() and any(folder.iterdir()) and not any((folder / n).exists() for n in (MANIFEST, ".gitignore")):
+    there = {f.name for f in folder.glob("*") if f.suffix != ".tmp"} # tmp: of one that was killed
+    if there and not there & {MANIFEST, ".gitignore"}:
         raise DataError(f"{folder}: is there already and holds other files; move them away")
     return folder, source
 

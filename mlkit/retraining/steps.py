@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np, polars as pl
 
-from ..core import DataError, RegistryError, read_json, write_json
+from ..core import NO, DataError, RegistryError, read_json, write_json
 from ..data.contract import Contract, load_contract, owned_contract
 from ..flow.config import RETRAIN, check, read_params, seconds_of
 from ..inputs.base import find_input
@@ -308,7 +308,7 @@ def retrain(
     mended: bool = False, # see `Project.mended`
     dry: bool = False, # collect and audit only, and keep nothing
     say: Callable[[str], None] = print,
-) -> int: # exit code: 1 where a person must see something
+) -> int: # exit code: `NO` where a person must see something, else 0
     "One retraining, or the rest of one that was killed. Raises `MlkitError`."
     if dry:
         return dry_run(root, when, data, since, mended, say)
@@ -330,7 +330,7 @@ def retrain(
                 return not_now(root, state, decision, say)
             say(f"Trigger: {decision.why}")
         end = go_on(root, state, steps_of(p, decision, edges), lambda s: say(line(s)), keep_all_but_nothing)
-    return int(end.phase in ("refused", "quarantined") or end.aside > 0)
+    return NO if end.phase in ("refused", "quarantined") or end.aside > 0 else 0
 
 # %% ../../nbs/retraining/06_steps.ipynb #d5ef81db
 def keep_all_but_nothing(root: Path, state: State):
@@ -364,7 +364,7 @@ def not_now(root: Path, state: State, decision: Decision, say) -> int:
     if not last or last[0]["why"] != f"refused: {decision.why}":
         note(root, refused)
     say(line(refused))
-    return 1
+    return NO
 
 # %% ../../nbs/retraining/06_steps.ipynb #57ce389a
 def dry_run(root: Path, when: str, data: str | None, since: str | None, mended: bool, say) -> int:
@@ -374,7 +374,7 @@ def dry_run(root: Path, when: str, data: str | None, since: str | None, mended: 
         decision = trigger(p, when, since)
         if not decision.go:
             say(f"{'Refused' if decision.refused else 'Nothing to do'}: {decision.why}")
-            return int(decision.refused)
+            return NO if decision.refused else 0
         say(f"Trigger: {decision.why}")
         if wait := cooling(p, when, datetime.now(timezone.utc)):
             say(f"Would wait: {wait}")
@@ -382,4 +382,4 @@ def dry_run(root: Path, when: str, data: str | None, since: str | None, mended: 
         end = go_on(root, begun(p, when, decision), steps, lambda s: say(line(s)), lambda root, state: None)
         if end.phase == "audited":
             say("Dry run: nothing is kept; the pipeline would run now")
-    return int(end.phase == "quarantined" or end.aside > 0)
+    return NO if end.phase == "quarantined" or end.aside > 0 else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import MlkitError, ServeError
+from ..core import ConfigError, MlkitError, ServeError
 from ..data.contract import Contract, load_contract, type_of
 from ..export.signature import Signatures
 from .door import Access, Tail, check_access, http_protocol, operators, shown_host
@@ -23,7 +23,7 @@ from .hosted import Bundled, ENGINES, ENOUGH, Hosted, Tuning, private_copy, user
 from ..rollout.file import ROLLOUT, promote_in_registry, read_state, tick
 from ..rollout.state import Plan as RolloutPlan
 from ..rollout.swap import Mark
-from .traffic import Traffic, candidate_copy
+from .traffic import Holdout, Traffic, candidate_copy, holdout_of
 from ..triton_server.server import free_port
 from .worker import die_with
 
@@ -79,7 +79,8 @@ async def traffic_of(model: Model, gateway: Gateway, tuning: Tuning) -> Traffic:
     for left in folder.parent.glob("*-*"): # of a gateway that was killed
         if left != folder:
             shutil.rmtree(left, ignore_errors=True)
-    return Traffic(await Hosted(model.bundled, tuning).start(), gateway)
+    holdout = holdout_of(model.root) if model.root else Holdout()
+    return Traffic(await Hosted(model.bundled, tuning).start(), gateway, holdout)
 
 async def run_gateway(plan: Plan):
     "Serve until SIGTERM; what is under way ends first, within the grace."
@@ -88,7 +89,7 @@ async def run_gateway(plan: Plan):
         for model in map(Model.from_dict, plan.models):
             try:
                 traffic = await traffic_of(model, gateway, Tuning(**plan.tuning))
-            except ServeError as e:
+            except (ConfigError, ServeError) as e:
                 sys.exit(str(e))
             models.push_async_callback(traffic.end)
             if model.root:

@@ -67,6 +67,7 @@ class Call:
     model: Any = None # `Served`; None: it asked no model
     sent: list[np.ndarray] | None = None # One array a tensor, as on the wire
     outputs: list[np.ndarray] | None = None
+    held_out: bool = False # The champion before answers on purpose, see `mlkit.serving.traffic`
 
     @property
     def n(self) -> int: return len(self.sent[0]) if self.sent else 1 # samples
@@ -119,7 +120,7 @@ def picture_columns(x: np.ndarray, images: str) -> list[pl.Series]: # `x`: (n, â
 
 # %% ../../nbs/serving/05_request_log.ipynb #9c234e11
 REQUEST = {"time": pl.Datetime("us", "UTC"), "request_id": pl.String, "client": pl.String, "model": pl.String, "version": pl.String,
-           "status": pl.Int16, "latency_ms": pl.Float32}
+           "status": pl.Int16, "latency_ms": pl.Float32, "held_out": pl.Boolean}
 
 class Layout:
     "The columns of one version's files."
@@ -157,7 +158,8 @@ def requests(model, calls: list[Call]) -> pl.DataFrame: # `model`: `Served`
     columns = {
         "time": [c.came // 1000 for c in calls], "request_id": [c.id for c in calls],
         "client": [c.client for c in calls], "model": [model.name] * len(calls), "version": [model.bundle] * len(calls),
-        "status": [c.status for c in calls], "latency_ms": [c.seconds * 1e3 for c in calls]}
+        "status": [c.status for c in calls], "latency_ms": [c.seconds * 1e3 for c in calls],
+        "held_out": [c.held_out for c in calls]}
     return pl.DataFrame(columns, schema=REQUEST)
 
 # %% ../../nbs/serving/05_request_log.ipynb #f048e11e

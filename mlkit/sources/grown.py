@@ -139,12 +139,12 @@ def add_batch(
     "Put rows behind a source. To call it again changes nothing."
     found = read_manifest(folder) if (folder / MANIFEST).is_file() else {"source": inner, "batches": []}
     path = folder / f"{name}.parquet"
+    if not (folder / ".gitignore").is_file(): # first: it says that the folder is ours
+        write_atomic(folder / ".gitignore", "*.parquet\n")
     if all(b["file"] != path.name for b in found["batches"]):
         write_parquet(path, rows)
         entry = {"file": path.name, "rows": len(rows), "sha256": sha256(path)}
         found = found | {"batches": [*found["batches"], entry]}
-    if not (folder / ".gitignore").is_file():
-        write_atomic(folder / ".gitignore", "*.parquet\n")
     write_json(folder / MANIFEST, found | facts)
     return found | facts
 
