@@ -167,13 +167,8 @@ def test_own_code_in_the_task_notebook(tmp_path):
     document["cells"].append({"cell_type": "code", "execution_count": None, "id": "0badcafe", "metadata": {}, "outputs": [], "source": ["#| export" + CHECK]})
     notebook.write_text(json.dumps(document))
     criteria = {"evaluate.r2": {"min": 0.0}, "evaluate.worst_error": {"max": 1e6}, "audit.too_round": {"max": 0}}
-<<<<<<< HEAD
     brief(project).param(train__candidates=["network"], train__model={"name": "log_mlp", "width": 16}, train__n_epochs=2, release__criteria=criteria)
-    log = project.mlkit("repro", rc=1).stdout
-=======
-    brief(project).param(train__model={"name": "log_mlp", "width": 16}, train__n_epochs=2, release__criteria=criteria)
     log = project.mlkit("repro", rc=4).stdout
->>>>>>> c2182a97888a3ec01200f196e920b05478a3aa88
     assert "nbs/stages/audit.ipynb imports task from now on" in log and "audit.too_round 3 (asked ≤ 0)" in log
     assert "task.py" in project.stages["audit"]["deps"] and "task.py" not in project.stages["ingest"]["deps"]
     assert project.json("reports/metrics/evaluate.json")["worst_error"] > 0
