@@ -30,7 +30,7 @@ watched = log=$(VENV)/$(1).log; $(2) > $$log 2>&1 & pid=$$!; trap 'kill $$pid; e
 
 spark:         # half a gigabyte that only tests need, and only where there is a Java to run it
 	@command -v java >/dev/null || { echo "no java: the tests of Spark are skipped"; exit 0; }; $(BIN)/python -c 'import pyspark' 2>/dev/null || \
-	  { $(call watched,spark,$(PIP) install --progress-bar off --no-compile -c constraints.txt -e '.[spark]'); }
+	  { $(call watched,spark,$(PIP) install --progress-bar off -c constraints.txt -e '.[spark]'); }
 
 # What was installed is kept beside it, so only a change of these two files installs again.
 setup:
@@ -45,6 +45,7 @@ install:
 	@rm -rf mlkit.egg-info; $(PIP) uninstall --quiet -y mlkit 2>/dev/null; : # of a checkout from before the name was ours
 	@$(call watched,install,$(PIP) install --progress-bar off --no-compile -c constraints.txt -e '.[dev]')
 	@$(PIP) install --quiet --no-deps -c constraints.txt timm # it asks for torchvision, which has no build for a torch of the CPU
+	@$(call watched,compile,{ $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || :; }) # by all cores, where pip takes one; some packages hold files of other Pythons
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay
