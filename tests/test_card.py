@@ -68,7 +68,7 @@ def add_stage(project, reliance):
     write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}),
           str(project / "nbs/stages/probe.ipynb"))
 
-@pytest.mark.parametrize("reliance, code", few([(2, 1), (0, 0)]))
+@pytest.mark.parametrize("reliance, code", few([(2, 4), (0, 0)]))
 def test_a_stage_of_ones_own_enters_the_verdict_by_being_there(project, reliance, code):
     "Nothing in release.ipynb names it. The release waits for it, and judges what it has measured."
     add_stage(project, reliance)
