@@ -45,7 +45,7 @@ install:
 	@rm -rf mlkit.egg-info; $(PIP) uninstall --quiet -y mlkit 2>/dev/null; : # of a checkout from before the name was ours
 	@$(call watched,install,$(PIP) install --progress-bar off --no-compile -c constraints.txt -e '.[dev]')
 	@$(PIP) install --quiet --no-deps -c constraints.txt timm # it asks for torchvision, which has no build for a torch of the CPU
-	@$(call watched,compile,{ $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || :; }) # by all cores, where pip takes one; some packages hold files of other Pythons
+	@$(call watched,compile,{ echo "compiling what was installed"; $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || :; }) # by all cores, where pip takes one; some packages hold files of other Pythons
 	@cat pyproject.toml constraints.txt > $(VENV)/ready
 
 clean:         ## what the pipeline made; the environments and the cache stay
